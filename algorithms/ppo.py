@@ -1,0 +1,701 @@
+"""Proximal policy optimisation (PPO): collect a batch with the present policy, then learn from it for several epochs.
+
+A policy gradient is right for one step only: after it, the batch no longer comes from the policy. PPO takes many steps
+from each batch. It weighs every action by how much likelier it has become, and clips this ratio, so that nothing is
+gained by moving further from the old policy than its batch can vouch for.
+
+    [1] delta_t = r_t + gamma V(s_t+1) - V(s_t)                                        PPO, Eq. 12
+        A_t     = delta_t + gamma lambda A_t+1                                         PPO, Eq. 11, as a recursion
+    [2] ratio   = pi(a|s) / pi_old(a|s)
+        L_clip  = E[min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A)]             PPO, Eq. 7
+    [3] L_value = E[(V(s) - R)^2]  with  R_t = A_t + V_old(s_t)                        PPO, Eq. 9
+    [4] maximise L_clip - c_1 L_value + c_2 entropy(pi)                                PPO, Eq. 9
+
+PPO: Schulman et al. 2017, arXiv:1707.06347. GAE, which is [1]: Schulman et al. 2016, arXiv:1506.02438.
+
+Differs from the paper: advantages are normalised in each minibatch, long gradients are shortened, rewards are divided
+by a running deviation of the return, and a time limit is not a terminal state: the value of the observation at which an
+episode was cut off stands for the rest of it.
+
+Box actions are Gaussian in coordinates in which the box is [-1, 1]. The environment gets the sample clipped to its box;
+the log-probability is the unclipped sample's. Atari (ALE/...): greyscale 84 x 84, maximum of two frames, four frames an
+action, four stacked, up to 30 no-ops at the start, learning from the reward's sign; an episode is a game, not a life.
+
+    python algorithms/ppo.py --env-id LunarLander-v3
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "filelock>=3.20", "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2",
+#     "mujoco>=3.11,<3.12", "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1",
+#     "wandb>=0.31",
+# ]
+# ///
+
+import json
+import math
+import os
+import platform
+import random
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import BinaryIO, Literal, NoReturn
+
+import filelock
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "LunarLander-v3"  # a Gymnasium environment, or module:id for one that a module registers
+    seed: int = 1  # everything random follows from it
+    total_timesteps: int = 500_000  # environment transitions, summed over all environments
+    num_envs: int = 8  # environments stepped together
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    eval_frequency: int | None = None  # transitions between evaluations; None: a twentieth of the run
+    eval_episodes: int = 20  # episodes of an evaluation
+    checkpoint_frequency: int | None = None  # transitions between checkpoints; None: a tenth of the run
+    capture_video: bool = False  # film the first episode of each evaluation
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "plainrl"  # the project there
+    run_dir: str | None = None  # folder of the run; None: a new one in runs/
+    resume: bool = False  # continue the run in --run-dir with its own arguments
+    evaluate: bool = False  # only evaluate the model in --run-dir
+
+    learning_rate: float = 5e-4  # step size of the optimizer
+    anneal_lr: bool = True  # lower it linearly to 0
+    num_steps: int = 512  # steps of each environment in a batch
+    num_minibatches: int = 64  # parts of the batch, one gradient step each
+    update_epochs: int = 8  # passes over the batch
+    gamma: float = 0.999  # discount
+    gae_lambda: float = 0.98  # [1] lambda
+    clip_coef: float = 0.2  # [2] epsilon
+    vf_coef: float = 0.5  # [4] c_1
+    ent_coef: float = 0.0  # [4] c_2
+    max_grad_norm: float = 0.5  # longest gradient; longer ones are shortened to it
+    target_kl: float | None = None  # end the epochs once the policy has moved this far
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
+    norm_reward: bool = True  # divide rewards by the running deviation of the return
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop is A2C's
+    compile: bool = False  # compile the update: some 20 s once, faster from then on
+
+    def __post_init__(self) -> None:
+        check_common(self, gae_lambda=(0, 1))
+        batch_size = self.num_envs * self.num_steps
+        if batch_size % self.num_minibatches:
+            refuse(f"--num-minibatches {self.num_minibatches} must divide num_envs * num_steps = {batch_size}")
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows given to update, in buffers: saved with the model, frozen unless updated."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, rows: Tensor) -> None:  # (B, dim)
+        var, mean = torch.var_mean(rows, dim=0, correction=0)
+        self.count += len(rows)
+        share = (len(rows) / self.count).float()  # of these rows among all
+        delta = mean - self.mean
+        self.mean += share * delta
+        self.var += share * (var - self.var) + share * (1 - share) * delta**2  # Chan et al. 1979, Eq. 2.1
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:  # (B, inputs) -> (B, outputs)
+    hidden1, hidden2 = orthogonal(nn.Linear(inputs, 64)), orthogonal(nn.Linear(64, 64))
+    return nn.Sequential(hidden1, nn.Tanh(), hidden2, nn.Tanh(), orthogonal(nn.Linear(64, outputs), gain))
+
+
+class NatureCNN(nn.Sequential):
+    """The network of Mnih et al. 2015 up to its last hidden layer. Images are bytes until they get here."""
+
+    def __init__(self):
+        super().__init__(
+            orthogonal(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
+            nn.Flatten(), orthogonal(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 4, 84, 84) uint8 -> (B, 512)
+        return super().forward(images / 255)
+
+
+class CategoricalPolicy(nn.Module):
+    """Discrete and MultiDiscrete actions: one independent softmax for each of their K components (Discrete: K = 1)."""
+
+    def __init__(self, sizes: list[int], start: np.ndarray):
+        super().__init__()
+        self.sizes, self.start = sizes, start  # the environment counts from start, the network from 0
+        self.num_outputs = sum(sizes)
+
+    def sample(self, logits: Tensor) -> Tensor:  # (B, sum of sizes) -> (B, K)
+        return torch.cat([part.softmax(-1).multinomial(1) for part in logits.split(self.sizes, -1)], -1)
+
+    def mode(self, logits: Tensor) -> Tensor:  # (B, sum of sizes) -> (B, K)
+        return torch.stack([part.argmax(-1) for part in logits.split(self.sizes, -1)], -1)
+
+    def log_prob_and_entropy(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        log_prob, entropy = 0.0, 0.0  # both (B,): the sums over the independent components
+        for part, action in zip(logits.split(self.sizes, -1), actions.split(1, -1), strict=True):
+            log_probs = part.log_softmax(-1)
+            log_prob = log_prob + log_probs.gather(-1, action).squeeze(-1)
+            entropy = entropy - (log_probs.exp() * log_probs).sum(-1)
+        return log_prob, entropy
+
+    def to_env(self, actions: Tensor) -> np.ndarray:  # (B, K) -> (B, *action shape)
+        return actions.cpu().numpy().reshape(-1, *self.start.shape) + self.start
+
+
+class GaussianPolicy(nn.Module):
+    """Box actions: independent normal distributions for the D components, with deviations that no state changes."""
+
+    def __init__(self, low: np.ndarray, high: np.ndarray):
+        super().__init__()
+        self.low, self.high = low, high
+        bounded = np.isfinite(low) & np.isfinite(high)  # a component without bounds keeps its own coordinates
+        one = np.ones_like(low)
+        self.scale = (np.where(bounded, high, one) - np.where(bounded, low, -one)) / 2
+        self.center = (np.where(bounded, high, one) + np.where(bounded, low, -one)) / 2
+        self.num_outputs = low.size
+        self.log_std = nn.Parameter(torch.zeros(low.size))
+
+    def sample(self, mean: Tensor) -> Tensor:  # (B, D) -> (B, D)
+        return mean + self.log_std.exp() * torch.randn_like(mean)
+
+    def mode(self, mean: Tensor) -> Tensor:  # (B, D) -> (B, D)
+        return mean
+
+    def log_prob_and_entropy(self, mean: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) x 2 -> (B,) x 2
+        z = (actions - mean) / self.log_std.exp()
+        log_prob = (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return log_prob, entropy.expand_as(log_prob)
+
+    def to_env(self, actions: Tensor) -> np.ndarray:  # (B, D) -> (B, *action shape)
+        actions = self.center + self.scale * actions.cpu().numpy().reshape(-1, *self.low.shape)
+        return np.clip(actions, self.low, self.high)  # the log-probability stays that of the unclipped sample
+
+
+class ActorCritic(nn.Module):
+    """Policy and value network: separate for vectors, two heads on one Nature CNN for images."""
+
+    def __init__(self, obs_shape: tuple[int, ...], policy: CategoricalPolicy | GaussianPolicy, norm_obs: bool):
+        super().__init__()
+        self.policy = policy
+        self.return_stats = RunningMeanStd(1)
+        if len(obs_shape) == 3:
+            self.encoder = NatureCNN()
+            self.actor = orthogonal(nn.Linear(512, policy.num_outputs), 0.01)
+            self.critic = orthogonal(nn.Linear(512, 1), 1.0)
+        else:
+            self.encoder = RunningMeanStd(*obs_shape) if norm_obs else nn.Identity()
+            self.actor = mlp(*obs_shape, policy.num_outputs, 0.01)  # 0.01: nearly uniform at first
+            self.critic = mlp(*obs_shape, 1, 1.0)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, *obs_shape) -> what the policy is made of (B, num_outputs), values (B,)"""
+        features = self.encoder(obs)
+        return self.actor(features), self.critic(features).squeeze(-1)
+
+    @torch.inference_mode()
+    def sample(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, K or D)
+        return self.policy.sample(self.actor(self.encoder(obs)))
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """The likeliest action, without chance, for evaluation. (B, *obs_shape) -> (B, *action shape)"""
+        obs = torch.from_numpy(obs).to(self.return_stats.var.device)
+        return self.policy.to_env(self.policy.mode(self.actor(self.encoder(obs))))
+
+
+def make_agent(args: Args, env: gym.Env) -> ActorCritic:
+    space = env.action_space
+    if isinstance(space, gym.spaces.Discrete):
+        policy = CategoricalPolicy([int(space.n)], np.asarray(space.start))
+    elif isinstance(space, gym.spaces.MultiDiscrete):
+        policy = CategoricalPolicy(space.nvec.flatten().tolist(), space.start)
+    elif isinstance(space, gym.spaces.Box):
+        policy = GaussianPolicy(space.low, space.high)
+    else:
+        refuse(f"--env-id {args.env_id} acts in {space}; ppo.py knows Discrete, MultiDiscrete and Box")
+    return ActorCritic(env.observation_space.shape, policy, args.norm_obs)
+
+
+def gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    next_values: np.ndarray,  # of the states that the steps led to; values[t + 1] only where the episode went on
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> np.ndarray:
+    """Generalised advantage estimation over T steps of N environments; all arrays are (T, N).
+
+    A terminal state is worth nothing, the state at a time limit what the critic says. Behind both begins another
+    episode, from which nothing must flow back.
+    """
+    deltas = rewards + gamma * next_values * ~terminated - values  # [1]
+    goes_on = ~(terminated | truncated)
+    advantages = np.zeros_like(deltas)
+    advantage = np.zeros_like(deltas[0])
+    for t in reversed(range(len(rewards))):
+        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * goes_on[t] * advantage  # [1]
+    return advantages
+
+
+def discounted_sums(rewards: np.ndarray, ended: np.ndarray, carry: np.ndarray, gamma: float) -> np.ndarray:
+    """For each step the discounted sum of its episode's rewards so far, (T, N); carry (N,) is kept for the next batch.
+
+    PPO divides rewards by the deviation of these sums (Engstrom et al. 2020, arXiv:2005.12729, Section 3).
+    """
+    sums = np.zeros_like(rewards)
+    for t in range(len(rewards)):
+        carry[:] = sums[t] = gamma * carry + rewards[t]
+        carry[ended[t]] = 0
+    return sums
+
+
+def normalise(advantages: Tensor) -> Tensor:  # (B,) -> (B,), finite for B = 1 too
+    return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+
+
+def ppo_loss(
+    log_prob: Tensor,
+    entropy: Tensor,
+    values: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    clip_coef: float,
+    vf_coef: float,
+    ent_coef: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and its parts for the log. All tensors are (B,); the first three come from the network being trained."""
+    assert log_prob.shape == entropy.shape == values.shape == old_log_prob.shape == advantages.shape == returns.shape
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()  # [2], to be minimised
+    value_loss = (values - returns).square().mean()  # [3]
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy.mean()  # [4]
+    parts = {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx.html: never negative
+        "losses/clipfrac": (ratio != clipped).float().mean(),
+    }
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], args: Args) -> dict:
+    """Several epochs over a batch: observations, actions, old log-probabilities, advantages, returns, (B, ...) each."""
+    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
+    minibatch_size = args.num_envs * args.num_steps // args.num_minibatches
+    history = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(len(batch[0]), device=args.device)
+        for minibatch in zip(*(rows[order].split(minibatch_size) for rows in batch), strict=True):
+            obs, actions, old_log_prob, advantages, returns = minibatch
+            if args.norm_adv:
+                advantages = normalise(advantages)
+            outputs, values = agent(obs)
+            log_prob, entropy = agent.policy.log_prob_and_entropy(outputs, actions)
+            coefs = args.clip_coef, args.vf_coef, args.ent_coef
+            loss, parts = loss_function(log_prob, entropy, values, old_log_prob, advantages, returns, *coefs)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            history.append(parts)
+        if args.target_kl is not None and parts["losses/approx_kl"] > args.target_kl:
+            break
+    return {name: torch.stack([parts[name] for parts in history]).mean().item() for name in parts}
+
+
+def train(args: Args) -> None:
+    env = make_env(args.env_id)
+    args.device = choose_device(args.device, big_network=len(env.observation_space.shape) == 3)
+    torch.manual_seed(args.seed)
+    agent = make_agent(args, env).to(args.device)
+    if args.compile:
+        agent.compile()
+    if args.optimizer == "adam":
+        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    else:
+        optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
+    run = Run(args)
+    step = run.restore(model=agent, optimizer=optimizer)  # 0 in a new run
+
+    while step < args.total_timesteps:
+        # 1. After a checkpoint all episodes and all randomness begin anew: so a resumed run equals an unbroken one
+        if step == run.checkpoint_step:
+            envs, obs = make_envs(args, step)
+            episode_return, episode_length, discounted_sum = np.zeros((3, args.num_envs))
+
+        # 2. Act: T steps in N environments
+        batch_start, started = step, time.perf_counter()
+        num_steps = min(args.num_steps, (args.total_timesteps - step) // args.num_envs)  # the last batch may be shorter
+        observations = torch.empty((num_steps + 1, *obs.shape), dtype=torch.from_numpy(obs).dtype, device=args.device)
+        observations[0] = torch.from_numpy(obs)  # (T + 1, N, *obs_shape)
+        actions, cut_off = [], []
+        rewards = np.zeros((num_steps, args.num_envs))
+        terminated, truncated = np.zeros((2, num_steps, args.num_envs), dtype=bool)
+        for t in range(num_steps):
+            actions.append(agent.sample(observations[t]))
+            obs, rewards[t], terminated[t], truncated[t], infos = envs.step(agent.policy.to_env(actions[t]))
+            observations[t + 1] = torch.from_numpy(obs)  # of the next episode, where one has ended
+            step += args.num_envs
+            episode_return += rewards[t]
+            episode_length += 1
+            for i in np.flatnonzero(terminated[t] | truncated[t]):
+                episode = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
+                run.log(step, episode)
+                episode_return[i] = episode_length[i] = 0
+                if not terminated[t, i]:
+                    cut_off.append((t, i, infos["final_obs"][i]))
+
+        # 3. Look back: old log-probabilities, values, advantages
+        if args.env_id.startswith("ALE/"):
+            rewards = np.sign(rewards)
+        elif args.norm_reward:
+            sums = discounted_sums(rewards, terminated | truncated, discounted_sum, args.gamma)
+            agent.return_stats.update(torch.from_numpy(sums).float().view(-1, 1).to(args.device))
+            rewards = rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8)
+        actions = torch.cat(actions)  # (T * N, K or D)
+        with torch.no_grad():
+            outputs, values = agent(observations.flatten(0, 1))
+            old_log_prob, _ = agent.policy.log_prob_and_entropy(outputs[: len(actions)], actions)
+            values = values.view(num_steps + 1, args.num_envs).cpu().numpy()
+            next_values = values[1:].copy()
+            for t, i, final_obs in cut_off:
+                next_values[t, i] = agent(torch.from_numpy(final_obs[None]).to(args.device))[1].item()
+        advantages = gae(rewards, values[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
+        returns = advantages + values[:-1]  # [3]
+
+        # 4. Learn
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - batch_start / args.total_timesteps)
+        observations = observations[:-1].flatten(0, 1)  # (T * N, *obs_shape)
+        targets = torch.from_numpy(np.stack([advantages, returns])).float().flatten(1).to(args.device)  # (2, T * N)
+        metrics = update(agent, optimizer, (observations, actions, old_log_prob, *targets), args)
+        if args.norm_obs and isinstance(agent.encoder, RunningMeanStd):
+            agent.encoder.update(observations)  # not before: [2] compares policies that see the same input
+
+        # 5. Log, evaluate, save
+        metrics["losses/explained_variance"] = 1 - np.var(returns - values[:-1]) / (np.var(returns) + 1e-8)
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["charts/SPS"] = (step - batch_start) / (time.perf_counter() - started)
+        run.log(step, metrics)
+        if is_due(args.eval_frequency, batch_start, step, args):
+            run.log(step, evaluate(agent.act, args, name=f"step-{step}"))
+        if is_due(args.checkpoint_frequency, batch_start, step, args) or run.stop_signal:
+            run.save(step, model=agent, optimizer=optimizer)
+    run.finish("Done. To watch it:", "--evaluate --capture-video")
+
+
+# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+
+
+def refuse(message: object) -> NoReturn:
+    """A mistake of the user: one line that says what to do, and exit code 2."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_common(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default counts start at 1, others at 0. Fills in what other flags imply."""
+    ranges = {"seed": (0, math.inf), "gamma": (0, 1)} | ranges
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))
+        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
+            refuse(f"--{name.replace('_', '-')} is {value} but must be a finite number from {low} to {high}")
+    if args.total_timesteps % args.num_envs:
+        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
+    args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
+    args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
+
+
+def is_due(frequency: int, before: int, step: int, args: Args) -> bool:
+    """Whether a multiple of the frequency, or the end of the run, lies after before and not after step."""
+    return step // frequency > before // frequency or step == args.total_timesteps
+
+
+def parse_args() -> Args:
+    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
+    args = tyro.cli(Args, description=__doc__)
+    if not args.resume and not args.evaluate:
+        return args
+    path = Path(args.run_dir or refuse("--resume and --evaluate need --run-dir"), "config.json")
+    try:
+        config = json.loads(path.read_text())
+        script, saved = config["script"], dict(config["args"])
+    except OSError as error:
+        refuse(f"--run-dir {args.run_dir} holds no run ({error})")
+    except (ValueError, KeyError, TypeError) as error:
+        refuse(f"{path} is damaged ({error!r})")
+    if script != Path(__file__).stem:
+        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
+    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
+    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
+    merged = tyro.cli(Args, args=flags + sys.argv[1:])
+    for name in saved.keys() - {"run_dir", "resume", "device"}:
+        if args.resume and getattr(merged, name) != saved[name]:
+            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
+    return merged
+
+
+def choose_device(name: str, big_network: bool) -> str:
+    """auto takes a GPU if the network is big enough to repay the transfers; a small one gets one CPU thread."""
+    if name == "auto":
+        name = "cuda" if big_network and torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        refuse(f"--device {name} can't be used here, but cpu can ({str(error).splitlines()[0]})")
+    if not big_network:
+        torch.set_num_threads(1)
+    return name
+
+
+def make_env(env_id: str, film: bool = False) -> gym.Env:
+    """One environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
+    atari = {"frameskip": 1} if env_id.startswith("ALE/") else {}  # AtariPreprocessing skips frames itself
+    try:
+        if atari:
+            import ale_py  # registers the games
+
+            ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        env = gym.make(env_id, render_mode="rgb_array" if film else None, **atari)
+        if film:
+            env.reset()
+            env.render()
+    except Exception as error:  # unknown, outdated, not installed, not to be drawn on this machine: the message says it
+        refuse(f"--env-id {env_id}: {error}")
+    space = env.observation_space
+    if atari:
+        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
+    if space.dtype == np.uint8 and len(space.shape or ()) == 3 and space.shape[-1] == 3:
+        env = gym.wrappers.ResizeObservation(gym.wrappers.GrayscaleObservation(env), (84, 84))
+        return gym.wrappers.FrameStackObservation(env, 4)
+    if not space.is_np_flattenable:
+        refuse(f"--env-id {env_id} observes {space}, which can't be flattened into a vector")
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
+    return env if env.observation_space.dtype == np.float32 else gym.wrappers.DtypeObservation(env, np.float32)
+
+
+def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarray]:
+    """New environments and their first observations, (N, *obs_shape). Chance from here on follows from (seed, step)."""
+    *env_seeds, seed = np.random.SeedSequence(args.seed, spawn_key=(0, step)).generate_state(args.num_envs + 1).tolist()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    # SAME_STEP: the step that ends an episode returns the next one's first observation; its own last is in final_obs
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=same_step)
+    return envs, envs.reset(seed=env_seeds)[0]
+
+
+def evaluate(act: Callable[[np.ndarray], np.ndarray], args: Args, name: str) -> dict[str, float]:
+    """Plays the same eval_episodes episodes every time, each in its own environment; films the first under this name.
+
+    act: (B, *obs_shape) -> (B, *action shape). It draws nothing from the random streams of training.
+    """
+    seeds = np.random.SeedSequence(args.seed, spawn_key=(1,)).generate_state(args.eval_episodes).tolist()
+    envs = [make_env(args.env_id, film=args.capture_video and i == 0) for i in range(args.eval_episodes)]
+    if args.capture_video:
+        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", lambda _: True, name_prefix=name)
+    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+    returns, lengths = np.zeros((2, args.eval_episodes))
+    playing = list(range(args.eval_episodes))
+    while playing:
+        actions = act(np.stack([obs[i] for i in playing]))
+        for i, action in zip(playing.copy(), actions, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            lengths[i] += 1
+            if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
+                envs[i].close()
+                playing.remove(i)
+    summary = {"episodic_return": returns.mean(), "return_std": returns.std(), "episodic_length": lengths.mean()}
+    return {f"eval/{name}": value for name, value in summary.items()}
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Puts a whole new file in the place of the old one: no crash leaves a part of one."""
+    with open(f"{path}.tmp", "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads what torch.save wrote, data and never code, into the parts of the same names."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except FileNotFoundError:
+        refuse(f"{path} does not exist yet: the run was stopped before its first checkpoint")
+    except Exception as error:  # a damaged file can raise anything
+        refuse(f"{path} is damaged or of another script ({type(error).__name__}); delete it to begin anew")
+    return saved
+
+
+class Run:
+    """A run's folder: config.json, metrics.jsonl, checkpoint.pt, model.pt, videos/. W&B, if tracking, gets the rows."""
+
+    def __init__(self, args: Args):
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        args.run_dir = args.run_dir or f"runs/{re.sub('[/:]', '-', name)}"
+        self.args, self.dir = args, Path(args.run_dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            refuse(f"--run-dir {self.dir} is in use by another process")
+        if not args.resume:
+            self.write_config()
+        self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        self.checkpoint_step, self.started, self.stop_signal = 0, time.time(), None
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, self.ask_to_stop)
+        self.wandb = self.start_wandb() if args.track else None
+        print(f"{Path(__file__).name} on {args.env_id}, device {args.device}, run directory {self.dir}")
+        self.bar = tqdm(total=args.total_timesteps, unit=" steps", disable=None)
+
+    def write_config(self) -> None:
+        path = self.dir / "config.json"
+        if path.exists():
+            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
+        git = f"git -C '{Path(__file__).parent}' describe --always --abbrev=40 --exclude='*' --dirty"
+        status, commit = subprocess.getstatusoutput(git)
+        config = {
+            "script": Path(__file__).stem,
+            "args": asdict(self.args),
+            "command": sys.argv,
+            "commit": commit if status == 0 else None,  # with -dirty behind it if files differ from it
+            "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions()},
+            "hardware": f"{platform.platform()}, {os.cpu_count()} cores, {self.args.device}",
+            "wandb_id": secrets.token_hex(8),
+        }
+        write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
+
+    def start_wandb(self) -> object:
+        import wandb
+
+        args, config = self.args, json.loads((self.dir / "config.json").read_text())
+        run = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"], "resume": "allow"}
+        try:
+            run = wandb.init(dir=self.dir, config=config["args"], **run)
+        except wandb.Error as error:
+            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
+        run.define_metric("*", step_metric="global_step")
+        return run
+
+    def ask_to_stop(self, number: int, _frame: object) -> None:
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # the second time it does not wait for the loop
+
+    def restore(self, **parts: nn.Module | torch.optim.Optimizer) -> int:
+        """Loads the last checkpoint, if any, into the parts; returns its step. Rows written after it are dropped."""
+        checkpoint = {"step": 0, "seconds": 0, "metrics_bytes": 0}
+        if (self.dir / "checkpoint.pt").exists():
+            checkpoint = load_file(self.dir / "checkpoint.pt", **parts)
+        self.metrics.truncate(checkpoint["metrics_bytes"])
+        self.started -= checkpoint["seconds"]
+        self.checkpoint_step = checkpoint["step"]
+        self.bar.update(self.checkpoint_step)
+        return self.checkpoint_step
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Writes one row. NaN or infinity becomes null in it, and ends the run."""
+        row = {name: float(value) for name, value in row.items()}
+        broken = [name for name, value in row.items() if not math.isfinite(value)]
+        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row | dict.fromkeys(broken)
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        try:
+            if self.wandb:
+                self.wandb.log(row)
+        except Exception as error:  # W&B's troubles are not the run's
+            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
+            self.wandb = None
+        if broken:
+            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
+        if "eval/episodic_return" in row:
+            tqdm.write("step {global_step:>10,}: {eval/episodic_return:8.1f} +- {eval/return_std:.1f}".format(**row))
+        self.bar.update(step - self.bar.n)
+
+    def save(self, step: int, model: nn.Module, **parts: torch.optim.Optimizer) -> None:
+        """Writes checkpoint.pt and model.pt. Ends the program if a signal has asked for it."""
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
+        os.fsync(self.metrics.fileno())
+        checkpoint = {"step": step, "seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
+        checkpoint |= {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
+        write_file(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        write_file(self.dir / "model.pt", lambda file: torch.save({"model": checkpoint["model"]}, file))
+        self.checkpoint_step = step
+        if self.stop_signal:
+            self.finish(f"Stopped at step {step}. To continue:", "--resume")
+            raise SystemExit(128 + self.stop_signal)
+
+    def finish(self, news: str, flags: str) -> None:
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+        print(f"{news}\n    python {sys.argv[0]} --run-dir {self.dir} {flags}")
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+    sys.stdout.reconfigure(line_buffering=True)
+    args = parse_args()
+    try:
+        if not args.evaluate:
+            return train(args)
+        agent = make_agent(args, make_env(args.env_id)).to(choose_device(args.device, big_network=True))
+        load_file(Path(args.run_dir, "model.pt"), model=agent)
+        result = evaluate(agent.act, args, name="evaluation")
+        print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
+    except (FloatingPointError, OSError) as error:
+        print("error:", error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
