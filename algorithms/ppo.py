@@ -81,9 +81,9 @@ class Args:
     anneal_lr: bool = True  # lower it linearly to 0
     num_steps: int = 512  # steps of each environment in a batch
     num_minibatches: int = 64  # parts of the batch, one gradient step each
-    update_epochs: int = 8  # passes over the batch
+    update_epochs: int = 12  # passes over the batch
     gamma: float = 0.999  # discount
-    gae_lambda: float = 0.98  # [1] lambda
+    gae_lambda: float = 0.96  # [1] lambda
     clip_coef: float = 0.2  # [2] epsilon
     vf_coef: float = 0.5  # [4] c_1
     ent_coef: float = 0.0  # [4] c_2
@@ -344,7 +344,7 @@ def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Te
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id)
+    env = make_env(args.env_id, film=args.capture_video)
     args.device = choose_device(args.device, big_network=len(env.observation_space.shape) == 3)
     torch.manual_seed(args.seed)
     agent = make_agent(args, env).to(args.device)
@@ -678,6 +678,7 @@ class Run:
         self.bar.close()
         if self.wandb:
             self.wandb.finish()
+        self.lock.release()
         print(f"{news}\n    python {sys.argv[0]} --run-dir {self.dir} {flags}")
 
 

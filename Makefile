@@ -1,0 +1,49 @@
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format benchmark clean
+
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+export OMP_NUM_THREADS ?= 1
+
+# $(call environment,REQUIREMENTS): a virtual environment with them, by uv where it is installed, else by venv and pip
+define environment
+	@if command -v uv >/dev/null; then \
+		{ [ -x $(VENV)/bin/python ] || uv venv --quiet --python '>=3.11' $(VENV); } && \
+		uv pip install --quiet --python $(VENV)/bin/python $(foreach file,$(1),-r $(file)); \
+	else \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")' && \
+		{ [ -x $(VENV)/bin/pip ] || $(PYTHON) -m venv $(VENV); } && \
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(foreach file,$(1),-r $(file)); \
+	fi
+	@touch $@
+endef
+
+$(VENV)/scripts: requirements.txt
+	$(call environment,requirements.txt)
+
+$(VENV)/all: requirements.txt benchmark/requirements.txt
+	$(call environment,requirements.txt benchmark/requirements.txt)
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+train: $(VENV)/scripts ## learn to land a spacecraft; more flags in ARGS="--seed 2"
+	$(VENV)/bin/python algorithms/ppo.py --env-id LunarLander-v3 $(ARGS)
+
+test: $(VENV)/all ## all tests; some of them in ARGS="-k gae"
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/scripts ## style and mistakes that a machine sees
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/scripts ## mend the style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+benchmark: $(VENV)/all ## the smoke suite and its report; another in ARGS="--suite classic"
+	$(VENV)/bin/python benchmark/run.py $(or $(ARGS),--suite smoke)
+
+clean: ## remove the virtual environment and caches, not the runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,126 @@
+"""Every script stands alone, and what several scripts contain is the same to the letter."""
+
+import ast
+import re
+import tomllib
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+TREES = {path: ast.parse(path.read_text()) for path in SCRIPTS}
+each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+DIFFERS = {
+    "Args": "each algorithm has flags of its own; the common ones are compared below",
+    "train": "it is the algorithm's loop",
+    "update": "it is the algorithm's learning step",
+    "make_agent": "it names the spaces that the algorithm can act in",
+}
+COMMON_FLAGS = 14
+
+
+def test_there_are_scripts():
+    assert SCRIPTS
+
+
+def test_names_in_several_scripts_have_one_text():
+    texts = {}
+    for path, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                texts.setdefault(node.name, {}).setdefault(ast.get_source_segment(path.read_text(), node), []).append(
+                    path.stem
+                )
+    drifted = {name: list(variants.values()) for name, variants in texts.items() if len(variants) > 1}
+    assert set(drifted) <= set(DIFFERS), drifted
+
+
+def fields(tree):
+    args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    return [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]
+
+
+@each_script
+def test_imports_nothing_of_ours(path):
+    ours = {script.stem for script in SCRIPTS} | {"algorithms", "benchmark", "tests"}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & ours
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert node.module.split(".")[0] not in ours
+
+
+@each_script
+def test_common_flags_come_first_and_are_the_same(path):
+    lines = [
+        [line for line in p.read_text().splitlines() if re.match(rf"    ({'|'.join(fields(TREES[p]))}): ", line)]
+        for p in (SCRIPTS[0], path)
+    ]
+    first, this = (
+        [re.sub(r" = [^#]*#", " #", line) for line in part[:COMMON_FLAGS]] for part in lines
+    )  # defaults may differ
+    assert this == first
+
+
+@each_script
+def test_every_flag_is_read_and_every_read_is_a_flag(path):
+    read = {
+        node.attr
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute)
+        and (getattr(node.value, "id", "") in ("args", "self") or getattr(node.value, "attr", "") == "args")
+    }
+    from_args = {
+        node.attr
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args"
+    }
+    assert set(fields(TREES[path])) <= read
+    assert from_args <= set(fields(TREES[path]))
+
+
+@each_script
+def test_every_flag_has_its_help_beside_it(path):
+    for name in fields(TREES[path]):
+        assert re.search(rf"^    {name}: .* = .*  # \S", path.read_text(), re.MULTILINE), name
+
+
+@each_script
+def test_no_code_is_commented_out(path):
+    for line in path.read_text().splitlines():
+        comment = re.match(r"\s*# (.*)", line)
+        if comment and "///" not in line and not line.startswith("# "):
+            with pytest.raises(SyntaxError):
+                ast.parse(comment[1])
+
+
+def requirements(text):
+    return sorted(line.split("#")[0].strip() for line in text.splitlines() if line.split("#")[0].strip())
+
+
+@each_script
+def test_inline_dependencies_are_those_of_requirements_txt(path):
+    block = re.search(r"^# /// script\n((?:# .*\n|#\n)+)# ///$", path.read_text(), re.MULTILINE)[1]
+    inline = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    ours = requirements((ROOT / "requirements.txt").read_text().split("# What working on them needs")[0])
+    assert set(inline["dependencies"]) <= set(ours)
+    if "torch" in path.read_text():
+        assert sorted(inline["dependencies"]) == ours
+    assert inline["requires-python"] == ">=3.11"
+
+
+@each_script
+def test_equations_of_the_docstring_stand_in_the_code(path):
+    text = path.read_text()
+    numbers = set(re.findall(r"^    (\[\d\])", ast.get_docstring(TREES[path]), re.MULTILINE))
+    assert numbers
+    code = text.split('"""', 2)[2]
+    for number in numbers:
+        assert re.search(rf"# .*{re.escape(number)}", code), number
+
+
+@each_script
+def test_lines_fit_and_the_shared_part_is_ruled_off(path):
+    text = path.read_text()
+    assert text.count("# ---- Below this line every script is the same") == 1
+    assert text.rstrip().endswith('if __name__ == "__main__":\n    main()')

@@ -1,0 +1,673 @@
+"""The run contract: what every script promises of a run, its folder, its end, and its answers to mistakes."""
+
+import fcntl
+import gc
+import importlib
+import json
+import os
+import pickle
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, call, rows, start, timeless
+
+# The smallest run of each script that has several batches, evaluations and checkpoints
+TINY = {
+    "ppo": "--env-id CartPole-v1 --total-timesteps 2048 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2 "
+    "--eval-episodes 2 --eval-frequency 512 --checkpoint-frequency 512".split(),
+}
+# ... and of the environments in which a resumed run must equal an unbroken one
+RESUMED = [
+    ("ppo", "CartPole-v1", 8192, 1024),
+    ("ppo", "LunarLander-v3", 8192, 1024),
+    ("ppo", "HalfCheetah-v5", 4096, 512),
+    ("ppo", "ALE/Pong-v5", 512, 128),
+]
+SEEDED = ["ppo"]  # scripts whose flags are the common ones
+each_script = pytest.mark.parametrize("script", [path.stem for path in SCRIPTS])
+
+
+def weights(run_dir):
+    return torch.load(run_dir / "model.pt", weights_only=True)["model"]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs a script's command line inside this process: cli("ppo", "--seed", 2) -> (exit code, stdout, stderr)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script, *flags):
+        module = importlib.import_module(f"algorithms.{script}")
+        monkeypatch.setattr(sys, "argv", [f"algorithms/{script}.py", *map(str, flags)])
+        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+        capsys.readouterr()
+        try:
+            module.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        for (
+            number,
+            handler,
+        ) in handlers.items():  # they hold the run, and the run its folder's lock, as long as a process lives
+            signal.signal(number, handler)
+        gc.collect()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@each_script
+def test_a_run_folder_holds_all_it_should(script, cli, tmp_path):
+    code, out, err = cli(script, *TINY[script], "--seed", 7)
+    assert code == 0, err
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(rf"CartPole-v1__{script}__7__[\d-]+", run_dir.name)
+    assert {path.name for path in run_dir.iterdir()} <= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "model.pt",
+        ".lock",
+    }
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["script"] == script
+    assert config["args"]["seed"] == 7
+    assert config["args"]["device"] == "cpu"
+    assert config["command"][1:3] == TINY[script][:2]
+    assert torch.__version__.startswith(config["versions"]["torch"])
+    assert config["versions"]["gymnasium"] == gym.__version__
+    assert config["hardware"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (config["commit"] or "").removesuffix("-dirty") == commit
+    metrics = rows(run_dir)
+    assert all({"global_step", "time"} < row.keys() for row in metrics)
+    steps = [row["global_step"] for row in metrics]
+    assert steps == sorted(steps)
+    assert [row["global_step"] for row in metrics if "eval/episodic_return" in row] == [512, 1024, 1536, 2048]
+    for name in "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate":
+        assert any(name in row for row in metrics), name
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 2048
+    assert str(run_dir.relative_to(tmp_path)) in out
+    assert "--evaluate --capture-video" in out
+    assert "%|" not in err, "no progress bar where there is no terminal"
+
+
+@each_script
+def test_folders_of_runs_never_collide_and_have_safe_names(script, cli, tmp_path):
+    gym.register("space/CartPole-v1", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=9)
+    for _ in range(2):
+        assert cli(script, *TINY[script], "--env-id", "space/CartPole-v1", "--total-timesteps", 128)[0] == 0
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    assert all(folder.name.startswith("space-CartPole-v1__") for folder in folders)
+
+
+@each_script
+def test_same_seed_same_bits_in_fresh_processes_and_another_seed_another_run(script, tmp_path):
+    for name, seed in ("a", 1), ("b", 1), ("c", 2):
+        result = call(script, *TINY[script], "--seed", seed, "--run-dir", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    a, b, c = (tmp_path / name for name in "abc")
+    assert timeless(a) == timeless(b)
+    assert same(weights(a), weights(b))
+    assert timeless(a) != timeless(c)
+    assert not same(weights(a), weights(c))
+
+
+@each_script
+def test_watching_a_run_does_not_change_it(script, cli, tmp_path):
+    variants = {
+        "plain": [],
+        "often": ["--eval-frequency", 128, "--eval-episodes", 3],
+        "never": ["--eval-frequency", 10**9],
+        "filmed": ["--capture-video", "--eval-frequency", 1024],
+        "tracked": ["--track"],
+    }
+    for name, flags in variants.items():
+        code, _, err = cli(script, *TINY[script], "--run-dir", tmp_path / name, *flags)
+        assert code == 0, err
+    for name in variants:
+        assert same(weights(tmp_path / "plain"), weights(tmp_path / name)), name
+    assert rows(tmp_path / "never")[-1]["eval/episodic_return"] == rows(tmp_path / "plain")[-1]["eval/episodic_return"]
+    films = sorted(path.name for path in (tmp_path / "filmed" / "videos").glob("*.mp4"))
+    assert films == ["step-1024-episode-0.mp4", "step-2048-episode-0.mp4"]
+
+
+@each_script
+def test_offline_wandb_has_the_rows_of_metrics_jsonl(script, cli, tmp_path):
+    run_dir = tmp_path / "run"
+    assert cli(script, *TINY[script], "--run-dir", run_dir, "--track", "--wandb-project-name", "a-project")[0] == 0
+    (offline,) = (run_dir / "wandb").glob("offline-run-*")
+    wandb = Path(sys.executable).with_name("wandb")
+    out = subprocess.run(
+        [wandb, "leet", "inspect", "--json", offline], capture_output=True, text=True, check=True
+    ).stdout
+    records = [json.loads(line) for line in out.splitlines()]
+    (about,) = (record["run"] for record in records if record["type"] == "run")
+    assert about["project"] == "a-project"
+    assert about["config"]["update"]["total_timesteps"] == 2048
+    (metric,) = (record["metric"] for record in records if record["type"] == "metric")
+    assert metric["step_metric"] == "global_step"
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [{k: v for k, v in row.items() if k[0] != "_"} for row in history] == rows(run_dir)
+
+
+@pytest.mark.parametrize(("script", "env_id", "total", "checkpoint"), RESUMED)
+def test_killed_and_resumed_equals_unbroken(script, env_id, total, checkpoint, tmp_path):
+    flags = ["--env-id", env_id, "--total-timesteps", total, "--checkpoint-frequency", checkpoint, "--eval-frequency", total // 2,
+             "--eval-episodes", 1, "--num-envs", 2, "--num-steps", 64, "--num-minibatches", 2, "--update-epochs", 2]  # fmt: skip
+    if env_id != "ALE/Pong-v5":
+        flags += ["--norm-obs"]
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert call(script, *flags, "--run-dir", unbroken).returncode == 0
+    process = start(script, *flags, "--run-dir", killed)
+    rng = np.random.default_rng()
+    deaths = 0
+    while True:
+        goal = rng.uniform(0.2, 1.2) * total  # die somewhere, or not at all
+        while process.poll() is None and reached(killed) < goal:
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, process.stderr.read()
+        deaths += 1
+        if (killed / "config.json").exists():
+            process = start(script, "--run-dir", killed, "--resume")
+        else:
+            process = start(script, *flags, "--run-dir", killed)
+        if deaths == 3:
+            assert process.wait() == 0, process.stderr.read()
+            break
+    print("killed", deaths, "times")
+    assert timeless(killed) == timeless(unbroken)
+    assert same(weights(killed), weights(unbroken))
+
+
+def reached(run_dir):
+    """The step of the last whole row."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["global_step"]
+    except (FileNotFoundError, IndexError, ValueError):
+        return 0
+
+
+@each_script
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(script, number, code, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(
+        script, *TINY[script], "--total-timesteps", 10**6, "--checkpoint-frequency", 10**6, "--run-dir", run_dir
+    )
+    while process.poll() is None and reached(run_dir) < 1000:
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"--run-dir {run_dir} --resume" in out
+    assert "Traceback" not in err
+    before = rows(run_dir)
+    step = torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"]
+    assert step >= 1000
+    assert before[-1]["global_step"] == step
+    process = start(script, "--run-dir", run_dir, "--resume")
+    while process.poll() is None and reached(run_dir) < step + 1000:
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    after = rows(run_dir)
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
+    assert [row["time"] for row in after] == sorted(row["time"] for row in after), "the clock goes on where it stopped"
+
+
+@each_script
+def test_evaluate_repeats_the_last_evaluation_and_films_it(script, cli, tmp_path):
+    run_dir = tmp_path / "run"
+    assert cli(script, *TINY[script], "--run-dir", run_dir)[0] == 0
+    last = rows(run_dir)[-1]
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    code, out, err = cli(script, "--run-dir", run_dir, "--evaluate")
+    assert code == 0, err
+    assert f"eval/episodic_return {last['eval/episodic_return']:.2f}" in out
+    assert f"eval/return_std {last['eval/return_std']:.2f}" in out
+    assert "2 episodes" in out
+    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}, "evaluating changes nothing"
+    code, out, _ = cli(script, "--run-dir", run_dir, "--evaluate", "--capture-video", "--eval-episodes", 1)
+    assert code == 0
+    assert "1 episodes" in out
+    (film,) = (run_dir / "videos").glob("*.mp4")
+    frames = film_of(film)
+    assert len(frames) > 5
+    assert frames[0].std() > 5, "something is to be seen"
+    assert (frames[0] != frames[-1]).any(), "and it moves"
+
+
+def film_of(path):
+    from moviepy import VideoFileClip
+
+    with VideoFileClip(str(path)) as clip:
+        return list(clip.iter_frames())
+
+
+@each_script
+def test_resuming_a_finished_run_adds_nothing(script, cli, tmp_path):
+    run_dir = tmp_path / "run"
+    assert cli(script, *TINY[script], "--run-dir", run_dir)[0] == 0
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@each_script
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(script, cli, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for run_dir in whole, cut:
+        assert cli(script, *TINY[script], "--run-dir", run_dir)[0] == 0
+    (cut / "checkpoint.pt").unlink()
+    (cut / "model.pt").unlink()
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 99')  # half a row
+    assert cli(script, "--run-dir", cut, "--resume")[0] == 0
+    assert timeless(cut) == timeless(whole)
+
+
+PPO_CHANGES = {
+    "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024, "eval_episodes": 3,
+    "checkpoint_frequency": 1024, "capture_video": True, "learning_rate": 1e-3, "anneal_lr": False, "num_steps": 32,
+    "num_minibatches": 4, "update_epochs": 3, "gamma": 0.9, "gae_lambda": 0.5, "clip_coef": 0.01, "vf_coef": 0.1, "ent_coef": 0.1,
+    "max_grad_norm": 0.01, "target_kl": 1e-9, "norm_adv": False, "norm_obs": True, "norm_reward": False, "optimizer": "rmsprop",
+}  # fmt: skip
+ELSEWHERE = {
+    "device",
+    "track",
+    "wandb_project_name",
+    "run_dir",
+    "resume",
+    "evaluate",
+    "compile",
+}  # tested by themselves
+
+
+@pytest.mark.parametrize("name", PPO_CHANGES)
+def test_every_flag_of_ppo_is_recorded_and_changes_something(name, cli, tmp_path):
+    value = PPO_CHANGES[name]
+    flag = name.replace("_", "-")
+    given = [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", value]
+    base = [*TINY["ppo"], "--total-timesteps", 512, "--checkpoint-frequency", 256, "--eval-frequency", 256]
+    for run_dir, flags in ("base", []), ("changed", given):
+        code, _, err = cli("ppo", *base, *flags, "--run-dir", tmp_path / run_dir)
+        assert code == 0, err
+    config = json.loads((tmp_path / "changed" / "config.json").read_text())
+    assert config["args"][name] == value
+    traces = [
+        (timeless(tmp_path / run_dir), sorted(path.name for path in (tmp_path / run_dir).iterdir()))
+        for run_dir in ("base", "changed")
+    ]
+    assert traces[0] != traces[1]
+
+
+def test_no_flag_of_ppo_is_left_out():
+    from algorithms import ppo
+
+    assert set(PPO_CHANGES) | ELSEWHERE == set(ppo.Args.__dataclass_fields__)
+
+
+class Odd(gym.Env):
+    """An environment with the spaces that it is given."""
+
+    def __init__(self, observation_space, action_space, render_mode=None):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return (
+            self.observation_space.sample(),
+            float("nan") if self.observation_space.shape == (7,) else 0.0,
+            True,
+            False,
+            {},
+        )
+
+
+BOX, DISCRETE = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(2)
+for name, spaces in {
+    "Sequence": (gym.spaces.Sequence(DISCRETE), DISCRETE),
+    "Graph": (gym.spaces.Graph(BOX, None), DISCRETE),
+    "MultiBinaryAction": (BOX, gym.spaces.MultiBinary(3)),
+    "TupleAction": (BOX, gym.spaces.Tuple([DISCRETE, BOX])),
+    "NaN": (gym.spaces.Box(-1, 1, (7,)), DISCRETE),
+}.items():
+    gym.register(f"Odd{name}-v0", Odd, disable_env_checker=True,
+                 kwargs={"observation_space": spaces[0], "action_space": spaces[1]})  # fmt: skip
+
+MISTAKES = {  # flags: words that the one line must contain
+    "--env-id CartPol-v1": "Did you mean: `CartPole`",
+    "--env-id LunarLander-v2": "LunarLander-v3",
+    "--env-id Taxi-v3": "Taxi-v4",
+    "--env-id CartPole-v7": "v1",
+    "--env-id nowhere:Thing-v0": "nowhere",
+    "--env-id not/there-v0": "not",
+    "--env-id spaces in it": None,
+    "--env-id OddSequence-v0": "Sequence",
+    "--env-id OddGraph-v0": "Graph",
+    "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+    "--env-id OddTupleAction-v0": "Tuple",
+    "--env-id GymV26Environment-v0": "install",
+    "--learning-rate -1": "--learning-rate",
+    "--learning-rate nan": "--learning-rate",
+    "--learning-rate inf": "--learning-rate",
+    "--learning-rate fast": "--learning-rate",
+    "--learning-rat 1": "--learning-rate",
+    "--gamma 1.5": "--gamma",
+    "--gamma -0.1": "--gamma",
+    "--total-timesteps 0": "--total-timesteps",
+    "--total-timesteps -5": "--total-timesteps",
+    "--total-timesteps 1e5": "--total-timesteps",
+    "--total-timesteps 2047": "--num-envs",
+    "--num-envs 0": "--num-envs",
+    "--seed -1": "--seed",
+    "--seed 1.5": "--seed",
+    "--eval-episodes 0": "--eval-episodes",
+    "--eval-frequency 0": "--eval-frequency",
+    "--checkpoint-frequency 0": "--checkpoint-frequency",
+    "--device cuda:99": "cpu",
+    "--device tpu": "cpu",
+    "--resume": "--run-dir",
+    "--evaluate": "--run-dir",
+    "--resume --run-dir nothing-here": "nothing-here",
+    "--evaluate --run-dir nothing-here": "nothing-here",
+    "--unknown-flag": "--unknown-flag",
+    "stray": "stray",
+}
+MISTAKES_OF = {
+    "ppo": {
+        "--num-minibatches 3": "--num-minibatches",
+        "--num-minibatches 0": "--num-minibatches",
+        "--num-steps 0": "--num-steps",
+        "--update-epochs 0": "--update-epochs",
+        "--gae-lambda 1.1": "--gae-lambda",
+        "--clip-coef -0.2": "--clip-coef",
+        "--ent-coef -1": "--ent-coef",
+        "--vf-coef -1": "--vf-coef",
+        "--max-grad-norm -1": "--max-grad-norm",
+        "--target-kl -1": "--target-kl",
+        "--target-kl x": "--target-kl",
+        "--optimizer sgd": "adam",
+        "--anneal-lr maybe": "maybe",
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "word"),
+    [(path.stem, flags, word) for path in SCRIPTS for flags, word in (MISTAKES | MISTAKES_OF[path.stem]).items()],
+)
+def test_a_mistake_gets_a_clear_answer_and_exit_code_2(script, flags, word, cli, tmp_path):
+    code, out, err = cli(script, *TINY[script], *flags.replace("spaces in it", "spaces_in_it").split(" "))
+    assert code == 2, (out, err)
+    assert "Traceback" not in err
+    assert (word or "") in err
+    if not re.search("For full helptext", err):  # the parser of the command line adds the flag's help to its line
+        assert err.count("\n") == 1
+        assert err.startswith("error: ")
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@each_script
+def test_help_explains_itself_and_every_flag(script):
+    result = call(script, "--help")
+    assert result.returncode == 0
+    flags = importlib.import_module(f"algorithms.{script}").Args.__dataclass_fields__
+    for name in flags:
+        assert f"--{name.replace('_', '-')}" in result.stdout
+    assert "arXiv" in result.stdout
+
+
+@pytest.fixture
+def finished(cli, tmp_path):
+    """A finished run of a script."""
+
+    def make(script):
+        run_dir = tmp_path / "run"
+        assert cli(script, *TINY[script], "--run-dir", run_dir)[0] == 0
+        return run_dir
+
+    return make
+
+
+@each_script
+def test_a_folder_with_a_run_is_not_overwritten(script, cli, finished):
+    run_dir = finished(script)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    code, _, err = cli(script, *TINY[script], "--run-dir", run_dir)
+    assert code == 2
+    assert "--resume" in err
+    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
+
+
+@each_script
+def test_a_resumed_run_keeps_its_arguments(script, cli, finished):
+    run_dir = finished(script)
+    for flags in ["--gamma", 0.5], ["--seed", 3], ["--total-timesteps", 4096]:
+        code, _, err = cli(script, "--run-dir", run_dir, "--resume", *flags)
+        assert code == 2
+        assert flags[0] in err
+    assert cli(script, "--run-dir", run_dir, "--resume", "--seed", 1, "--device", "cpu")[0] == 0, (
+        "the same is no change"
+    )
+
+
+@each_script
+def test_a_folder_in_use_is_refused(script, cli, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(script, *TINY[script], "--total-timesteps", 10**6, "--run-dir", run_dir)
+    while process.poll() is None and not (run_dir / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    code, _, err = cli(script, "--run-dir", run_dir, "--resume")
+    process.kill()
+    process.communicate()
+    assert code == 2
+    assert "in use" in err
+
+
+@each_script
+def test_a_folder_of_another_script_is_refused(script, cli, finished):
+    run_dir = finished(script)
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"script": "zzz"}))
+    for action in "--resume", "--evaluate":
+        code, _, err = cli(script, "--run-dir", run_dir, action)
+        assert code == 2
+        assert "zzz.py" in err
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@each_script
+@pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "code", "another model"])
+def test_a_damaged_checkpoint_is_refused_and_stays_as_it_is(script, damage, cli, finished):
+    run_dir = finished(script)
+    for name, action in ("checkpoint.pt", "--resume"), ("model.pt", "--evaluate"):
+        path = run_dir / name
+        whole = path.read_bytes()
+        if damage == "code":
+            path.write_bytes(pickle.dumps(Bomb()))
+        elif damage == "another model":
+            torch.save({"model": {"weight": torch.zeros(2)}}, path)
+        else:
+            path.write_bytes({"cut short": whole[: len(whole) // 2], "empty": b"", "garbage": b"x" * 999}[damage])
+        before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+        code, _, err = cli(script, "--run-dir", run_dir, action)
+        assert code == 2, err
+        assert name in err
+        assert "Traceback" not in err
+        assert not Path("exploded").exists(), "no code was run"
+        assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
+        path.write_bytes(whole)
+
+
+@each_script
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (lambda text: text[: len(text) // 2], "config.json"),
+        (lambda text: "[]", "config.json"),
+        (lambda text: text.replace('"learning_rate": ', '"learning_rate": "high", "old": '), None),
+        (lambda text: re.sub(r'"learning_rate": [\d.e-]+', '"learning_rate": -1', text), "learning-rate"),
+        (lambda text: re.sub(r'"seed": \d+', '"sed": 1', text), "sed"),
+    ],
+)
+def test_a_config_damaged_by_hand_is_refused(script, edit, word, cli, finished):
+    run_dir = finished(script)
+    path = run_dir / "config.json"
+    path.write_text(edit(path.read_text()))
+    code, _, err = cli(script, "--run-dir", run_dir, "--resume")
+    assert code == 2
+    assert (word or "") in err
+    assert "Traceback" not in err
+
+
+@each_script
+def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_last_checkpoint(script, cli, tmp_path, monkeypatch):
+    module = importlib.import_module(f"algorithms.{script}")
+    run_dir, fsync, calls = tmp_path / "run", os.fsync, []
+
+    def full(descriptor):
+        calls.append(1)
+        if len(calls) > 5:  # config.json, then metrics, checkpoint and model at each checkpoint
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = cli(script, *TINY[script], "--run-dir", run_dir)
+    assert code == 1
+    assert err.strip() == "error: [Errno 28] No space left on device"
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert module.load_file(run_dir / "checkpoint.pt")["step"] == 512
+    assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
+    assert cli(script, *TINY[script], "--run-dir", tmp_path / "unbroken")[0] == 0
+    assert timeless(run_dir) == timeless(tmp_path / "unbroken")
+
+
+@each_script
+def test_a_folder_that_cannot_be_written_is_one_line(script, cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = cli(script, *TINY[script], "--run-dir", tmp_path / "file" / "run")
+    assert code == 1
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SEEDED)
+def test_nan_ends_the_run_and_spares_the_last_checkpoint(script, cli, tmp_path, monkeypatch):
+    code, _, err = cli(script, *TINY[script], "--env-id", "OddNaN-v0", "--run-dir", tmp_path / "reward")
+    assert code == 1
+    assert "NaN" in err
+    assert "charts/episodic_return" in err
+    assert rows(tmp_path / "reward")[-1]["charts/episodic_return"] is None
+    module = importlib.import_module(f"algorithms.{script}")
+    save, saves = module.Run.save, []
+
+    def poisoned(self, step, model, **parts):
+        saves.append(step)
+        if len(saves) == 2:
+            with torch.no_grad():
+                next(model.parameters())[0] = torch.nan
+        save(self, step, model, **parts)
+
+    monkeypatch.setattr(module.Run, "save", poisoned)
+    code, _, err = cli(script, *TINY[script], "--run-dir", tmp_path / "weight")
+    assert code == 1
+    assert "NaN" in err
+    assert module.load_file(tmp_path / "weight" / "checkpoint.pt")["step"] == 512
+
+
+@each_script
+def test_wandb_that_fails_in_mid_run_does_not_stop_it(script, cli, tmp_path, monkeypatch):
+    import wandb
+
+    calls, log = [], wandb.Run.log
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise ConnectionError("the line is dead")
+        log(self, *args, **kwargs)
+
+    monkeypatch.setattr(wandb.Run, "log", failing)
+    code, _, err = cli(script, *TINY[script], "--track", "--run-dir", tmp_path / "tracked")
+    assert code == 0
+    assert err.count("the line is dead") == 1
+    assert cli(script, *TINY[script], "--run-dir", tmp_path / "plain")[0] == 0
+    assert timeless(tmp_path / "tracked") == timeless(tmp_path / "plain")
+
+
+@each_script
+def test_wandb_that_cannot_start_is_one_line(script, cli, monkeypatch):
+    import wandb
+
+    def fail(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    code, _, err = cli(script, *TINY[script], "--track")
+    assert code == 2
+    assert "No API key" in err
+    assert "WANDB_MODE=offline" in err
+
+
+@each_script
+def test_a_film_that_cannot_be_made_is_one_line_before_the_run(script, cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.render", lambda self: 1 / 0)
+    code, _, err = cli(script, *TINY[script], "--capture-video", "--run-dir", tmp_path / "run")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@each_script
+def test_a_terminal_shows_progress(script, tmp_path):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, ROOT / "algorithms" / f"{script}.py", *TINY[script], "--run-dir", tmp_path / "run"]
+    process = subprocess.Popen(command, stdout=follower, stderr=follower)
+    os.close(follower)
+    shown = b""
+    while select.select([leader], [], [], 60)[0]:
+        try:
+            shown += os.read(leader, 65536)
+        except OSError:  # the other side is closed
+            break
+    assert process.wait() == 0
+    assert b"%|" in shown
+    assert b"2048/2048" in shown
+    assert b"steps/s" in shown

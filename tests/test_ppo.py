@@ -1,0 +1,511 @@
+"""ppo.py against oracles written from the papers, hand-made trajectories, and environments with known answers."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import rows, timeless
+
+from algorithms import ppo
+
+TINY = {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "eval_episodes": 1, "device": "cpu"}
+
+
+class Counter(gym.Env):
+    """Observes step + 100 * episode; its n-th episode lasts LENGTHS[n % 3] steps and ends as ENDS[n % 3] says."""
+
+    LENGTHS, ENDS = (3, 2, 4), ("terminated", "truncated", "truncated")
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    made = []
+
+    def __init__(self, render_mode=None):
+        self.episode, self.t, self.steps = -1, 0, 0
+        self.made.append(self)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return np.array([100.0 * self.episode], np.float32), {}
+
+    def step(self, action):
+        self.t, self.steps = self.t + 1, self.steps + 1
+        over = self.t == self.LENGTHS[self.episode % 3]
+        end = self.ENDS[self.episode % 3]
+        obs = np.array([self.t + 100.0 * self.episode], np.float32)
+        return obs, float(self.t), over and end == "terminated", over and end == "truncated", {}
+
+
+class Bandit(gym.Env):
+    """One step; arm a of three pays a."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), float(action), True, False, {}
+
+
+class Chain(gym.Env):
+    """Four states in a row, one-hot; whatever the action, the next one follows, and leaving the last one pays 1."""
+
+    observation_space = gym.spaces.Discrete(4)
+    action_space = gym.spaces.MultiDiscrete([2, 3])
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = 0
+        return self.state, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.state += 1
+        return min(self.state, 3), float(self.state == 4), self.state == 4, False, {}
+
+
+class Target(gym.Env):
+    """One step in an asymmetric box: the closer to the point, the better."""
+
+    POINT = np.array([[2.0], [-4.0]])
+    observation_space = gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Tuple([gym.spaces.Box(0, 1, (2, 2))]))
+    action_space = gym.spaces.Box(np.array([[-1.0], [-5.0]]), np.array([[3.0], [0.0]]), dtype=np.float32)
+    received = []
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"a": 0, "b": (np.zeros((2, 2), np.float32),)}, {}
+
+    def step(self, action):
+        self.received.append(action)
+        return (
+            {"a": 0, "b": (np.zeros((2, 2), np.float32),)},
+            -float(((action - self.POINT) ** 2).sum()),
+            True,
+            False,
+            {},
+        )
+
+
+for env in Counter, Bandit, Chain, Target:
+    gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)
+
+
+def weights(run_dir):
+    return torch.load(run_dir / "model.pt", weights_only=True)["model"]
+
+
+def random_batch(steps=40, envs=3, seed=0):
+    rng = np.random.default_rng(seed)
+    rewards, values, next_values = rng.normal(size=(3, steps, envs))
+    terminated, truncated = rng.random((2, steps, envs)) < 0.15
+    return rewards, values, next_values, terminated, truncated
+
+
+def advantages_by_definition(rewards, values, next_values, terminated, truncated, gamma, lam):
+    """The sum of (gamma lambda)^l delta_t+l up to the end of the episode, term by term."""
+    result = np.zeros_like(rewards)
+    for t, i in np.ndindex(*rewards.shape):
+        for k in range(t, len(rewards)):
+            future = 0.0 if terminated[k, i] else gamma * next_values[k, i]
+            result[t, i] += (gamma * lam) ** (k - t) * (rewards[k, i] + future - values[k, i])
+            if terminated[k, i] or truncated[k, i]:
+                break
+    return result
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 0.0), (0.97, 1.0), (1.0, 0.5)])
+def test_gae_is_the_sum_that_defines_it(gamma, lam):
+    batch = random_batch()
+    np.testing.assert_allclose(ppo.gae(*batch, gamma, lam), advantages_by_definition(*batch, gamma, lam), atol=1e-12)
+
+
+def test_gae_with_lambda_1_is_monte_carlo_and_with_lambda_0_is_td():
+    rewards, values, next_values, terminated, truncated = random_batch()
+    returns = ppo.gae(rewards, values, next_values, terminated, truncated, 0.9, 1.0) + values
+    deltas = rewards + 0.9 * next_values * ~terminated - values
+    np.testing.assert_allclose(ppo.gae(rewards, values, next_values, terminated, truncated, 0.9, 0.0), deltas)
+    # Monte Carlo needs consistent values inside an episode: next_values[t] = values[t + 1] unless it ends there
+    ended = terminated | truncated
+    next_values[:-1] = np.where(ended[:-1], next_values[:-1], values[1:])
+    returns = ppo.gae(rewards, values, next_values, terminated, truncated, 0.9, 1.0) + values
+    for i in range(rewards.shape[1]):
+        expected = next_values[-1, i]
+        for t in reversed(range(len(rewards))):
+            if ended[t, i]:
+                expected = next_values[t, i]
+            expected = rewards[t, i] + 0.9 * expected * (not terminated[t, i])
+            assert returns[t, i] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("end", ["terminated", "truncated"])
+def test_an_end_inside_a_batch_separates_it_into_its_episodes(end):
+    rewards, values, next_values, *_ = random_batch(steps=10, envs=2)
+    terminated, truncated = np.zeros((2, 10, 2), dtype=bool)
+    {"terminated": terminated, "truncated": truncated}[end][3, 0] = True  # only environment 0, after step 3
+    batch = (rewards, values, next_values, terminated, truncated)
+    whole = ppo.gae(*batch, 0.9, 0.8)
+    parts = [ppo.gae(*(x[rows, :1] for x in batch), 0.9, 0.8) for rows in (slice(0, 4), slice(4, 10))]
+    np.testing.assert_allclose(whole[:, :1], np.concatenate(parts))
+    np.testing.assert_allclose(whole[:, 1:], ppo.gae(*(x[:, 1:] for x in batch), 0.9, 0.8))
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What train hands to gae and to update, with a critic that values an observation at itself."""
+    seen, make_agent, gae, update = {"gae": [], "update": []}, ppo.make_agent, ppo.gae, ppo.update
+
+    def make(args, env):
+        agent = make_agent(args, env)
+        agent.critic = torch.nn.Identity()
+        return agent
+
+    monkeypatch.setattr(ppo, "make_agent", make)
+    monkeypatch.setattr(ppo, "gae", lambda *batch: (seen["gae"].append(batch), gae(*batch))[1])
+    monkeypatch.setattr(
+        ppo, "update", lambda a, o, batch, args: (seen["update"].append(batch), update(a, o, batch, args))[1]
+    )
+    return seen
+
+
+def test_what_reaches_the_loss_is_what_happened(recorded):
+    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=10, num_envs=1, gamma=0.5, gae_lambda=0, norm_reward=False,
+                       **TINY | {"num_steps": 10, "num_minibatches": 1}))  # fmt: skip
+    observations, *_, advantages, returns = recorded["update"][0]
+    #           terminated at 3    truncated at 102  truncated at 204            cut by the end of the batch
+    seen =     [0,   1,   2,       100, 101,         200, 201, 202, 203,         300]  # fmt: skip
+    led_to =   [1,   2,   np.nan,  101, 102,         201, 202, 203, 204,         301]  # fmt: skip
+    rewards =  [1,   2,   3,       1,   2,           1,   2,   3,   4,           1]  # fmt: skip
+    targets = np.array(rewards) + 0.5 * np.nan_to_num(led_to)
+    np.testing.assert_array_equal(observations[:, 0], seen)
+    np.testing.assert_allclose(returns, targets)
+    np.testing.assert_allclose(advantages, targets - seen)
+
+
+def test_rewards_are_scaled_by_the_deviation_of_sums_that_restart_with_each_episode(recorded):
+    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=16, num_envs=1, gamma=0.5, checkpoint_frequency=16,
+                       **TINY | {"num_steps": 8}))  # fmt: skip
+    sums = [[1, 2.5, 4.25, 1, 2.5, 1, 2.5, 4.25], [6.125, 1, 2.5, 4.25, 1, 2.5, 1, 2.5]]  # episode 2 spans both batches
+    plain = [[1, 2, 3, 1, 2, 1, 2, 3], [4, 1, 2, 3, 1, 2, 1, 2]]
+    for batch, n in zip(recorded["gae"], (1, 2), strict=True):
+        np.testing.assert_allclose(batch[0][:, 0], plain[n - 1] / np.std(np.concatenate(sums[:n])), rtol=1e-5)
+
+
+def test_discounted_sums_restart_after_both_kinds_of_end():
+    rewards = np.ones((4, 2))
+    ended = np.array([[0, 0], [1, 0], [0, 0], [0, 1]], dtype=bool)
+    carry = np.array([0.0, 2.0])
+    sums = ppo.discounted_sums(rewards, ended, carry, gamma=0.5)
+    np.testing.assert_allclose(sums, [[1, 2], [1.5, 2], [1, 2], [1.5, 2]])
+    np.testing.assert_allclose(carry, [1.5, 0])
+
+
+def loss_of(log_prob, old_log_prob, advantages, entropy=None, values=None, returns=None, clip=0.2, vf=0.0, ent=0.0):
+    zeros = torch.zeros_like(advantages)
+    entropy, values, returns = (zeros if x is None else x for x in (entropy, values, returns))
+    return ppo.ppo_loss(log_prob, entropy, values, old_log_prob, advantages, returns, clip, vf, ent)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective"),
+    [(1.5, 2, 2.4), (1.5, -2, -3), (0.5, 2, 1), (0.5, -2, -1.6), (1.1, 2, 2.2), (0.9, -2, -1.8)],
+)
+def test_clipped_objective_by_hand(ratio, advantage, objective):
+    loss, parts = loss_of(torch.tensor([ratio]).log(), torch.zeros(1), torch.tensor([float(advantage)]))
+    assert loss.item() == pytest.approx(-objective)
+    assert parts["losses/clipfrac"].item() == (ratio in (1.5, 0.5))
+    assert parts["losses/approx_kl"].item() == pytest.approx(ratio - 1 - np.log(ratio), abs=1e-6)
+
+
+def test_gradient_flows_where_the_objective_is_not_clipped():
+    for ratio, advantage, flows in (1.5, 2, False), (1.5, -2, True), (0.5, 2, True), (0.5, -2, False), (1.0, 2, True):
+        log_prob = torch.tensor([ratio]).log().requires_grad_()
+        loss_of(log_prob, torch.zeros(1), torch.tensor([float(advantage)]))[0].backward()
+        assert log_prob.grad.item() == pytest.approx(-ratio * advantage if flows else 0)
+
+
+def test_loss_is_its_three_terms_and_the_mean_over_its_rows():
+    torch.manual_seed(0)
+    log_prob, old, advantages, entropy, values, returns = torch.randn(6, 32)
+    loss, parts = loss_of(log_prob, old, advantages, entropy, values, returns, vf=0.7, ent=0.3)
+    expected = parts["losses/policy_loss"] + 0.7 * ((values - returns) ** 2).mean() - 0.3 * entropy.mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    columns = (log_prob, old, advantages, entropy, values, returns)
+    singles = [loss_of(*(x[i : i + 1] for x in columns), vf=0.7, ent=0.3)[0].item() for i in range(32)]
+    assert loss.item() == pytest.approx(np.mean(singles), rel=1e-5)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(AssertionError):
+        loss_of(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4))
+
+
+def test_advantages_are_normalised_and_a_single_one_stays_finite():
+    advantages = ppo.normalise(torch.tensor([1.0, 2.0, 3.0, 10.0]))
+    assert advantages.mean().item() == pytest.approx(0, abs=1e-6)
+    assert advantages.std(correction=0).item() == pytest.approx(1, rel=1e-5)
+    assert ppo.normalise(torch.tensor([5.0])).item() == 0
+
+
+def test_categorical_policy_against_torch_distributions():
+    torch.manual_seed(0)
+    policy, logits = ppo.CategoricalPolicy([2, 5], np.array([0, -3])), torch.randn(7, 7)
+    actions = policy.sample(logits)
+    parts = [torch.distributions.Categorical(logits=part) for part in logits.split([2, 5], -1)]
+    log_prob, entropy = policy.log_prob_and_entropy(logits, actions)
+    torch.testing.assert_close(log_prob, sum(part.log_prob(actions[:, k]) for k, part in enumerate(parts)))
+    torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
+    assert torch.equal(policy.mode(logits), torch.stack([part.probs.argmax(-1) for part in parts], -1))
+    np.testing.assert_array_equal(policy.to_env(actions), actions.numpy() + [0, -3])
+    many = policy.sample(logits[:1].expand(20_000, -1))
+    for k, part in enumerate(parts):
+        frequencies = torch.bincount(many[:, k], minlength=len(part.probs[0])) / 20_000
+        torch.testing.assert_close(frequencies, part.probs[0], atol=0.015, rtol=0)
+
+
+def test_gaussian_policy_against_torch_distributions():
+    torch.manual_seed(0)
+    policy, mean = ppo.GaussianPolicy(np.full(3, -1.0), np.full(3, 1.0)), torch.randn(7, 3)
+    policy.log_std.data = torch.tensor([-1.0, 0.0, 0.5])
+    actions = policy.sample(mean)
+    normal = torch.distributions.Normal(mean, policy.log_std.exp())
+    log_prob, entropy = policy.log_prob_and_entropy(mean, actions)
+    torch.testing.assert_close(log_prob, normal.log_prob(actions).sum(-1))
+    torch.testing.assert_close(entropy, normal.entropy().sum(-1))
+    many = policy.sample(mean[:1].expand(50_000, -1))
+    torch.testing.assert_close(many.mean(0), mean[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(many.std(0), policy.log_std.exp(), atol=0.03, rtol=0)
+    assert torch.equal(policy.mode(mean), mean)
+
+
+def test_box_bounds_are_mapped_to_plus_minus_one_and_respected():
+    low, high = np.array([-1.0, 0.0, -5.0, -np.inf]), np.array([3.0, 10.0, 0.0, np.inf])
+    policy = ppo.GaussianPolicy(low, high)
+    for value, expected in (0, (1, 5, -2.5, 0)), (1, (3, 10, 0, 1)), (-1, (-1, 0, -5, -1)), (9, (3, 10, 0, 9)):
+        np.testing.assert_allclose(policy.to_env(torch.full((1, 4), float(value)))[0], expected)
+    # the density of the unclipped sample integrates to one
+    grid = torch.linspace(-8, 8, 2001).unsqueeze(-1)
+    one = ppo.GaussianPolicy(low[:1], high[:1])
+    log_prob, _ = one.log_prob_and_entropy(torch.zeros_like(grid), grid)
+    assert torch.trapezoid(log_prob.exp(), grid[:, 0]).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_running_statistics_equal_those_of_all_rows_at_once():
+    torch.manual_seed(0)
+    data = torch.randn(1000, 3) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 100.0, -3.0])
+    stats = ppo.RunningMeanStd(3)
+    for rows_ in data.split([1, 9, 490, 500]):
+        stats.update(rows_)
+    torch.testing.assert_close(stats.mean, data.mean(0))
+    torch.testing.assert_close(stats.var, data.var(0, correction=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(stats(data).std(0, correction=0), torch.ones(3), rtol=1e-3, atol=1e-3)
+
+
+def test_normaliser_is_saved_shared_by_all_environments_and_moves_only_after_the_epochs(
+    recorded, tmp_path, monkeypatch
+):
+    moves, update = [], ppo.RunningMeanStd.update
+    monkeypatch.setattr(ppo.RunningMeanStd, "update", lambda self, data: (moves.append(data), update(self, data)))
+    args = ppo.Args(env_id="Counter-v0", total_timesteps=64, num_envs=2, norm_obs=True, norm_reward=False, checkpoint_frequency=64,
+                    run_dir=str(tmp_path / "run"), **TINY)  # fmt: skip
+    ppo.train(args)
+    assert [len(data) for data in moves] == [32, 32], "once a batch, with the rows of both environments"
+    encoder = {k: v for k, v in weights(tmp_path / "run").items() if k.startswith("encoder")}
+    np.testing.assert_allclose(encoder["encoder.mean"], torch.cat(moves).mean(0), rtol=1e-5)
+    assert encoder["encoder.count"] == 64
+    # final observations pass through it like all others: the value of 102 is its normalised self, in the second batch
+    _, _, next_values, _, truncated = recorded["gae"][1][:5]
+    ends = next_values[truncated] * moves[0].std(correction=0).item() + moves[0].mean().item()
+    assert sorted(ends) == pytest.approx([504, 504, 702, 702, 804, 804, 1002, 1002], abs=0.01)
+
+
+def test_first_minibatch_compares_the_policy_with_itself(monkeypatch):
+    seen, ppo_loss = [], ppo.ppo_loss
+
+    def spy(*args):
+        loss, parts = ppo_loss(*args)
+        seen.append((args, parts))
+        return loss, parts
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    for env_id in "CartPole-v1", "Target-v0":
+        seen.clear()
+        ppo.train(ppo.Args(env_id=env_id, total_timesteps=32, num_envs=2, norm_obs=True, **TINY))
+        (log_prob, _, _, old_log_prob, *_), parts = seen[0]
+        torch.testing.assert_close(log_prob, old_log_prob, atol=1e-5, rtol=0)
+        assert parts["losses/clipfrac"] == 0
+        assert parts["losses/approx_kl"].abs() < 1e-6
+        assert any(not torch.allclose(args[0], args[3], atol=1e-6) for args, _ in seen[1:]), "later ones do not"
+
+
+def test_every_transition_once_an_epoch_and_a_rest_smaller_than_a_minibatch(monkeypatch):
+    batches, ppo_loss = [], ppo.ppo_loss
+    monkeypatch.setattr(ppo, "ppo_loss", lambda *args: (batches.append(args[5]), ppo_loss(*args))[1])
+    args = ppo.Args(env_id="CartPole-v1", num_envs=2, **TINY)
+    agent = ppo.make_agent(args, ppo.make_env(args.env_id))
+    optimizer = torch.optim.Adam(agent.parameters())
+    size = 33  # the minibatches of 16 leave one row
+    returns = torch.arange(size).float()
+    batch = (
+        torch.randn(size, 4),
+        torch.zeros(size, 1, dtype=torch.long),
+        torch.zeros(size),
+        torch.randn(size),
+        returns,
+    )
+    metrics = ppo.update(agent, optimizer, batch, args)
+    assert [len(b) for b in batches] == [16, 16, 1] * 2
+    for epoch in batches[:3], batches[3:]:
+        assert torch.equal(torch.cat(epoch).sort().values, returns)
+    assert not torch.equal(torch.cat(batches[:3]), torch.cat(batches[3:])), "another order in each epoch"
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_target_kl_ends_the_epochs(monkeypatch):
+    calls, ppo_loss = [], ppo.ppo_loss
+    monkeypatch.setattr(ppo, "ppo_loss", lambda *args: (calls.append(1), ppo_loss(*args))[1])
+    for target_kl, expected in (None, 2 * 10), (1e-9, 2), (1e9, 2 * 10):
+        calls.clear()
+        ppo.train(ppo.Args(env_id="CartPole-v1", total_timesteps=32, num_envs=2, learning_rate=0.01, target_kl=target_kl,
+                           **TINY | {"update_epochs": 10}))  # fmt: skip
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+def test_steps_are_transitions_and_each_episode_is_logged_once(num_envs, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "evaluate", lambda *_, **__: {"eval/episodic_return": 0.0, "eval/return_std": 0.0})
+    updates, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (updates.append(1), clip(*args)))
+    Counter.made.clear()
+    total = 27 * num_envs  # a batch of 16 steps, and one of 11
+    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=total, num_envs=num_envs, checkpoint_frequency=total,
+                       run_dir=str(tmp_path / "run"), **TINY))  # fmt: skip
+    assert sum(env.steps for env in Counter.made) == total
+    episodes = [row for row in rows(tmp_path / "run") if "charts/episodic_return" in row]
+    ends = [(3, 6), (5, 3), (9, 10), (12, 6), (14, 3), (18, 10), (21, 6), (23, 3), (27, 10)]  # (step, return) of one
+    got = [(row["global_step"], row["charts/episodic_return"]) for row in episodes]
+    assert got == [(step * num_envs, reward) for step, reward in ends for _ in range(num_envs)]
+    assert [row["charts/episodic_length"] for row in episodes[::num_envs]] == [3, 2, 4] * 3
+    assert len(updates) == 2 * 2 + 2 * -(-11 // 8), "two epochs; minibatches of 8 rows an environment"
+    assert rows(tmp_path / "run")[-1]["global_step"] == total
+
+
+def test_learning_rate_goes_down_a_line_to_zero(tmp_path):
+    for anneal, expected in (True, [1.0, 0.75, 0.5, 0.25]), (False, [1.0] * 4):
+        run_dir = tmp_path / str(anneal)
+        ppo.train(ppo.Args(env_id="CartPole-v1", total_timesteps=128, num_envs=2, learning_rate=1.0, anneal_lr=anneal,
+                           run_dir=str(run_dir), **TINY))  # fmt: skip
+        rates = [row["charts/learning_rate"] for row in rows(run_dir) if "charts/learning_rate" in row]
+        assert rates == pytest.approx(expected)
+
+
+def test_logged_explained_variance_is_that_of_the_returns(recorded, tmp_path):
+    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=16, num_envs=1, run_dir=str(tmp_path / "run"), **TINY))
+    values, returns = recorded["gae"][0][1], recorded["update"][0][4].numpy()
+    row = next(row for row in rows(tmp_path / "run") if "losses/explained_variance" in row)
+    expected = 1 - np.var(returns - values.flatten()) / np.var(returns)
+    assert row["losses/explained_variance"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a2c_has_the_same_gradient():
+    """At ratio 1 the clipped objective has the policy gradient, A grad log pi, so PPO's first step is A2C's."""
+    torch.manual_seed(0)
+    args = ppo.Args(env_id="CartPole-v1", optimizer="rmsprop", update_epochs=1, num_minibatches=1, norm_adv=False)
+    agent = ppo.make_agent(args, ppo.make_env(args.env_id))
+    obs, actions, advantages, returns = torch.randn(64, 4), torch.randint(2, (64, 1)), torch.randn(64), torch.randn(64)
+
+    def gradient(loss_of_network):
+        outputs, values = agent(obs)
+        log_prob, entropy = agent.policy.log_prob_and_entropy(outputs, actions)
+        return torch.autograd.grad(
+            loss_of_network(log_prob, entropy, values), [*agent.actor.parameters(), *agent.critic.parameters()]
+        )
+
+    a2c = gradient(
+        lambda log_prob, entropy, v: (
+            -(log_prob * advantages).mean() + 0.5 * ((v - returns) ** 2).mean() - 0.01 * entropy.mean()
+        )
+    )
+    clipped = gradient(
+        lambda log_prob, entropy, v: ppo.ppo_loss(
+            log_prob, entropy, v, log_prob.detach(), advantages, returns, 0.2, 0.5, 0.01
+        )[0]
+    )
+    for ours, theirs in zip(clipped, a2c, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_atari_learns_from_the_sign_and_logs_the_score(monkeypatch, tmp_path):
+    seen, gae = [], ppo.gae
+    monkeypatch.setattr(ppo, "gae", lambda rewards, *rest: (seen.append(rewards), gae(rewards, *rest))[1])
+    monkeypatch.setattr(ppo, "evaluate", lambda *_, **__: {"eval/episodic_return": 0.0, "eval/return_std": 0.0})
+    ppo.train(ppo.Args(env_id="ALE/SpaceInvaders-v5", total_timesteps=512, num_envs=2, run_dir=str(tmp_path / "run"),
+                       **TINY | {"num_steps": 256, "update_epochs": 1}))  # fmt: skip
+    assert set(np.unique(seen)) == {0, 1}
+    assert weights(tmp_path / "run")["encoder.0.weight"].shape == (32, 4, 8, 8)
+
+
+def test_learns_a_bandit():
+    args = ppo.Args(
+        env_id="Bandit-v0", total_timesteps=4096, num_envs=4, eval_episodes=1, num_steps=64, num_minibatches=4
+    )
+    ppo.train(args)
+    last = rows(ppo.Path(args.run_dir))[-1]
+    assert last["eval/episodic_return"] == 2
+
+
+def test_learns_the_values_of_a_chain():
+    args = ppo.Args(env_id="Chain-v0", total_timesteps=16_384, gamma=0.9, gae_lambda=0.5, norm_reward=False, eval_episodes=1,
+                    num_steps=64, num_minibatches=8, learning_rate=3e-3)  # fmt: skip
+    ppo.train(args)
+    agent = ppo.make_agent(args, ppo.make_env("Chain-v0"))
+    agent.load_state_dict(weights(ppo.Path(args.run_dir)))
+    values = agent(torch.eye(4))[1].tolist()
+    assert values == pytest.approx([0.9**3, 0.9**2, 0.9, 1], abs=0.02)
+
+
+def test_learns_a_point_in_an_asymmetric_box_and_sends_nothing_outside_of_it():
+    Target.received.clear()
+    args = ppo.Args(
+        env_id="Target-v0", total_timesteps=16_384, eval_episodes=1, num_steps=64, num_minibatches=8, learning_rate=3e-3
+    )
+    ppo.train(args)
+    assert rows(ppo.Path(args.run_dir))[-1]["eval/episodic_return"] > -0.05
+    received = np.stack(Target.received)
+    assert (received >= Target.action_space.low).all()
+    assert (received <= Target.action_space.high).all()
+    assert (received == Target.action_space.high).any(), "the noise did reach over the edge"
+
+
+def test_learns_cartpole():
+    args = ppo.Args(env_id="CartPole-v1", total_timesteps=20_000, eval_frequency=20_000)
+    ppo.train(args)
+    assert rows(ppo.Path(args.run_dir))[-1]["eval/episodic_return"] >= 400
+
+
+def test_compiled_update_learns_the_same(tmp_path):
+    for compile_ in False, True:
+        ppo.train(
+            ppo.Args(
+                env_id="CartPole-v1",
+                total_timesteps=64,
+                num_envs=2,
+                compile=compile_,
+                run_dir=str(tmp_path / str(compile_)),
+                **TINY,
+            )
+        )
+    for eager, compiled in zip(timeless(tmp_path / "False"), timeless(tmp_path / "True"), strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-3, abs=1e-4)
