@@ -1,25 +1,27 @@
-"""Proximal policy optimisation (PPO): collect a batch with the present policy, then learn from it for several epochs.
+"""Proximal policy optimisation (PPO): collect a batch with the current policy, then learn from it for several epochs.
 
-A policy gradient is right for one step only: after it, the batch no longer comes from the policy. PPO takes many steps
-from each batch. It weighs every action by how much likelier it has become, and clips this ratio, so that nothing is
-gained by moving further from the old policy than its batch can vouch for.
+A policy gradient is valid only for the policy that collected the data, so it allows one step per batch. PPO takes many:
+it multiplies each advantage by the ratio of the action's new to its old probability, and clips this ratio, so that the
+objective gains nothing from moving the policy far from the one that collected the batch.
 
-    [1] delta_t = r_t + gamma V(s_t+1) - V(s_t)                                        PPO, Eq. 12
-        A_t     = delta_t + gamma lambda A_t+1                                         PPO, Eq. 11, as a recursion
-    [2] ratio   = pi(a|s) / pi_old(a|s)
-        L_clip  = E[min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A)]             PPO, Eq. 7
-    [3] L_value = E[(V(s) - R)^2]  with  R_t = A_t + V_old(s_t)                        PPO, Eq. 9
+    [1] delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                      PPO, Eq. 12
+        A_t     = delta_t + gamma lambda A_{t+1}                                       PPO, Eq. 11, as a recursion
+    [2] ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t)                                        PPO, Section 3.1
+        L_clip  = E[min(ratio_t A_t, clip(ratio_t, 1 - epsilon, 1 + epsilon) A_t)]     PPO, Eq. 7
+    [3] L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                    PPO, Eq. 9; R_t: Baselines
     [4] maximise L_clip - c_1 L_value + c_2 entropy(pi)                                PPO, Eq. 9
 
 PPO: Schulman et al. 2017, arXiv:1707.06347. GAE, which is [1]: Schulman et al. 2016, arXiv:1506.02438.
 
-Differs from the paper: advantages are normalised in each minibatch, long gradients are shortened, rewards are divided
-by a running deviation of the return, and a time limit is not a terminal state: the value of the observation at which an
-episode was cut off stands for the rest of it.
+Differs from the paper: as in OpenAI Baselines, advantages are normalised in each minibatch, the norm of the gradient is
+clipped, weights start orthogonal, and rewards are divided by the running standard deviation of the discounted return.
+The learning rate is annealed for every environment, epsilon for none. A time limit does not count as a terminal state:
+the value of the last observation stands for the rest of the episode.
 
-Box actions are Gaussian in coordinates in which the box is [-1, 1]. The environment gets the sample clipped to its box;
-the log-probability is the unclipped sample's. Atari (ALE/...): greyscale 84 x 84, maximum of two frames, four frames an
-action, four stacked, up to 30 no-ops at the start, learning from the reward's sign; an episode is a game, not a life.
+Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
+the log-probability is that of the unclipped sample. Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each
+action held for four, four stacked, up to 30 no-ops, sticky actions, the sign of the reward, and the Nature CNN (the
+paper took the smaller network of A3C); an episode is a game, not a life.
 
     python algorithms/ppo.py --env-id LunarLander-v3
 """
@@ -38,8 +40,6 @@ import math
 import os
 import platform
 import random
-import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -63,43 +63,79 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "LunarLander-v3"  # a Gymnasium environment, or module:id for one that a module registers
-    seed: int = 1  # everything random follows from it
-    total_timesteps: int = 500_000  # environment transitions, summed over all environments
+    seed: int = 1  # all randomness follows from it
+    total_timesteps: int = 500_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    eval_frequency: int | None = None  # transitions between evaluations; None: a twentieth of the run
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_episodes: int = 20  # episodes of an evaluation
-    checkpoint_frequency: int | None = None  # transitions between checkpoints; None: a tenth of the run
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     capture_video: bool = False  # film the first episode of each evaluation
     track: bool = False  # log to Weights & Biases as well
-    wandb_project_name: str = "plainrl"  # the project there
+    wandb_project_name: str = "plainrl"  # W&B project
     run_dir: str | None = None  # folder of the run; None: a new one in runs/
     resume: bool = False  # continue the run in --run-dir with its own arguments
     evaluate: bool = False  # only evaluate the model in --run-dir
 
-    learning_rate: float = 5e-4  # step size of the optimizer
-    anneal_lr: bool = True  # lower it linearly to 0
+    learning_rate: float = 5e-4  # of Adam or RMSprop
+    anneal_lr: bool = True  # anneal it linearly to 0
     num_steps: int = 512  # steps of each environment in a batch
-    num_minibatches: int = 64  # parts of the batch, one gradient step each
+    num_minibatches: int = 64  # minibatches per epoch
     update_epochs: int = 12  # passes over the batch
     gamma: float = 0.999  # discount
     gae_lambda: float = 0.96  # [1] lambda
     clip_coef: float = 0.2  # [2] epsilon
-    vf_coef: float = 0.5  # [4] c_1
+    vf_coef: float = 0.5  # [4] c_1; CleanRL halves the loss as well: its 0.5 is 0.25 here
     ent_coef: float = 0.0  # [4] c_2
-    max_grad_norm: float = 0.5  # longest gradient; longer ones are shortened to it
-    target_kl: float | None = None  # end the epochs once the policy has moved this far
+    max_grad_norm: float = 0.5  # gradients with a larger norm are scaled down to it
+    target_kl: float | None = None  # stop the epochs of a batch once approx_kl exceeds this; None: never
     norm_adv: bool = True  # normalise the advantages of each minibatch
-    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the return
-    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop is A2C's
-    compile: bool = False  # compile the update: some 20 s once, faster from then on
+    norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the return (Atari: take the sign)
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: as A2C
+    compile: bool = False  # torch.compile the update: some 20 s once, faster from then on
 
     def __post_init__(self) -> None:
-        check_common(self, gae_lambda=(0, 1))
+        check_and_complete(self, gae_lambda=(0, 1))
         batch_size = self.num_envs * self.num_steps
         if batch_size % self.num_minibatches:
             refuse(f"--num-minibatches {self.num_minibatches} must divide num_envs * num_steps = {batch_size}")
+
+
+def gae(
+    rewards: np.ndarray, values: np.ndarray, next_values: np.ndarray,
+    terminated: np.ndarray, truncated: np.ndarray, gamma: float, gae_lambda: float,
+) -> np.ndarray:  # fmt: skip
+    """Generalised advantage estimation. All arrays are (T, N); next_values are V(s_{t+1}), before any reset."""
+    deltas = rewards + gamma * next_values * ~terminated - values  # [1]; a terminal state is worth nothing
+    same_episode = ~(terminated | truncated)  # whether step t + 1 continues the episode of step t
+    advantages, advantage = np.empty_like(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * same_episode[t] * advantage  # [1]
+    return advantages
+
+
+def ppo_loss(
+    log_prob: Tensor, entropy: Tensor, values: Tensor,  # of the network that learns
+    old_log_prob: Tensor, advantages: Tensor, returns: Tensor,  # of the batch
+    clip_coef: float, vf_coef: float, ent_coef: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The loss, and metrics to log. All tensors are (B,)."""
+    assert log_prob.shape == entropy.shape == values.shape == old_log_prob.shape == advantages.shape == returns.shape
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [2], negated: to be minimised
+    value_loss = (values - returns).square().mean()  # [3]
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy.mean()  # [4]
+    metrics = {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx.html: never negative
+        "losses/clipfrac": (ratio != clipped_ratio).float().mean(),
+    }
+    return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
 class RunningMeanStd(nn.Module):
@@ -117,10 +153,10 @@ class RunningMeanStd(nn.Module):
         share = (len(rows) / self.count).float()  # of these rows among all
         delta = mean - self.mean
         self.mean += share * delta
-        self.var += share * (var - self.var) + share * (1 - share) * delta**2  # Chan et al. 1979, Eq. 2.1
+        self.var += share * (var - self.var) + share * (1 - share) * delta**2  # Chan, Golub & LeVeque 1979
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)  # clamped as in Baselines
 
 
 def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
@@ -150,7 +186,7 @@ class NatureCNN(nn.Sequential):
 
 
 class CategoricalPolicy(nn.Module):
-    """Discrete and MultiDiscrete actions: one independent softmax for each of their K components (Discrete: K = 1)."""
+    """Discrete and MultiDiscrete actions: an independent softmax for each of the K components (Discrete: K = 1)."""
 
     def __init__(self, sizes: list[int], start: np.ndarray):
         super().__init__()
@@ -176,15 +212,14 @@ class CategoricalPolicy(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """Box actions: independent normal distributions for the D components, with deviations that no state changes."""
+    """Box actions: independent normals for the D components; the standard deviations do not depend on the state."""
 
     def __init__(self, low: np.ndarray, high: np.ndarray):
         super().__init__()
         self.low, self.high = low, high
         bounded = np.isfinite(low) & np.isfinite(high)  # a component without bounds keeps its own coordinates
-        one = np.ones_like(low)
-        self.scale = (np.where(bounded, high, one) - np.where(bounded, low, -one)) / 2
-        self.center = (np.where(bounded, high, one) + np.where(bounded, low, -one)) / 2
+        low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
+        self.center, self.scale = (high + low) / 2, (high - low) / 2
         self.num_outputs = low.size
         self.log_std = nn.Parameter(torch.zeros(low.size))
 
@@ -202,7 +237,7 @@ class GaussianPolicy(nn.Module):
 
     def to_env(self, actions: Tensor) -> np.ndarray:  # (B, D) -> (B, *action shape)
         actions = self.center + self.scale * actions.cpu().numpy().reshape(-1, *self.low.shape)
-        return np.clip(actions, self.low, self.high)  # the log-probability stays that of the unclipped sample
+        return np.clip(actions, self.low, self.high)
 
 
 class ActorCritic(nn.Module):
@@ -217,12 +252,13 @@ class ActorCritic(nn.Module):
             self.actor = orthogonal(nn.Linear(512, policy.num_outputs), 0.01)
             self.critic = orthogonal(nn.Linear(512, 1), 1.0)
         else:
-            self.encoder = RunningMeanStd(*obs_shape) if norm_obs else nn.Identity()
-            self.actor = mlp(*obs_shape, policy.num_outputs, 0.01)  # 0.01: nearly uniform at first
-            self.critic = mlp(*obs_shape, 1, 1.0)
+            (obs_dim,) = obs_shape
+            self.encoder = RunningMeanStd(obs_dim) if norm_obs else nn.Identity()
+            self.actor = mlp(obs_dim, policy.num_outputs, 0.01)  # small outputs: at first no action is preferred
+            self.critic = mlp(obs_dim, 1, 1.0)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, *obs_shape) -> what the policy is made of (B, num_outputs), values (B,)"""
+        """(B, *obs_shape) -> distribution parameters: logits or means (B, num_outputs); values (B,)"""
         features = self.encoder(obs)
         return self.actor(features), self.critic(features).squeeze(-1)
 
@@ -232,8 +268,8 @@ class ActorCritic(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The likeliest action, without chance, for evaluation. (B, *obs_shape) -> (B, *action shape)"""
-        obs = torch.from_numpy(obs).to(self.return_stats.var.device)
+        """The most likely actions: deterministic, for evaluation. (B, *obs_shape) -> (B, *action shape)"""
+        obs = torch.from_numpy(obs).to(next(self.parameters()).device)
         return self.policy.to_env(self.policy.mode(self.actor(self.encoder(obs))))
 
 
@@ -250,177 +286,112 @@ def make_agent(args: Args, env: gym.Env) -> ActorCritic:
     return ActorCritic(env.observation_space.shape, policy, args.norm_obs)
 
 
-def gae(
-    rewards: np.ndarray,
-    values: np.ndarray,
-    next_values: np.ndarray,  # of the states that the steps led to; values[t + 1] only where the episode went on
-    terminated: np.ndarray,
-    truncated: np.ndarray,
-    gamma: float,
-    gae_lambda: float,
-) -> np.ndarray:
-    """Generalised advantage estimation over T steps of N environments; all arrays are (T, N).
-
-    A terminal state is worth nothing, the state at a time limit what the critic says. Behind both begins another
-    episode, from which nothing must flow back.
-    """
-    deltas = rewards + gamma * next_values * ~terminated - values  # [1]
-    goes_on = ~(terminated | truncated)
-    advantages = np.zeros_like(deltas)
-    advantage = np.zeros_like(deltas[0])
-    for t in reversed(range(len(rewards))):
-        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * goes_on[t] * advantage  # [1]
-    return advantages
-
-
-def discounted_sums(rewards: np.ndarray, ended: np.ndarray, carry: np.ndarray, gamma: float) -> np.ndarray:
-    """For each step the discounted sum of its episode's rewards so far, (T, N); carry (N,) is kept for the next batch.
-
-    PPO divides rewards by the deviation of these sums (Engstrom et al. 2020, arXiv:2005.12729, Section 3).
-    """
-    sums = np.zeros_like(rewards)
-    for t in range(len(rewards)):
-        carry[:] = sums[t] = gamma * carry + rewards[t]
-        carry[ended[t]] = 0
-    return sums
-
-
-def normalise(advantages: Tensor) -> Tensor:  # (B,) -> (B,), finite for B = 1 too
-    return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-
-
-def ppo_loss(
-    log_prob: Tensor,
-    entropy: Tensor,
-    values: Tensor,
-    old_log_prob: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    clip_coef: float,
-    vf_coef: float,
-    ent_coef: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, and its parts for the log. All tensors are (B,); the first three come from the network being trained."""
-    assert log_prob.shape == entropy.shape == values.shape == old_log_prob.shape == advantages.shape == returns.shape
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()  # [2], to be minimised
-    value_loss = (values - returns).square().mean()  # [3]
-    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy.mean()  # [4]
-    parts = {
-        "losses/policy_loss": policy_loss,
-        "losses/value_loss": value_loss,
-        "losses/entropy": entropy.mean(),
-        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx.html: never negative
-        "losses/clipfrac": (ratio != clipped).float().mean(),
-    }
-    return loss, {name: part.detach() for name, part in parts.items()}
-
-
 def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], args: Args) -> dict:
     """Several epochs over a batch: observations, actions, old log-probabilities, advantages, returns, (B, ...) each."""
-    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
+    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss  # compiled the first time only
     minibatch_size = args.num_envs * args.num_steps // args.num_minibatches
     history = []
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch[0]), device=args.device)
-        for minibatch in zip(*(rows[order].split(minibatch_size) for rows in batch), strict=True):
-            obs, actions, old_log_prob, advantages, returns = minibatch
-            if args.norm_adv:
-                advantages = normalise(advantages)
-            outputs, values = agent(obs)
-            log_prob, entropy = agent.policy.log_prob_and_entropy(outputs, actions)
+        for indices in torch.randperm(len(batch[0]), device=args.device).split(minibatch_size):
+            obs, actions, old_log_prob, advantages, returns = (tensor[indices] for tensor in batch)
+            if args.norm_adv:  # correction=0: a single row must not become NaN
+                advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+            dist_params, values = agent(obs)
+            log_prob, entropy = agent.policy.log_prob_and_entropy(dist_params, actions)
             coefs = args.clip_coef, args.vf_coef, args.ent_coef
-            loss, parts = loss_function(log_prob, entropy, values, old_log_prob, advantages, returns, *coefs)
+            loss, metrics = loss_function(log_prob, entropy, values, old_log_prob, advantages, returns, *coefs)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            history.append(parts)
-        if args.target_kl is not None and parts["losses/approx_kl"] > args.target_kl:
+            history.append(metrics)
+        if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
             break
-    return {name: torch.stack([parts[name] for parts in history]).mean().item() for name in parts}
+    return {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in metrics}
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)
-    args.device = choose_device(args.device, big_network=len(env.observation_space.shape) == 3)
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    args.device = choose_device(args.device, env)
     torch.manual_seed(args.seed)
     agent = make_agent(args, env).to(args.device)
     if args.compile:
         agent.compile()
     if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # eps: as Baselines
     else:
-        optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
-    run = Run(args)
-    step = run.restore(model=agent, optimizer=optimizer)  # 0 in a new run
+        optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)  # both: as A2C
+    run = Run(args, model=agent, optimizer=optimizer)
+    global_step = run.restore()  # 0 in a new run
 
-    while step < args.total_timesteps:
-        # 1. After a checkpoint all episodes and all randomness begin anew: so a resumed run equals an unbroken one
-        if step == run.checkpoint_step:
-            envs, obs = make_envs(args, step)
+    while global_step < args.total_timesteps:
+        # 1. At a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
+        #    so a run that is killed and resumed from there equals one that was not
+        if global_step == run.checkpoint_step:
+            envs, obs = make_envs(args, global_step)
             episode_return, episode_length, discounted_sum = np.zeros((3, args.num_envs))
 
-        # 2. Act: T steps in N environments
-        batch_start, started = step, time.perf_counter()
-        num_steps = min(args.num_steps, (args.total_timesteps - step) // args.num_envs)  # the last batch may be shorter
-        observations = torch.empty((num_steps + 1, *obs.shape), dtype=torch.from_numpy(obs).dtype, device=args.device)
-        observations[0] = torch.from_numpy(obs)  # (T + 1, N, *obs_shape)
-        actions, cut_off = [], []
-        rewards = np.zeros((num_steps, args.num_envs))
+        # 2. Act: T steps in each of N environments
+        first_step, start_time = global_step, time.perf_counter()
+        num_steps = min(args.num_steps, (args.total_timesteps - global_step) // args.num_envs)  # the last may be fewer
+        observations, actions, truncations = [torch.from_numpy(obs).to(args.device)], [], []
+        rewards, discounted_sums = np.zeros((2, num_steps, args.num_envs))
         terminated, truncated = np.zeros((2, num_steps, args.num_envs), dtype=bool)
         for t in range(num_steps):
             actions.append(agent.sample(observations[t]))
             obs, rewards[t], terminated[t], truncated[t], infos = envs.step(agent.policy.to_env(actions[t]))
-            observations[t + 1] = torch.from_numpy(obs)  # of the next episode, where one has ended
-            step += args.num_envs
+            observations.append(torch.from_numpy(obs).to(args.device))  # after an end: the next episode's first
+            global_step += args.num_envs
             episode_return += rewards[t]
             episode_length += 1
+            discounted_sums[t] = discounted_sum = args.gamma * discounted_sum + rewards[t]
             for i in np.flatnonzero(terminated[t] | truncated[t]):
                 episode = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
-                run.log(step, episode)
-                episode_return[i] = episode_length[i] = 0
+                run.log(global_step, episode)
+                episode_return[i] = episode_length[i] = discounted_sum[i] = 0
                 if not terminated[t, i]:
-                    cut_off.append((t, i, infos["final_obs"][i]))
+                    truncations.append((t, i, infos["final_obs"][i]))
 
-        # 3. Look back: old log-probabilities, values, advantages
-        if args.env_id.startswith("ALE/"):
-            rewards = np.sign(rewards)
-        elif args.norm_reward:
-            sums = discounted_sums(rewards, terminated | truncated, discounted_sum, args.gamma)
-            agent.return_stats.update(torch.from_numpy(sums).float().view(-1, 1).to(args.device))
-            rewards = rewards / (agent.return_stats.var.item() ** 0.5 + 1e-8)
+        # 3. Old log-probabilities, values, advantages: one pass over the batch costs less than a bit in every step
+        observations = torch.cat(observations)  # ((T + 1) * N, *obs_shape)
         actions = torch.cat(actions)  # (T * N, K or D)
         with torch.no_grad():
-            outputs, values = agent(observations.flatten(0, 1))
-            old_log_prob, _ = agent.policy.log_prob_and_entropy(outputs[: len(actions)], actions)
+            dist_params, values = agent(observations)
+            old_log_prob, _ = agent.policy.log_prob_and_entropy(dist_params[: len(actions)], actions)
             values = values.view(num_steps + 1, args.num_envs).cpu().numpy()
             next_values = values[1:].copy()
-            for t, i, final_obs in cut_off:
+            for (
+                t,
+                i,
+                final_obs,
+            ) in truncations:  # the value of where the episode was cut off, not of the next one's start
                 next_values[t, i] = agent(torch.from_numpy(final_obs[None]).to(args.device))[1].item()
+        if args.env_id.startswith("ALE/"):
+            rewards = np.sign(rewards)
+        elif args.norm_reward:  # Engstrom et al. 2020, arXiv:2005.12729, Section 3
+            agent.return_stats.update(torch.from_numpy(discounted_sums).float().view(-1, 1).to(args.device))
+            rewards = rewards / math.sqrt(agent.return_stats.var.item() + 1e-8)
         advantages = gae(rewards, values[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values[:-1]  # [3]
 
         # 4. Learn
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - batch_start / args.total_timesteps)
-        observations = observations[:-1].flatten(0, 1)  # (T * N, *obs_shape)
-        targets = torch.from_numpy(np.stack([advantages, returns])).float().flatten(1).to(args.device)  # (2, T * N)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - first_step / args.total_timesteps)
+        observations = observations[: len(actions)]  # without the one after the last step
+        targets = [torch.from_numpy(array).float().flatten().to(args.device) for array in (advantages, returns)]
         metrics = update(agent, optimizer, (observations, actions, old_log_prob, *targets), args)
-        if args.norm_obs and isinstance(agent.encoder, RunningMeanStd):
-            agent.encoder.update(observations)  # not before: [2] compares policies that see the same input
+        if isinstance(agent.encoder, RunningMeanStd):
+            agent.encoder.update(observations)  # after the epochs: [2] compares two policies on the same input
 
         # 5. Log, evaluate, save
         metrics["losses/explained_variance"] = 1 - np.var(returns - values[:-1]) / (np.var(returns) + 1e-8)
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = (step - batch_start) / (time.perf_counter() - started)
-        run.log(step, metrics)
-        if is_due(args.eval_frequency, batch_start, step, args):
-            run.log(step, evaluate(agent.act, args, name=f"step-{step}"))
-        if is_due(args.checkpoint_frequency, batch_start, step, args) or run.stop_signal:
-            run.save(step, model=agent, optimizer=optimizer)
+        metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
+        run.log(global_step, metrics)
+        if is_due(args.eval_frequency, first_step, global_step, args):
+            run.log(global_step, evaluate(agent.act, args, name=f"step-{global_step}"))
+        if is_due(args.checkpoint_frequency, first_step, global_step, args) or run.stop_signal:
+            run.save(global_step)
     run.finish("Done. To watch it:", "--evaluate --capture-video")
 
 
@@ -428,18 +399,18 @@ def train(args: Args) -> None:
 
 
 def refuse(message: object) -> NoReturn:
-    """A mistake of the user: one line that says what to do, and exit code 2."""
+    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
-def check_common(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, others at 0. Fills in what other flags imply."""
+def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
     ranges = {"seed": (0, math.inf), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
         if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
-            refuse(f"--{name.replace('_', '-')} is {value} but must be a finite number from {low} to {high}")
+            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
     if args.total_timesteps % args.num_envs:
         refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
@@ -456,14 +427,14 @@ def parse_args() -> Args:
     args = tyro.cli(Args, description=__doc__)
     if not args.resume and not args.evaluate:
         return args
-    path = Path(args.run_dir or refuse("--resume and --evaluate need --run-dir"), "config.json")
+    if args.run_dir is None:
+        refuse("--resume and --evaluate need --run-dir")
+    path = Path(args.run_dir, "config.json")
     try:
         config = json.loads(path.read_text())
         script, saved = config["script"], dict(config["args"])
-    except OSError as error:
-        refuse(f"--run-dir {args.run_dir} holds no run ({error})")
-    except (ValueError, KeyError, TypeError) as error:
-        refuse(f"{path} is damaged ({error!r})")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(f"{path} is missing or damaged ({error!r})")
     if script != Path(__file__).stem:
         refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
     flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
@@ -475,16 +446,17 @@ def parse_args() -> Args:
     return merged
 
 
-def choose_device(name: str, big_network: bool) -> str:
-    """auto takes a GPU if the network is big enough to repay the transfers; a small one gets one CPU thread."""
+def choose_device(name: str, env: gym.Env) -> str:
+    """auto takes a GPU for images only: for vectors the networks are too small to repay the transfers."""
+    images = len(env.observation_space.shape) == 3
     if name == "auto":
-        name = "cuda" if big_network and torch.cuda.is_available() else "cpu"
+        name = "cuda" if images and torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
     except (AssertionError, RuntimeError) as error:
-        refuse(f"--device {name} can't be used here, but cpu can ({str(error).splitlines()[0]})")
-    if not big_network:
-        torch.set_num_threads(1)
+        refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
+    if not images:
+        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
     return name
 
 
@@ -500,7 +472,7 @@ def make_env(env_id: str, film: bool = False) -> gym.Env:
         if film:
             env.reset()
             env.render()
-    except Exception as error:  # unknown, outdated, not installed, not to be drawn on this machine: the message says it
+    except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
         refuse(f"--env-id {env_id}: {error}")
     space = env.observation_space
     if atari:
@@ -510,14 +482,13 @@ def make_env(env_id: str, film: bool = False) -> gym.Env:
         return gym.wrappers.FrameStackObservation(env, 4)
     if not space.is_np_flattenable:
         refuse(f"--env-id {env_id} observes {space}, which can't be flattened into a vector")
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
-    return env if env.observation_space.dtype == np.float32 else gym.wrappers.DtypeObservation(env, np.float32)
+    return gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)  # Discrete: one-hot
 
 
 def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarray]:
-    """New environments and their first observations, (N, *obs_shape). Chance from here on follows from (seed, step)."""
-    *env_seeds, seed = np.random.SeedSequence(args.seed, spawn_key=(0, step)).generate_state(args.num_envs + 1).tolist()
+    """New environments and their first observations, (N, *obs_shape). Reseeds everything random from (seed, step)."""
+    seeds = np.random.SeedSequence(args.seed, spawn_key=(0, step))  # 0: training; evaluation has 1
+    *env_seeds, seed = seeds.generate_state(args.num_envs + 1).tolist()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -548,12 +519,12 @@ def evaluate(act: Callable[[np.ndarray], np.ndarray], args: Args, name: str) -> 
             if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
                 envs[i].close()
                 playing.remove(i)
-    summary = {"episodic_return": returns.mean(), "return_std": returns.std(), "episodic_length": lengths.mean()}
-    return {f"eval/{name}": value for name, value in summary.items()}
+    result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
+    return result | {"eval/episodic_length": lengths.mean()}
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Puts a whole new file in the place of the old one: no crash leaves a part of one."""
+    """Replaces the file atomically: a crash never leaves half of it."""
     with open(f"{path}.tmp", "wb") as file:
         write(file)
         file.flush()
@@ -567,20 +538,19 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    except FileNotFoundError:
-        refuse(f"{path} does not exist yet: the run was stopped before its first checkpoint")
     except Exception as error:  # a damaged file can raise anything
-        refuse(f"{path} is damaged or of another script ({type(error).__name__}); delete it to begin anew")
+        refuse(f"{path} is missing, damaged or of another script ({type(error).__name__})")
     return saved
 
 
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint.pt, model.pt, videos/. W&B, if tracking, gets the rows."""
 
-    def __init__(self, args: Args):
-        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        args.run_dir = args.run_dir or f"runs/{re.sub('[/:]', '-', name)}"
-        self.args, self.dir = args, Path(args.run_dir)
+    def __init__(self, args: Args, **parts: nn.Module | torch.optim.Optimizer):
+        env_id = args.env_id.replace("/", "-").replace(":", "-")
+        name = f"{env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        args.run_dir = args.run_dir or f"runs/{name}"
+        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
         try:
@@ -607,10 +577,10 @@ class Run:
             "script": Path(__file__).stem,
             "args": asdict(self.args),
             "command": sys.argv,
-            "commit": commit if status == 0 else None,  # with -dirty behind it if files differ from it
+            "commit": commit if status == 0 else None,  # ends in -dirty if files differ from it
             "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions()},
             "hardware": f"{platform.platform()}, {os.cpu_count()} cores, {self.args.device}",
-            "wandb_id": secrets.token_hex(8),
+            "wandb_id": os.urandom(8).hex(),
         }
         write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
 
@@ -628,13 +598,13 @@ class Run:
 
     def ask_to_stop(self, number: int, _frame: object) -> None:
         self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # the second time it does not wait for the loop
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
 
-    def restore(self, **parts: nn.Module | torch.optim.Optimizer) -> int:
-        """Loads the last checkpoint, if any, into the parts; returns its step. Rows written after it are dropped."""
-        checkpoint = {"step": 0, "seconds": 0, "metrics_bytes": 0}
-        if (self.dir / "checkpoint.pt").exists():
-            checkpoint = load_file(self.dir / "checkpoint.pt", **parts)
+    def restore(self) -> int:
+        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
+        path, checkpoint = self.dir / "checkpoint.pt", {"step": 0, "seconds": 0, "metrics_bytes": 0}
+        if path.exists():
+            checkpoint = load_file(path, **self.parts)
         self.metrics.truncate(checkpoint["metrics_bytes"])
         self.started -= checkpoint["seconds"]
         self.checkpoint_step = checkpoint["step"]
@@ -643,30 +613,30 @@ class Run:
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Writes one row. NaN or infinity becomes null in it, and ends the run."""
-        row = {name: float(value) for name, value in row.items()}
         broken = [name for name, value in row.items() if not math.isfinite(value)]
-        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row | dict.fromkeys(broken)
+        row = {name: None if name in broken else float(value) for name, value in row.items()}
+        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
             if self.wandb:
                 self.wandb.log(row)
-        except Exception as error:  # W&B's troubles are not the run's
+        except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
             self.wandb = None
         if broken:
             raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
         if "eval/episodic_return" in row:
-            tqdm.write("step {global_step:>10,}: {eval/episodic_return:8.1f} +- {eval/return_std:.1f}".format(**row))
+            tqdm.write(f"step {step:>10,}: return {row['eval/episodic_return']:8.1f} +- {row['eval/return_std']:.1f}")
         self.bar.update(step - self.bar.n)
 
-    def save(self, step: int, model: nn.Module, **parts: torch.optim.Optimizer) -> None:
+    def save(self, step: int) -> None:
         """Writes checkpoint.pt and model.pt. Ends the program if a signal has asked for it."""
-        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        if not all(tensor.isfinite().all() for tensor in self.parts["model"].state_dict().values()):
             raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
         os.fsync(self.metrics.fileno())
         checkpoint = {"step": step, "seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
-        checkpoint |= {name: part.state_dict() for name, part in {"model": model, **parts}.items()}
+        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         write_file(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
         write_file(self.dir / "model.pt", lambda file: torch.save({"model": checkpoint["model"]}, file))
         self.checkpoint_step = step
@@ -683,13 +653,14 @@ class Run:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
-    sys.stdout.reconfigure(line_buffering=True)
+    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
     args = parse_args()
     try:
         if not args.evaluate:
             return train(args)
-        agent = make_agent(args, make_env(args.env_id)).to(choose_device(args.device, big_network=True))
+        env = make_env(args.env_id)
+        agent = make_agent(args, env).to(choose_device(args.device, env))
         load_file(Path(args.run_dir, "model.pt"), model=agent)
         result = evaluate(agent.act, args, name="evaluation")
         print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")

@@ -25,9 +25,10 @@ from conftest import ROOT, SCRIPTS, call, rows, start, timeless
 
 # The smallest run of each script that has several batches, evaluations and checkpoints
 TINY = {
-    "ppo": "--env-id CartPole-v1 --total-timesteps 2048 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2 "
-    "--eval-episodes 2 --eval-frequency 512 --checkpoint-frequency 512".split(),
-}
+    "ppo": ["--env-id", "CartPole-v1", "--total-timesteps", "2048", "--num-envs", "2", "--num-steps", "64",
+            "--num-minibatches", "2", "--update-epochs", "2", "--eval-episodes", "2", "--eval-frequency", "512",
+            "--checkpoint-frequency", "512"],
+}  # fmt: skip
 # ... and of the environments in which a resumed run must equal an unbroken one
 RESUMED = [
     ("ppo", "CartPole-v1", 8192, 1024),
@@ -172,8 +173,9 @@ def test_offline_wandb_has_the_rows_of_metrics_jsonl(script, cli, tmp_path):
 
 @pytest.mark.parametrize(("script", "env_id", "total", "checkpoint"), RESUMED)
 def test_killed_and_resumed_equals_unbroken(script, env_id, total, checkpoint, tmp_path):
-    flags = ["--env-id", env_id, "--total-timesteps", total, "--checkpoint-frequency", checkpoint, "--eval-frequency", total // 2,
-             "--eval-episodes", 1, "--num-envs", 2, "--num-steps", 64, "--num-minibatches", 2, "--update-epochs", 2]  # fmt: skip
+    flags = ["--env-id", env_id, "--total-timesteps", total, "--checkpoint-frequency", checkpoint, "--num-envs", 2,
+             "--eval-frequency", total // 2, "--eval-episodes", 1, "--num-steps", 64, "--num-minibatches", 2,
+             "--update-epochs", 2]  # fmt: skip
     if env_id != "ALE/Pong-v5":
         flags += ["--norm-obs"]
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
@@ -295,10 +297,11 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(script, cli, tmp_p
 
 
 PPO_CHANGES = {
-    "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024, "eval_episodes": 3,
-    "checkpoint_frequency": 1024, "capture_video": True, "learning_rate": 1e-3, "anneal_lr": False, "num_steps": 32,
-    "num_minibatches": 4, "update_epochs": 3, "gamma": 0.9, "gae_lambda": 0.5, "clip_coef": 0.01, "vf_coef": 0.1, "ent_coef": 0.1,
-    "max_grad_norm": 0.01, "target_kl": 1e-9, "norm_adv": False, "norm_obs": True, "norm_reward": False, "optimizer": "rmsprop",
+    "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
+    "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "learning_rate": 1e-3, "anneal_lr": False,
+    "num_steps": 32, "num_minibatches": 4, "update_epochs": 3, "gamma": 0.9, "gae_lambda": 0.5, "clip_coef": 0.01,
+    "vf_coef": 0.1, "ent_coef": 0.1, "max_grad_norm": 0.01, "target_kl": 1e-9, "norm_adv": False, "norm_obs": True,
+    "norm_reward": False, "optimizer": "rmsprop",
 }  # fmt: skip
 ELSEWHERE = {
     "device",
@@ -597,12 +600,12 @@ def test_nan_ends_the_run_and_spares_the_last_checkpoint(script, cli, tmp_path, 
     module = importlib.import_module(f"algorithms.{script}")
     save, saves = module.Run.save, []
 
-    def poisoned(self, step, model, **parts):
+    def poisoned(self, step):
         saves.append(step)
         if len(saves) == 2:
             with torch.no_grad():
-                next(model.parameters())[0] = torch.nan
-        save(self, step, model, **parts)
+                next(self.parts["model"].parameters())[0] = torch.nan
+        save(self, step)
 
     monkeypatch.setattr(module.Run, "save", poisoned)
     code, _, err = cli(script, *TINY[script], "--run-dir", tmp_path / "weight")

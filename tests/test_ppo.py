@@ -11,17 +11,19 @@ from algorithms import ppo
 TINY = {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "eval_episodes": 1, "device": "cpu"}
 
 
+MADE, RECEIVED = [], []  # by the environments below: themselves, and actions
+
+
 class Counter(gym.Env):
     """Observes step + 100 * episode; its n-th episode lasts LENGTHS[n % 3] steps and ends as ENDS[n % 3] says."""
 
     LENGTHS, ENDS = (3, 2, 4), ("terminated", "truncated", "truncated")
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = gym.spaces.Discrete(2)
-    made = []
 
     def __init__(self, render_mode=None):
         self.episode, self.t, self.steps = -1, 0, 0
-        self.made.append(self)
+        MADE.append(self)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -79,7 +81,6 @@ class Target(gym.Env):
     POINT = np.array([[2.0], [-4.0]])
     observation_space = gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Tuple([gym.spaces.Box(0, 1, (2, 2))]))
     action_space = gym.spaces.Box(np.array([[-1.0], [-5.0]]), np.array([[3.0], [0.0]]), dtype=np.float32)
-    received = []
 
     def __init__(self, render_mode=None):
         pass
@@ -89,7 +90,7 @@ class Target(gym.Env):
         return {"a": 0, "b": (np.zeros((2, 2), np.float32),)}, {}
 
     def step(self, action):
-        self.received.append(action)
+        RECEIVED.append(action)
         return (
             {"a": 0, "b": (np.zeros((2, 2), np.float32),)},
             -float(((action - self.POINT) ** 2).sum()),
@@ -203,15 +204,6 @@ def test_rewards_are_scaled_by_the_deviation_of_sums_that_restart_with_each_epis
         np.testing.assert_allclose(batch[0][:, 0], plain[n - 1] / np.std(np.concatenate(sums[:n])), rtol=1e-5)
 
 
-def test_discounted_sums_restart_after_both_kinds_of_end():
-    rewards = np.ones((4, 2))
-    ended = np.array([[0, 0], [1, 0], [0, 0], [0, 1]], dtype=bool)
-    carry = np.array([0.0, 2.0])
-    sums = ppo.discounted_sums(rewards, ended, carry, gamma=0.5)
-    np.testing.assert_allclose(sums, [[1, 2], [1.5, 2], [1, 2], [1.5, 2]])
-    np.testing.assert_allclose(carry, [1.5, 0])
-
-
 def loss_of(log_prob, old_log_prob, advantages, entropy=None, values=None, returns=None, clip=0.2, vf=0.0, ent=0.0):
     zeros = torch.zeros_like(advantages)
     entropy, values, returns = (zeros if x is None else x for x in (entropy, values, returns))
@@ -252,13 +244,6 @@ def test_shapes_that_would_broadcast_are_refused():
         loss_of(torch.zeros(4, 1), torch.zeros(4), torch.zeros(4))
 
 
-def test_advantages_are_normalised_and_a_single_one_stays_finite():
-    advantages = ppo.normalise(torch.tensor([1.0, 2.0, 3.0, 10.0]))
-    assert advantages.mean().item() == pytest.approx(0, abs=1e-6)
-    assert advantages.std(correction=0).item() == pytest.approx(1, rel=1e-5)
-    assert ppo.normalise(torch.tensor([5.0])).item() == 0
-
-
 def test_categorical_policy_against_torch_distributions():
     torch.manual_seed(0)
     policy, logits = ppo.CategoricalPolicy([2, 5], np.array([0, -3])), torch.randn(7, 7)
@@ -268,7 +253,7 @@ def test_categorical_policy_against_torch_distributions():
     torch.testing.assert_close(log_prob, sum(part.log_prob(actions[:, k]) for k, part in enumerate(parts)))
     torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
     assert torch.equal(policy.mode(logits), torch.stack([part.probs.argmax(-1) for part in parts], -1))
-    np.testing.assert_array_equal(policy.to_env(actions), actions.numpy() + [0, -3])
+    np.testing.assert_array_equal(policy.to_env(actions), actions.numpy() + np.array([0, -3]))
     many = policy.sample(logits[:1].expand(20_000, -1))
     for k, part in enumerate(parts):
         frequencies = torch.bincount(many[:, k], minlength=len(part.probs[0])) / 20_000
@@ -318,8 +303,8 @@ def test_normaliser_is_saved_shared_by_all_environments_and_moves_only_after_the
 ):
     moves, update = [], ppo.RunningMeanStd.update
     monkeypatch.setattr(ppo.RunningMeanStd, "update", lambda self, data: (moves.append(data), update(self, data)))
-    args = ppo.Args(env_id="Counter-v0", total_timesteps=64, num_envs=2, norm_obs=True, norm_reward=False, checkpoint_frequency=64,
-                    run_dir=str(tmp_path / "run"), **TINY)  # fmt: skip
+    args = ppo.Args(env_id="Counter-v0", total_timesteps=64, num_envs=2, norm_obs=True, norm_reward=False,
+                    checkpoint_frequency=64, run_dir=str(tmp_path / "run"), **TINY)  # fmt: skip
     ppo.train(args)
     assert [len(data) for data in moves] == [32, 32], "once a batch, with the rows of both environments"
     encoder = {k: v for k, v in weights(tmp_path / "run").items() if k.startswith("encoder")}
@@ -351,8 +336,14 @@ def test_first_minibatch_compares_the_policy_with_itself(monkeypatch):
 
 
 def test_every_transition_once_an_epoch_and_a_rest_smaller_than_a_minibatch(monkeypatch):
-    batches, ppo_loss = [], ppo.ppo_loss
-    monkeypatch.setattr(ppo, "ppo_loss", lambda *args: (batches.append(args[5]), ppo_loss(*args))[1])
+    batches, advantages, ppo_loss = [], [], ppo.ppo_loss
+
+    def spy(*args):
+        batches.append(args[5])
+        advantages.append(args[4])
+        return ppo_loss(*args)
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
     args = ppo.Args(env_id="CartPole-v1", num_envs=2, **TINY)
     agent = ppo.make_agent(args, ppo.make_env(args.env_id))
     optimizer = torch.optim.Adam(agent.parameters())
@@ -371,6 +362,10 @@ def test_every_transition_once_an_epoch_and_a_rest_smaller_than_a_minibatch(monk
         assert torch.equal(torch.cat(epoch).sort().values, returns)
     assert not torch.equal(torch.cat(batches[:3]), torch.cat(batches[3:])), "another order in each epoch"
     assert all(np.isfinite(value) for value in metrics.values())
+    for normalised in advantages[:2]:
+        assert normalised.mean().item() == pytest.approx(0, abs=1e-6)
+        assert normalised.std(correction=0).item() == pytest.approx(1, rel=1e-4)
+    assert advantages[2].item() == 0, "a single advantage is its mean"
 
 
 def test_target_kl_ends_the_epochs(monkeypatch):
@@ -378,8 +373,8 @@ def test_target_kl_ends_the_epochs(monkeypatch):
     monkeypatch.setattr(ppo, "ppo_loss", lambda *args: (calls.append(1), ppo_loss(*args))[1])
     for target_kl, expected in (None, 2 * 10), (1e-9, 2), (1e9, 2 * 10):
         calls.clear()
-        ppo.train(ppo.Args(env_id="CartPole-v1", total_timesteps=32, num_envs=2, learning_rate=0.01, target_kl=target_kl,
-                           **TINY | {"update_epochs": 10}))  # fmt: skip
+        ppo.train(ppo.Args(env_id="CartPole-v1", total_timesteps=32, num_envs=2, learning_rate=0.01,
+                           target_kl=target_kl, **TINY | {"update_epochs": 10}))  # fmt: skip
         assert len(calls) == expected
 
 
@@ -388,11 +383,11 @@ def test_steps_are_transitions_and_each_episode_is_logged_once(num_envs, tmp_pat
     monkeypatch.setattr(ppo, "evaluate", lambda *_, **__: {"eval/episodic_return": 0.0, "eval/return_std": 0.0})
     updates, clip = [], torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (updates.append(1), clip(*args)))
-    Counter.made.clear()
+    MADE.clear()
     total = 27 * num_envs  # a batch of 16 steps, and one of 11
     ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=total, num_envs=num_envs, checkpoint_frequency=total,
                        run_dir=str(tmp_path / "run"), **TINY))  # fmt: skip
-    assert sum(env.steps for env in Counter.made) == total
+    assert sum(env.steps for env in MADE) == total
     episodes = [row for row in rows(tmp_path / "run") if "charts/episodic_return" in row]
     ends = [(3, 6), (5, 3), (9, 10), (12, 6), (14, 3), (18, 10), (21, 6), (23, 3), (27, 10)]  # (step, return) of one
     got = [(row["global_step"], row["charts/episodic_return"]) for row in episodes]
@@ -467,8 +462,8 @@ def test_learns_a_bandit():
 
 
 def test_learns_the_values_of_a_chain():
-    args = ppo.Args(env_id="Chain-v0", total_timesteps=16_384, gamma=0.9, gae_lambda=0.5, norm_reward=False, eval_episodes=1,
-                    num_steps=64, num_minibatches=8, learning_rate=3e-3)  # fmt: skip
+    args = ppo.Args(env_id="Chain-v0", total_timesteps=16_384, gamma=0.9, gae_lambda=0.5, norm_reward=False,
+                    eval_episodes=1, num_steps=64, num_minibatches=8, learning_rate=3e-3)  # fmt: skip
     ppo.train(args)
     agent = ppo.make_agent(args, ppo.make_env("Chain-v0"))
     agent.load_state_dict(weights(ppo.Path(args.run_dir)))
@@ -477,13 +472,13 @@ def test_learns_the_values_of_a_chain():
 
 
 def test_learns_a_point_in_an_asymmetric_box_and_sends_nothing_outside_of_it():
-    Target.received.clear()
+    RECEIVED.clear()
     args = ppo.Args(
         env_id="Target-v0", total_timesteps=16_384, eval_episodes=1, num_steps=64, num_minibatches=8, learning_rate=3e-3
     )
     ppo.train(args)
     assert rows(ppo.Path(args.run_dir))[-1]["eval/episodic_return"] > -0.05
-    received = np.stack(Target.received)
+    received = np.stack(RECEIVED)
     assert (received >= Target.action_space.low).all()
     assert (received <= Target.action_space.high).all()
     assert (received == Target.action_space.high).any(), "the noise did reach over the edge"
