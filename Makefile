@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 define environment
 	@if command -v uv >/dev/null; then \
 		{ [ -x $(VENV)/bin/python ] || uv venv --quiet --python '>=3.11' $(VENV); } && \
-		uv pip install --quiet --python $(VENV)/bin/python $(foreach file,$(1),-r $(file)); \
+		uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python $(foreach file,$(1),-r $(file)); \
 	else \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")' && \
 		{ [ -x $(VENV)/bin/pip ] || $(PYTHON) -m venv $(VENV); } && \

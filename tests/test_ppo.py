@@ -170,7 +170,13 @@ def recorded(monkeypatch):
 
     def make(args, env):
         agent = make_agent(args, env)
-        agent.critic = torch.nn.Identity()
+        policy = agent.forward
+
+        def forward(obs):
+            seen = agent.obs_stats(obs) if agent.obs_stats else obs
+            return policy(obs)[0], seen[:, 0]
+
+        agent.forward = forward
         return agent
 
     monkeypatch.setattr(ppo, "make_agent", make)
@@ -287,6 +293,23 @@ def test_box_bounds_are_mapped_to_plus_minus_one_and_respected():
     assert torch.trapezoid(log_prob.exp(), grid[:, 0]).item() == pytest.approx(1, abs=1e-5)
 
 
+def test_actor_and_critic_in_one_product_are_two_networks():
+    torch.manual_seed(0)
+    two, obs = ppo.TwoMLPs(5), torch.randn(7, 5)
+    torch.nn.init.normal_(two.bias1)
+    torch.nn.init.normal_(two.bias2)
+    for k, hidden in enumerate(two(obs)):
+        expected = ((obs @ two.weight1[k] + two.bias1[k]).tanh() @ two.weight2[k] + two.bias2[k]).tanh()
+        torch.testing.assert_close(hidden, expected)
+    two(obs)[0].sum().backward()
+    for parameter in two.parameters():
+        assert parameter.grad[0].abs().sum() > 0
+        assert parameter.grad[1].abs().sum() == 0, "what the actor learns leaves the critic alone"
+    gram = two.weight2[1].T @ two.weight2[1]
+    torch.testing.assert_close(gram, 2 * torch.eye(64), atol=1e-4, rtol=0)
+    assert not torch.equal(two.weight1[0], two.weight1[1])
+
+
 def test_running_statistics_equal_those_of_all_rows_at_once():
     torch.manual_seed(0)
     data = torch.randn(1000, 3) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 100.0, -3.0])
@@ -307,9 +330,9 @@ def test_normaliser_is_saved_shared_by_all_environments_and_moves_only_after_the
                     checkpoint_frequency=64, run_dir=str(tmp_path / "run"), **TINY)  # fmt: skip
     ppo.train(args)
     assert [len(data) for data in moves] == [32, 32], "once a batch, with the rows of both environments"
-    encoder = {k: v for k, v in weights(tmp_path / "run").items() if k.startswith("encoder")}
-    np.testing.assert_allclose(encoder["encoder.mean"], torch.cat(moves).mean(0), rtol=1e-5)
-    assert encoder["encoder.count"] == 64
+    saved = weights(tmp_path / "run")
+    np.testing.assert_allclose(saved["obs_stats.mean"], torch.cat(moves).mean(0), rtol=1e-5)
+    assert saved["obs_stats.count"] == 64
     # final observations pass through it like all others: the value of 102 is its normalised self, in the second batch
     _, _, next_values, _, truncated = recorded["gae"][1][:5]
     ends = next_values[truncated] * moves[0].std(correction=0).item() + moves[0].mean().item()
@@ -449,7 +472,7 @@ def test_atari_learns_from_the_sign_and_logs_the_score(monkeypatch, tmp_path):
     ppo.train(ppo.Args(env_id="ALE/SpaceInvaders-v5", total_timesteps=512, num_envs=2, run_dir=str(tmp_path / "run"),
                        **TINY | {"num_steps": 256, "update_epochs": 1}))  # fmt: skip
     assert set(np.unique(seen)) == {0, 1}
-    assert weights(tmp_path / "run")["encoder.0.weight"].shape == (32, 4, 8, 8)
+    assert weights(tmp_path / "run")["hidden.0.weight"].shape == (32, 4, 8, 8)
 
 
 def test_learns_a_bandit():
