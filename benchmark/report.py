@@ -1,0 +1,654 @@
+"""Sums up runs: statistics over seeds, learning curves, tables beside published results, a gate against regressions.
+
+    python benchmark/report.py runs                                  # every run in the folder
+    python benchmark/report.py 'runs/LunarLander*' --threshold 200   # steps and seconds until a return of 200
+    python benchmark/report.py --compare runs/ppo runs/dqn           # two sets of runs, side by side
+    python benchmark/report.py runs --baseline benchmark/results/baseline.json    # exit code 1 if it got worse
+
+A run's score is its last evaluation. Only runs that reached their last step count; the others are named, and without
+them there is no headline. Runs of one script on one environment whose arguments differ are never averaged together.
+
+Intervals are 95 % bootstrap intervals over seeds, for the aggregate within each environment, and start at three seeds.
+A plain percentile interval is too narrow for a handful of seeds; its level is therefore raised as in Hesterberg 2015,
+arXiv:1411.5279, Section 3.3. No bootstrap looks beyond the sample: for three seeds the interval is their range, which
+covers the true mean of symmetric scores in 75 % of cases (four 87 %, five 94 %).
+
+Exit codes: 0 all is well, 1 runs are missing or worse than the baseline, 2 a mistake in what was asked.
+"""
+
+import csv
+import glob
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+from rich.console import Console
+from scipy import stats
+
+RETURN_KEYS = "eval/episodic_return", "eval/true_reward"  # the score: the first that a run has
+# Arguments that don't change what is learned
+SAME_EXPERIMENT = {
+    "seed", "env_id", "run_dir", "resume", "evaluate", "track", "wandb_project_name", "capture_video",
+    "eval_frequency", "checkpoint_frequency",
+}  # fmt: skip
+
+# Scores are normalised so that 0 is a uniformly random policy and 1 the reference, a row of reference_returns.csv.
+RANDOM_SOURCE = "100 to 5,000 episodes measured with Gymnasium 1.4; Atari: Mnih et al. 2015; MPE: reference_returns.csv"
+ZOO = "DLR-RM/rl-baselines3-zoo benchmark.md"
+EXACT = "dynamic programming on Gymnasium's tables"
+REFERENCES = {  # environment: random, reference, who reached it, source
+    "CartPole-v1": (22.1, 500.0, "PPO, 100k steps", ZOO),
+    "Acrobot-v1": (-498.7, -73.506, "PPO, 1M steps", ZOO),
+    "MountainCar-v0": (-200.0, -100.849, "DQN, 120k steps", ZOO),
+    "MountainCarContinuous-v0": (-33.2, 94.679, "SAC, 50k steps", ZOO),
+    "Pendulum-v1": (-1235.9, -151.855, "TD3, 20k steps", ZOO),
+    "LunarLander-v3": (-182.1, 242.119, "PPO on v2, 1M steps", ZOO),
+    "LunarLanderContinuous-v3": (-209.8, 270.863, "PPO on v2, 1M steps", ZOO),
+    "BipedalWalker-v3": (-102.8, 297.668, "SAC, 500k steps", ZOO),
+    "InvertedPendulum-v5": (5.1, 1000.0, "TD3 on v1, 1M steps", "sfujim/TD3 learning_curves"),
+    "HalfCheetah-v5": (-277.9, 9535.45, "SAC on v3, 1M steps", ZOO),
+    "Hopper-v5": (17.6, 3606.39, "TD3 on v3, 1M steps", ZOO),
+    "Walker2d-v5": (1.8, 4717.82, "TD3 on v3, 1M steps", ZOO),
+    "Ant-v5": (-67.5, 5813.27, "TD3 on v3, 1M steps", ZOO),
+    "Humanoid-v5": (113.1, 6232.29, "SAC on v3, 2M steps", ZOO),
+    "ALE/Pong-v5": (-20.7, 20.989, "PPO on NoFrameskip-v4, 10M steps", ZOO),
+    "ALE/Breakout-v5": (1.7, 398.033, "PPO on NoFrameskip-v4, 10M steps", ZOO),
+    "FrozenLake-v1": (0.015, 0.74016, "best stationary policy", EXACT),
+    "FrozenLake8x8-v1": (0.002, 0.89357, "best stationary policy found", EXACT),
+    "Taxi-v4": (-776.0, 7.93, "optimum", EXACT),
+    "simple_spread_v3": (-79.3, -27.1, "scripted assignment, sum over agents", "800 episodes of that controller"),
+    "simple_speaker_listener_v4": (-39.8, -7.67, "scripted perfect communication", "2,000 episodes of that controller"),
+}
+
+GREY = "#7d8590"  # reads on white and on black alike, as do the colours
+COLORS = "#3b82f6", "#e8710a", "#22a06b", "#a371f7", "#e5484d", "#12a5b8", "#db61a2", "#a98600"
+STYLE = {
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "text.color": GREY,
+    "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.titlesize": 11,
+    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.prop_cycle": matplotlib.cycler(color=COLORS), "legend.frameon": False,
+    "figure.constrained_layout.h_pad": 0.08, "lines.linewidth": 1.8, "font.size": 10, "savefig.dpi": 160,
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # run folders, folders that hold some, or globs
+    output: Path | None = None  # folder of the report; None: "report" beside the runs
+    compare: tuple[str, str] | None = None  # two sets of runs (folders or globs) instead: is the first better?
+    threshold: float | None = None  # also report the steps and seconds until this return
+    in_a_row: int = 1  # evaluations in a row that must reach the threshold
+    seeds: tuple[int, ...] = ()  # the seeds that every experiment must have; a launcher's ledger.json is always heeded
+    allow_missing: bool = False  # show the headline, and exit with 0, though runs are missing
+    baseline: Path | None = None  # a file of --save-baseline; exit with 1 if returns or speed are worse than in it
+    save_baseline: Path | None = None  # write these runs' results to this file
+
+
+@dataclass
+class Run:
+    folder: Path
+    group: str  # the set that it belongs to: its script's name, or what --compare calls it
+    env_id: str
+    seed: int
+    config: dict = field(default_factory=dict)
+    curve: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # (evaluations, 3): step, seconds, return
+    sps: float | None = None  # median steps a second
+    frontier: tuple[float, float] | None = None  # KL divergence and true reward at the end (preference learning)
+    trouble: str = ""  # why the run does not count
+
+
+@dataclass
+class Experiment:
+    """The runs that differ in their seed alone."""
+
+    label: str
+    group: str
+    env_id: str
+    done: list[Run]  # by seed
+    missing: dict[int, str]  # seed: why
+
+    @property
+    def scores(self) -> np.ndarray:  # (seeds,)
+        return np.array([run.curve[-1, 2] for run in self.done])
+
+
+def base_name(env_id: str) -> str:
+    """What the versions of an environment have in common: HalfCheetah-v5 -> halfcheetah."""
+    return re.sub(r"^ale[/ ]|noframeskip|[-_]v\d.*|[ (].*", "", env_id.lower())
+
+
+def refuse(message: object) -> NoReturn:
+    """A mistake of the user: one line that says what to do, and exit code 2."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- Statistics: what is given to interval takes samples, (..., seeds) each, and an axis, always the last ----
+
+
+def iqm(*scores: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean of all scores: the mean without the highest and the lowest quarter."""
+    return stats.trim_mean(np.concatenate(scores, axis), 0.25, axis)
+
+
+def difference(new: np.ndarray, old: np.ndarray, axis: int = -1) -> np.ndarray:
+    return new.mean(axis) - old.mean(axis)
+
+
+def improvement(*scores: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Probability that a run of A beats one of B, a tie counting half, averaged over environments.
+
+    scores: of A and of B on the first environment, of A and of B on the second, and so on.
+    """
+    pairs = zip(scores[::2], scores[1::2], strict=True)
+    return np.mean([np.heaviside(a[..., :, None] - b[..., None, :], 0.5).mean((-2, -1)) for a, b in pairs], axis=0)
+
+
+def interval(statistic: Callable, *samples: np.ndarray, resamples: int = 10_000) -> tuple | None:
+    """95 % bootstrap interval, (low, high); each sample is resampled on its own. None under three seeds."""
+    sizes = [sample.shape[-1] for sample in samples]
+    if min(sizes) < 3:
+        return None
+    freedom = sum(sizes) - len(sizes)
+    # A resample's variance is too small by freedom / n, and a normal quantile stands where Student's belongs
+    tail = stats.norm.cdf(stats.t.ppf(0.025, freedom) * math.sqrt(sum(sizes) / freedom))
+    rng = np.random.default_rng(0)
+    options = {"axis": -1, "vectorized": True, "method": "percentile", "n_resamples": resamples, "rng": rng}
+    result = stats.bootstrap(samples, statistic, confidence_level=1 - 2 * tail, **options)
+    return tuple(bound[()] for bound in result.confidence_interval)
+
+
+def steps_to(threshold: float, in_a_row: int, curve: np.ndarray) -> tuple[float, float]:
+    """Step and seconds at the last of the first evaluations in a row that reach the threshold; infinity if none do."""
+    count = 0
+    for step, seconds, value in curve:
+        count = count + 1 if value >= threshold else 0
+        if count == in_a_row:
+            return step, seconds
+    return math.inf, math.inf
+
+
+def on_one_grid(curves: list[np.ndarray], seconds: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Puts curves, (evaluations, 3), on the part of the axis that all of them cover: (G,) and (G, seeds)."""
+    axes = [curve[:, int(seconds)] for curve in curves]
+    start, end = max(x[0] for x in axes), min(x[-1] for x in axes)
+    grid = np.linspace(start, end, 100) if seconds else np.unique(np.concatenate(axes))
+    grid = grid[(start <= grid) & (grid <= end)]
+    return grid, np.stack([np.interp(grid, x, curve[:, 2]) for x, curve in zip(axes, curves, strict=True)], -1)
+
+
+# ---- Reading runs ----
+
+
+def read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text())
+        return data if isinstance(data, dict) else refuse(f"{path} holds no JSON object")
+    except (OSError, ValueError) as error:
+        refuse(f"{path} can't be read ({error})")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl without a half-written last one, and without those that a resume has repeated."""
+    lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+    rows, smallest = [], math.inf
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["global_step"] + 0
+            rows.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                refuse(f"{path}, line {number} is damaged ({error!r}); remove the line or leave out the run")
+    kept = []
+    for row in reversed(rows):  # a later row with a smaller step: the run went back to there
+        if row["global_step"] <= smallest:
+            smallest = row["global_step"]
+            kept.append(row)
+    return kept[::-1]
+
+
+def series(rows: list[dict], key: str) -> np.ndarray:
+    """(k, 3): step, seconds, value; null becomes NaN, and of two rows at one step the later counts."""
+    points = {row["global_step"]: (row["global_step"], row.get("time"), row[key]) for row in rows if key in row}
+    return np.array(list(points.values()), dtype=float).reshape(-1, 3)
+
+
+def read_run(folder: Path, group: str, result: str | None = None) -> Run:
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("args"), dict) or "script" not in config:
+        refuse(f"{folder}/config.json must have script and args")
+    args = config["args"]
+    rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    curves = [series(rows, key) for key in ([result] if result else RETURN_KEYS)]
+    curve = next(filter(len, curves), curves[0])
+    env_id = (args.get("env_id") or "default").split(":")[-1]  # without the module that registers it
+    run = Run(folder, group or config["script"], env_id, args.get("seed", 0), config)
+    run.curve = curve[np.isfinite(curve[:, 2])]
+    speeds = series(rows, "charts/SPS")[:, 2]
+    run.sps = float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
+    kl, reward = series(rows, "eval/kl")[-1:, 2], series(rows, "eval/true_reward")[-1:, 2]
+    run.frontier = (kl[0], reward[0]) if np.isfinite(kl).any() and np.isfinite(reward).any() else None
+    total, last = args.get("total_timesteps", 0), rows[-1]["global_step"] if rows else 0
+    if not len(curve):
+        run.trouble = f"no evaluation, stopped at step {last:,}"
+    elif curve[-1, 0] < total:
+        run.trouble = f"stopped at step {last:,} of {total:,}"
+    elif not math.isfinite(curve[-1, 2]):
+        run.trouble = "its last evaluation is not a number"
+    return run
+
+
+def read_ledger(path: Path, group: str) -> list[Run]:
+    """The runs that a launcher was asked for, also those without a folder; not those that a newer script repeats."""
+    ledger, entries = read_json(path), []
+    try:
+        runs = ledger["runs"].values() if isinstance(ledger["runs"], dict) else ledger["runs"]
+        for row in sorted(runs, key=lambda row: row.get("name") not in ledger.get("asked", [])):
+            script = row.get("script") or Path(row["launch"][-1]).stem
+            key = script, row["env_id"], row["seed"], row.get("flags")
+            if key not in [other for other, *_ in entries] or "asked" not in ledger:
+                entries.append((key, Path(row.get("run_dir") or row["name"]), str(row["status"]), row.get("result")))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        refuse(f"{path}: every run needs script, env_id, seed, run_dir and status ({error!r})")
+    found = []
+    for (script, env_id, seed, _), folder, status, result in entries:
+        # the folder as it is written, or, after a move, by its name beside the ledger
+        places = folder, path.parent / folder, path.parent / folder.name
+        folder = next((place.resolve() for place in places if (place / "config.json").exists()), None)
+        if folder is None:
+            env_id, trouble = (env_id or "default").split(":")[-1], f"{status}, no config.json"
+            found.append(Run(places[1], group or script, env_id, seed, trouble=trouble))
+        else:
+            found.append(run := read_run(folder, group, result))
+            run.trouble = run.trouble and f"{status}, {run.trouble}"
+    return found
+
+
+def find_runs(pattern: str, group: str) -> list[Run]:
+    """The runs in a folder or glob, finished or not. Beside a launcher's ledger.json, the runs in it and no others."""
+    folders, ledgers = set(), set()
+    for path in map(Path, [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)):
+        ledgers |= {path} if path.name == "ledger.json" else set(path.rglob("ledger.json"))
+        folders |= {file.parent.resolve() for file in path.rglob("metrics.jsonl")}
+        # a folder of Hugging Face weights holds a config.json too
+        folders |= {file.parent.resolve() for file in path.rglob("config.json") if b'"script"' in file.read_bytes()}
+    runs = []
+    for ledger in sorted(ledgers):
+        runs += read_ledger(ledger, group)
+        beside = {folder for folder in folders if folder.is_relative_to(ledger.parent.resolve())}
+        if others := len(beside - {run.folder for run in runs}):
+            print(f"note: {others} folders beside {ledger} are of older scripts or trials: left out", file=sys.stderr)
+        folders -= beside
+    runs += [read_run(folder, group) for folder in sorted(folders)]
+    return runs or refuse(f"{pattern} holds no run, which is a folder with config.json and metrics.jsonl")
+
+
+def sort_out(runs: list[Run], seeds: tuple[int, ...]) -> list[Experiment]:
+    """Experiments: runs whose arguments agree. Their label names the arguments that tell them from one another."""
+    together = defaultdict(list)
+    for run in {run.folder: run for run in runs}.values():
+        together[run.group, run.env_id].append(run)
+    experiments = []
+    for (group, env_id), members in sorted(together.items()):
+        arguments = [{"script": run.config["script"], **run.config["args"]} if run.config else {} for run in members]
+        names = {name for args in arguments for name in args} - SAME_EXPERIMENT
+        names = [name for name in sorted(names) if len({json.dumps(a.get(name)) for a in arguments if a}) > 1]
+        by_label = defaultdict(list)
+        for run, args in zip(members, arguments, strict=True):
+            by_label[" ".join([group, *(f"{name}={args[name]}" for name in names if name in args)])].append(run)
+        for label, same in by_label.items():
+            done = sorted((run for run in same if not run.trouble), key=lambda run: run.seed)
+            for one, other in pairwise(done):
+                if one.seed == other.seed:
+                    twice = f"{one.folder} and {other.folder}"
+                    refuse(f"seed {one.seed} of {label} on {env_id} is there twice; leave one out: {twice}")
+            missing = dict.fromkeys(seeds, "no such run")
+            missing |= {run.seed: f"{run.trouble} ({run.folder})" for run in same if run.trouble}
+            there = {run.seed for run in done}
+            missing = {seed: why for seed, why in sorted(missing.items()) if seed not in there}
+            experiments.append(Experiment(label, group, env_id, done, missing))
+    return experiments
+
+
+# ---- Summing up: each function returns rows, {column: value}, for the table and for report.json ----
+
+
+def summarise(experiment: Experiment) -> dict:
+    scores, done = experiment.scores, experiment.done
+    row = {"script": experiment.label, "environment": experiment.env_id}
+    row |= {"n": len(done), "of": len(done) + len(experiment.missing)}
+    if not done:
+        return row
+    return row | {
+        "steps": int(max(run.curve[-1, 0] for run in done)),
+        "mean": scores.mean(),
+        "mean 95 %": interval(np.mean, scores),
+        "deviation": scores.std(ddof=1) if len(scores) > 1 else None,
+        "worst": scores.min(),
+        "worst seed": done[scores.argmin()].seed,
+        "IQM": iqm(scores),
+        "IQM 95 %": interval(iqm, scores),
+        "SPS": np.median(speeds) if (speeds := [run.sps for run in done if run.sps]) else None,
+        "seeds": [run.seed for run in done],
+        "returns": scores.tolist(),
+    }
+
+
+def aggregate(experiments: list[Experiment]) -> list[dict]:
+    """For each label the interquartile mean of the normalised scores over all environments that have a reference."""
+    by_label = defaultdict(list)
+    for experiment in experiments:
+        if experiment.env_id in REFERENCES:
+            random, reference, *_ = REFERENCES[experiment.env_id]
+            by_label[experiment.label].append((experiment.scores - random) / (reference - random))
+    return [
+        {"script": label, "environments": len(scores), "IQM": iqm(*scores), "95 %": interval(iqm, *scores)}
+        for label, scores in by_label.items()
+    ]
+
+
+def compare(experiments: list[Experiment], sets: list[str]) -> list[dict]:
+    """Probability that a run of the first set beats one of the second: per environment, and over all of them."""
+    by_env = defaultdict(dict)
+    for e in experiments:
+        if e.group in by_env[e.env_id]:
+            refuse(f"--compare: {e.group} mixes experiments on {e.env_id}, such as {e.label}; name fewer of its runs")
+        by_env[e.env_id][e.group] = e.scores
+    pairs = {env_id: [scores[name] for name in sets] for env_id, scores in by_env.items() if len(scores) == 2}
+    if not pairs:
+        refuse(f"--compare: {sets[0]} and {sets[1]} have finished runs on no environment in common")
+    if len(pairs) > 1:
+        pairs["all"] = [scores for pair in pairs.values() for scores in pair]
+    return [
+        {"environment": env_id, "P": improvement(*scores), "95 %": interval(improvement, *scores)}
+        for env_id, scores in pairs.items()
+    ]
+
+
+def until(experiment: Experiment, threshold: float, in_a_row: int) -> dict:
+    """Steps and seconds to a return. In the medians a seed that never reaches it counts as infinity."""
+    reached = np.array([steps_to(threshold, in_a_row, run.curve) for run in experiment.done])  # (seeds, 2)
+    medians, of = np.median(reached, axis=0), len(experiment.done) + len(experiment.missing)
+    row = {"script": experiment.label, "environment": experiment.env_id, "of": of}
+    row |= {"reached": int(np.isfinite(reached[:, 0]).sum())}
+    values = [[value if math.isfinite(value) else None for value in column] for column in (medians, *reached.T)]
+    return row | {"median steps": values[0][0], "median s": values[0][1], "steps": values[1], "seconds": values[2]}
+
+
+def baseline_entry(experiment: Experiment) -> dict:
+    """What a later set of runs is held against."""
+    config = experiment.done[0].config
+    versions = config.get("versions") or {}
+    return {
+        "label": experiment.label,
+        "env_id": experiment.env_id,
+        "runs": {str(run.seed): {"return": run.curve[-1, 2], "SPS": run.sps} for run in experiment.done},
+        "args": {name: value for name, value in config["args"].items() if name not in SAME_EXPERIMENT},
+        "versions": {name: versions[name] for name in ("python", "torch", "numpy", "gymnasium") if name in versions},
+        "commit": config.get("commit"),
+        "hardware": config.get("hardware"),
+    }
+
+
+def gate(experiments: list[Experiment], path: Path) -> list[dict]:
+    """Worse: the whole interval of the difference to the baseline lies below 0. Returns and speed are judged apart."""
+    now = {(e.label, e.env_id): baseline_entry(e) for e in experiments}
+    rows = []
+    try:
+        for old in read_json(path)["experiments"]:
+            new = now.get((old["label"], old["env_id"]), old | {"runs": {}})
+            flat = [{"hardware": entry["hardware"], **entry["versions"], **entry["args"]} for entry in (new, old)]
+            differ = [name for name in sorted(flat[0] | flat[1]) if flat[0].get(name) != flat[1].get(name)]
+            for what in "return", "SPS":
+                values = [[run[what] for run in entry["runs"].values()] for entry in (new, old)]
+                news, olds = (np.array([v for v in sample if v is not None], dtype=float) for sample in values)
+                if len(olds):
+                    bounds = interval(difference, news, olds)
+                    row = {"script": old["label"], "environment": old["env_id"], "of": what, "before": olds.mean()}
+                    row |= {"now": news.mean() if len(news) else None, "difference 95 %": bounds, "differs in": differ}
+                    verdict = "not judged: under three seeds" if not bounds else "worse" if bounds[1] < 0 else "ok"
+                    rows.append(row | {"verdict": verdict})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        refuse(f"--baseline {path} is not what --save-baseline writes ({error!r})")
+    return rows
+
+
+def published(experiment: Experiment) -> list[dict]:
+    """This result, then the rows of reference_returns.csv of the same algorithm on any version of the environment.
+
+    Of a source's several budgets the nearest one.
+    """
+    own = summarise(experiment)
+    config = experiment.done[0].config
+    episodes, commit = config["args"].get("eval_episodes", "?"), str(config.get("commit"))[:10]
+    protocol = f"evaluation at the last step, {episodes} episodes a seed; mean over seeds [95 %]"
+    ours = {"who": f"**{own['script']}**", "environment": own["environment"], "steps": own["steps"]}
+    ours |= {"return": f"**{show(own['mean'])}** {show(own['mean 95 %'])}", "seeds": own["n"], "protocol": protocol}
+    algorithm = re.compile(rf"\b({config['script'].replace('_', '.')}|optimal|scripted|random)\b", re.IGNORECASE)
+    nearest = {}
+    with open(Path(__file__).with_name("reference_returns.csv"), newline="") as file:
+        for row in csv.DictReader(file):
+            wanted = row["domain"] not in ("throughput", "moonshot", "survey-claim") and algorithm.search(row["algo"])
+            if wanted and row["mean"] and base_name(row["env_id"]) == base_name(experiment.env_id):
+                steps = int(row["steps"]) if row["steps"].isdigit() else 0
+                distance = abs(math.log(max(steps, 1) / own["steps"]))
+                theirs = {"who": row["algo"], "environment": row["env_id"], "steps": steps or None}
+                theirs |= {"return": row["mean"] + (f" ± {row['std_or_ci']}" if row["std_or_ci"] else "")}
+                theirs |= {"seeds": row["n_seeds"], "protocol": "; ".join(filter(None, (row["metric"], row["notes"])))}
+                key = row["env_id"], row["algo"], row["metric"], row["source"]
+                if key not in nearest or distance < nearest[key][0]:
+                    nearest[key] = distance, theirs | {"source": row["source"]}
+    return [ours | {"source": f"this report, commit {commit}"}, *(row for _, row in nearest.values())]
+
+
+# ---- Showing ----
+
+
+def show(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(show, value)) + "]"
+    if isinstance(value, list):
+        return ", ".join(map(show, value)) or "-"
+    if isinstance(value, float):
+        return f"{value:,.{0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/").replace("\n", " ")
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown whose columns also line up as plain text."""
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [header, *[[show(row.get(name)) for name in header] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def plot_curves(experiments: list[Experiment], seconds: bool, threshold: float | None) -> Figure:
+    """One panel for each environment: the mean over seeds, and the interval of it at each point on its own."""
+    env_ids = list(dict.fromkeys(e.env_id for e in experiments))
+    labels = list(dict.fromkeys(e.label for e in experiments))
+    columns = 2 if len(env_ids) == 4 else min(3, len(env_ids))
+    rows = math.ceil(len(env_ids) / columns)
+    figure = Figure(figsize=(4.4 * columns + 0.6, 3.1 * rows), layout="constrained")
+    for i, env_id in enumerate(env_ids):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        for e in experiments:
+            if e.env_id != env_id:
+                continue
+            grid, values = on_one_grid([run.curve for run in e.done], seconds)  # (G,), (G, seeds)
+            color = COLORS[labels.index(e.label) % len(COLORS)]
+            axes.plot(grid, values.mean(-1), color=color, marker="o" if len(grid) == 1 else None)
+            if len(grid) and (band := interval(np.mean, values, resamples=2_000)):
+                axes.fill_between(grid, *band, color=color, alpha=0.2, linewidth=0)
+        if threshold is not None:
+            axes.set_ylim(axes.get_ylim())  # the scale is the curves'
+            axes.axhline(threshold, color=GREY, linewidth=1, linestyle="--")
+        axes.set_title(env_id)
+        axes.set_xlabel("seconds" if seconds else "environment steps")
+        axes.set_ylabel("evaluation return" if i % columns == 0 else "")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(labels) > 1:
+        handles = [Line2D([], [], color=COLORS[i % len(COLORS)]) for i in range(len(labels))]
+        names = [textwrap.fill(label, 50 * columns) for label in labels]
+        width = max(len(line) for name in names for line in name.splitlines()) + 8
+        legend = figure.legend(handles, names, loc="outside lower center", ncols=max(1, 60 * columns // width))
+        figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+    return figure
+
+
+def plot_aggregate(rows: list[dict]) -> Figure:
+    labels = [textwrap.fill(row["script"], 36) for row in rows]
+    figure = Figure(figsize=(6.4, 1.0 + sum(0.3 + 0.16 * label.count("\n") for label in labels)), layout="constrained")
+    axes = figure.add_subplot()
+    for i, row in enumerate(rows):
+        color = COLORS[i % len(COLORS)]
+        if row["95 %"]:
+            axes.plot(row["95 %"], [i, i], color=color, linewidth=9, alpha=0.35, solid_capstyle="butt")
+        axes.plot(row["IQM"], i, "o", color=color, markersize=7)
+    axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("normalised return, interquartile mean")
+    return figure
+
+
+def plot_frontier(runs: list[Run]) -> Figure:
+    """Preference learning: reward against divergence from the reference policy, one point a run, a line over beta."""
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    groups = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        groups[run.group][run.config["args"].get("beta")].append(run.frontier)
+    for color, (group, by_beta) in zip(COLORS * len(groups), groups.items(), strict=False):
+        means = sorted((*np.mean(points, axis=0), beta) for beta, points in by_beta.items())  # by divergence
+        axes.plot([kl for kl, *_ in means], [reward for _, reward, _ in means], color=color, label=group)
+        axes.scatter(*np.concatenate(list(by_beta.values())).T, color=color, s=26, linewidth=0)
+        for kl, reward, beta in means:
+            axes.annotate(f"β = {beta}", (kl, reward), (6, -12), textcoords="offset points", fontsize=9, color=color)
+    axes.set_xlabel("KL divergence from the reference policy")
+    axes.set_ylabel("true reward")
+    if len(groups) > 1:
+        axes.legend()
+    return figure
+
+
+def draw(experiments: list[Experiment], headline: list[dict], output: Path, threshold: float | None) -> list[str]:
+    """Writes the pictures; returns their names. Of an earlier report there in the same place none is left."""
+    frontier = [run for e in experiments for run in e.done if run.frontier]
+    timed = [e for e in experiments if all(np.isfinite(run.curve[:, 1]).all() for run in e.done)]
+    plots = {
+        "curves-steps.png": (plot_curves, experiments, False, threshold),
+        "curves-time.png": (plot_curves, timed, True, threshold),
+        "aggregate.png": (plot_aggregate, headline),
+        "frontier.png": (plot_frontier, frontier),
+    }
+    with matplotlib.rc_context(STYLE):
+        for name, (plot, data, *options) in plots.items():
+            (output / name).unlink(missing_ok=True)
+            if data:
+                plot(data, *options).savefig(output / name)
+    return [name for name, (_, data, *_) in plots.items() if data]
+
+
+def method(experiments: list[Experiment]) -> str:
+    env_ids = list(dict.fromkeys(e.env_id for e in experiments))
+    names = "environment", "random", "reference", "who", "source of the reference"
+    rows = [dict(zip(names, (env_id, *REFERENCES[env_id]), strict=True)) for env_id in env_ids if env_id in REFERENCES]
+    absent = ", ".join(env_id for env_id in env_ids if env_id not in REFERENCES)
+    return f"""\
+A score is the return of a run's last evaluation, the deviation that of the seeds. Intervals are 95 % bootstrap
+intervals over seeds, for the aggregate within each environment; there are none under three seeds. In the pictures they
+hold at each point on its own, and a curve ends where the first of its seeds ends.
+
+Normalised: 0 is a random policy, 1 the reference. Random returns: {RANDOM_SOURCE}.
+Without a reference, and so not in the aggregate: {absent or "none"}.
+
+{table(rows) if rows else ""}"""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    if bool(args.runs) == bool(args.compare):
+        refuse("name the runs, or two sets of them with --compare, and not both")
+    if args.in_a_row < 1:
+        refuse(f"--in-a-row is {args.in_a_row} but must be at least 1")
+    patterns = [(pattern, "") for pattern in args.runs] or [(name, name.rstrip("/")) for name in args.compare]
+    runs = [run for pattern, group in patterns for run in find_runs(pattern, group)]
+    all_experiments = sort_out(runs, args.seeds)
+    experiments = [e for e in all_experiments if e.done]
+    missing = [f"- {e.label} on {e.env_id}, seed {s}: {why}" for e in all_experiments for s, why in e.missing.items()]
+    whole = args.allow_missing or not missing
+    headline = aggregate(experiments) if whole else []
+
+    sections = {"Results": [summarise(e) for e in all_experiments]}
+    if headline:
+        sections["All environments, normalised"] = headline
+    if args.compare and whole:
+        sets = [group for _, group in patterns]
+        sections[f"Probability that a run of {sets[0]} beats one of {sets[1]}"] = compare(experiments, sets)
+    if args.threshold is not None:
+        title = f"Until a return of {args.threshold:g}" + f" {args.in_a_row} times in a row" * (args.in_a_row > 1)
+        sections[title] = [until(e, args.threshold, args.in_a_row) for e in experiments]
+    if args.baseline:
+        sections[f"Against {args.baseline}"] = gate(experiments, args.baseline)
+    red = [row for rows in sections.values() for row in rows if row.get("verdict", "ok") != "ok"]
+    if args.allow_missing:
+        red = [row for row in red if row["verdict"] == "worse"]
+
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    for title, rows in sections.items():
+        console.print(f"{title}\n{table(rows)}\n")
+    alarms = [f"{row['script']} on {row['environment']}: {row['of']} {row['verdict']}" for row in red]
+    alarms = "\n".join(["Runs are missing:", *missing] * bool(missing) + ["Against the baseline:", *alarms] * bool(red))
+    if not whole:
+        alarms += "\nNo aggregate: a mean over the survivors would flatter (--allow-missing gives it all the same)."
+    if alarms:
+        console.print(alarms, style="red")
+
+    output = args.output or Path(os.path.commonpath([run.folder.resolve().parent for run in runs]), "report")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        pictures = draw(experiments, headline, output, args.threshold)
+        content = json.dumps({"missing": missing, **sections}, indent=1, default=float)
+        (output / "report.json").write_text(content + "\n")
+        rows = [row for e in experiments for row in published(e)]
+        sections["Beside published results"] = [row for i, row in enumerate(rows) if row not in rows[:i]]
+        parts = ["# Report", alarms, *(f"## {title}\n\n{table(rows)}" for title, rows in sections.items())]
+        parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+        parts += ["## How to read this", method(experiments)]
+        (output / "report.md").write_text("\n\n".join(part for part in parts if part).rstrip() + "\n")
+        if args.save_baseline and whole:
+            baseline = {"experiments": [baseline_entry(e) for e in experiments]}
+            args.save_baseline.parent.mkdir(parents=True, exist_ok=True)
+            args.save_baseline.write_text(json.dumps(baseline, indent=1) + "\n")
+    except OSError as error:
+        refuse(f"the report can't be written: {error}")
+    console.print(f"Written to {output}: report.md, report.json, {', '.join(pictures)}")
+    if args.save_baseline:
+        console.print(f"Baseline: {args.save_baseline}" if whole else "No baseline is written while runs are missing")
+    raise SystemExit(1 if red or not whole else 0)
+
+
+if __name__ == "__main__":
+    main()

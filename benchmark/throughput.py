@@ -1,0 +1,252 @@
+"""Times each script beside its peer: the same work, on the same machine, in the same run.
+
+    python benchmark/throughput.py                             # everything
+    python benchmark/throughput.py --only ppo --repeats 3      # one script
+
+Every measurement is a process of its own with one thread, and only the steps after a warm-up count: no imports, no
+evaluation. Script and peer take turns, so that a machine that grows slower or faster does it to both. The result is the
+median over the repeats of the ratio of two neighbours, with the smallest and the largest.
+
+Beside it stand two limits: the environment stepped with random actions and nothing else, and the steps for which the
+matrix products alone would leave time, at the float32 rate that a big product reaches on this machine in this run.
+
+Exit codes: 0 measured, 1 a measurement failed, 2 a mistake in what was asked.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+
+
+@dataclass
+class Args:
+    only: tuple[str, ...] = ()  # scripts, environments, or both as in ppo/CartPole-v1; none: everything
+    repeats: int = 5  # measurements of each side
+    steps: int = 50_000  # environment steps of a measurement, after a warm-up of a tenth of them
+    output: Path = ROOT / "benchmark" / "results"  # folder for throughput.json and throughput.md
+
+
+@dataclass
+class Work:
+    """A script and a peer that do the same."""
+
+    script: str
+    env_id: str
+    settings: dict[str, int | float | bool]  # our flags; the peer's arguments are made from them
+    peer: str
+    peer_arguments: Callable[[dict], dict]  # settings -> what the peer is called with
+    time_peer: Callable[[str, dict, int, int], float]  # env_id, settings, warm-up, steps -> steps a second
+    multiple: int  # steps come in multiples of it
+    flop_per_step: float  # of the matrix products
+
+    @property
+    def name(self) -> str:
+        return f"{self.script}/{self.env_id}"
+
+
+def refuse(message: object) -> NoReturn:
+    """A mistake of the user: one line that says what to do, and exit code 2."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- Peers: each runs in a fresh process ----
+
+
+def sb3_ppo_arguments(ours: dict) -> dict:
+    """The arguments of SB3's PPO that say the same as ours."""
+    names = {
+        "learning_rate": "learning_rate", "n_steps": "num_steps", "n_epochs": "update_epochs", "gamma": "gamma",
+        "gae_lambda": "gae_lambda", "clip_range": "clip_coef", "ent_coef": "ent_coef", "vf_coef": "vf_coef",
+        "max_grad_norm": "max_grad_norm", "normalize_advantage": "norm_adv",
+    }  # fmt: skip
+    batch_size = ours["num_envs"] * ours["num_steps"] // ours["num_minibatches"]
+    return {theirs: ours[name] for theirs, name in names.items()} | {"batch_size": batch_size, "device": "cpu"}
+
+
+def sb3_ppo(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
+    import gymnasium as gym
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    torch.set_num_threads(1)
+    envs = DummyVecEnv([lambda: gym.make(env_id)] * settings["num_envs"])
+    model = PPO("MlpPolicy", envs, seed=1, **sb3_ppo_arguments(settings))  # two layers of 64 with tanh, as ours
+    model.learn(warm_up)
+    started = time.perf_counter()
+    model.learn(steps, reset_num_timesteps=False)
+    return steps / (time.perf_counter() - started)
+
+
+# ---- What is measured ----
+
+PPO_SETTINGS = {  # SB3's defaults, but for four environments of 128 steps
+    "num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4, "learning_rate": 3e-4,
+    "anneal_lr": False, "gamma": 0.99, "gae_lambda": 0.95, "clip_coef": 0.2, "ent_coef": 0.0, "vf_coef": 0.5,
+    "max_grad_norm": 0.5, "norm_adv": True, "norm_obs": False, "norm_reward": False,
+}  # fmt: skip
+
+
+def mlp_flop(*sizes: int) -> int:
+    """Of one row through a fully connected network."""
+    return 2 * sum(a * b for a, b in pairwise(sizes))
+
+
+def ppo_work(env_id: str, observations: int, actions: int) -> Work:
+    actor, critic = mlp_flop(observations, 64, 64, actions), mlp_flop(observations, 64, 64, 1)
+    # acting, then all values and log-probabilities once, then in each epoch forward and, twice as much, backward
+    flop = actor + (actor + critic) * (1 + 3 * PPO_SETTINGS["update_epochs"])
+    batch = PPO_SETTINGS["num_envs"] * PPO_SETTINGS["num_steps"]
+    return Work("ppo", env_id, PPO_SETTINGS, "stable-baselines3 PPO", sb3_ppo_arguments, sb3_ppo, batch, flop)
+
+
+WORKS = [ppo_work("CartPole-v1", 4, 2), ppo_work("LunarLander-v3", 8, 4)]
+
+
+# ---- Measuring ----
+
+
+def to_flag(name: str, value: object) -> str:
+    name = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+
+
+def time_script(work: Work, warm_up: int, steps: int) -> tuple[float, list[str]]:
+    """Steps a second of our script, and its flags.
+
+    The clock is metrics.jsonl's, from the row of the learning step that ends the warm-up to that of the last one: all
+    that lies between is in it, logging too. The only evaluation and the only checkpoint come after the last row.
+    """
+    total = warm_up + steps
+    settings = {**work.settings, "env_id": work.env_id, "total_timesteps": total, "device": "cpu", "eval_episodes": 1}
+    settings |= {"eval_frequency": total, "checkpoint_frequency": total}
+    flags = [to_flag(name, value) for name, value in settings.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "algorithms" / f"{work.script}.py"), *flags, f"--run-dir={folder}/run"]
+        done = subprocess.run(command, env=os.environ | THREADS, capture_output=True, text=True)
+        if done.returncode:
+            print(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+            raise SystemExit(1)
+        rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+    learned = [(row["global_step"], row["time"]) for row in rows if "charts/SPS" in row]
+    (first, started), (last, ended) = next(row for row in learned if row[0] >= warm_up), learned[-1]
+    return (last - first) / (ended - started), flags
+
+
+def in_new_process(function: Callable, *args: object) -> float:
+    os.environ.update(THREADS)
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def time_env(env_id: str, steps: int) -> float:
+    """Steps a second of one environment with random actions, drawn beforehand."""
+    import gymnasium as gym
+
+    env = gym.make(env_id)
+    env.action_space.seed(1)
+    actions = [env.action_space.sample() for _ in range(steps)]
+    env.reset(seed=1)
+    started = time.perf_counter()
+    for action in actions:
+        _, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            env.reset()
+    return steps / (time.perf_counter() - started)
+
+
+def time_matmul(size: int = 1024) -> float:
+    """float32 operations a second of one thread in a big matrix product: the best of several."""
+    import torch
+
+    torch.set_num_threads(1)
+    a, best = torch.rand(size, size), 0.0
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ a
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def measure(work: Work, args: Args) -> dict:
+    steps, warm_up = (math.ceil(n / work.multiple) * work.multiple for n in (args.steps, args.steps / 10))
+    row = {"name": work.name, "peer": work.peer, "steps": steps, "warm_up": warm_up, "settings": work.settings}
+    row |= {"peer_arguments": work.peer_arguments(work.settings)}
+    ours, theirs, env = [], [], []
+    for i in range(args.repeats):
+        sps, flags = time_script(work, warm_up, steps)
+        ours.append(sps)
+        theirs.append(in_new_process(work.time_peer, work.env_id, work.settings, warm_up, steps))
+        env.append(in_new_process(time_env, work.env_id, steps))
+        print(f"{work.name} {i + 1}: {ours[-1]:,.0f} steps/s, {work.peer} {theirs[-1]:,.0f}", flush=True)
+    flop_per_s = in_new_process(time_matmul)
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return row | {
+        "command": ["python", f"algorithms/{work.script}.py", *flags], "ours": ours, "theirs": theirs,
+        "ratios": ratios, "ratio": statistics.median(ratios), "env_only": env, "gflop_per_s": flop_per_s / 1e9,
+        "matmul_limit": flop_per_s / work.flop_per_step,
+    }  # fmt: skip
+
+
+def to_markdown(result: dict) -> str:
+    median = statistics.median
+    lines = [
+        "| script | steps/s | peer | steps/s | ratio (min-max) | environment alone | matrix products alone |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        ratio = f"**{row['ratio']:.2f}** ({min(row['ratios']):.2f}-{max(row['ratios']):.2f})"
+        limits = f"{median(row['env_only']):,.0f}", f"{row['matmul_limit']:,.0f} ({row['gflop_per_s']:.0f} GFLOP/s)"
+        cells = [row["name"], f"{median(row['ours']):,.0f}", row["peer"], f"{median(row['theirs']):,.0f}", ratio]
+        lines.append("| " + " | ".join([*cells, *limits]) + " |")
+    settings = {" ".join(f"{k}={v}" for k, v in row["settings"].items()): row["name"] for row in result["rows"]}
+    lines += ["", f"{result['hardware']}, one thread each; {result['versions']}; commit {result['commit']}."]
+    lines += [f"Both sides of {name.split('/')[0]}: {text}." for text, name in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    if args.repeats < 1 or args.steps < 1:
+        refuse("--repeats and --steps must be at least 1")
+    known = {name for work in WORKS for name in (work.script, work.env_id, work.name)}
+    if unknown := [name for name in args.only if name not in known]:
+        refuse(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
+    works = [w for w in WORKS if not args.only or {w.script, w.env_id, w.name} & set(args.only)]
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--output: {error}")
+    git = f"git -C '{ROOT}' describe --always --abbrev=40 --exclude='*' --dirty"
+    result = {
+        "commit": subprocess.getoutput(git),
+        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "versions": " ".join(f"{n} {version(n)}" for n in ("torch", "gymnasium", "numpy", "stable-baselines3")),
+        "rows": [measure(work, args) for work in works],
+    }
+    (args.output / "throughput.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.output / "throughput.md").write_text(to_markdown(result))
+    print(f"\n{to_markdown(result)}\nWritten to {args.output}: throughput.json, throughput.md")
+
+
+if __name__ == "__main__":
+    main()

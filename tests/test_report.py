@@ -1,0 +1,585 @@
+"""report.py against hand calculations, simulations and hand-made run folders with known answers."""
+
+import csv
+import json
+import random
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmark import report
+
+
+def make_run(folder, script="ppo", env_id="CartPole-v1", seed=1, returns=(20.0, 500.0), sps=4000.0, steps=100, **args):
+    """A run by hand: evaluations at equal distances up to its last step, a second each."""
+    folder.mkdir(parents=True)
+    args = {"env_id": env_id, "seed": seed, "total_timesteps": steps * len(returns), "eval_episodes": 20} | args
+    config = {"script": script, "args": args, "commit": "abcdef0123456789", "versions": {"torch": "2.15.0"}}
+    (folder / "config.json").write_text(json.dumps(config | {"hardware": "here"}))
+    rows = []
+    for i, value in enumerate(returns, 1):
+        rows.append({"global_step": steps * i, "time": i - 0.1, "charts/SPS": sps})
+        rows.append({"global_step": steps * i, "time": float(i), "eval/episodic_return": value})
+    write_rows(folder, rows)
+    return folder
+
+
+def write_rows(folder, rows, mode="w", end="\n"):
+    with open(folder / "metrics.jsonl", mode) as file:
+        file.write("\n".join(json.dumps(row) for row in rows) + end)
+
+
+def make_runs(root, finals, **settings):
+    for seed, final in enumerate(finals, 1):
+        env_id, script = settings.get("env_id", "CartPole-v1"), settings.get("script", "ppo")
+        make_run(root / f"{script}-{env_id}-{seed}", seed=seed, returns=(20.0, final), **settings)
+    return root
+
+
+def evaluation(step, value, seconds=0.0):
+    return {"global_step": step, "time": seconds, "eval/episodic_return": value}
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """Runs the command line; gives the exit code, what report.json says, and what was printed."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, flags), "--output", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as exit:
+            report.main()
+        path = tmp_path / "out" / "report.json"
+        return exit.value.code, json.loads(path.read_text()) if path.exists() else None, capsys.readouterr()
+
+    return call
+
+
+# ---- Statistics ----
+
+
+def test_interquartile_mean():
+    assert report.iqm(np.array([8.0, 1, 7, 2, 6, 3, 5, 1000])) == (3 + 5 + 6 + 7) / 4  # without 1, 2 and 8, 1000
+    assert report.iqm(np.array([1.0, 2, 3, 4, 50])) == 3  # a quarter of five is one, rounded down
+    scores = np.random.default_rng(1).normal(size=(7, 11))
+    assert np.allclose(report.iqm(scores), stats.trim_mean(scores, 0.25, axis=1))
+    assert np.isclose(report.iqm(scores[0], scores[1]), stats.trim_mean(scores[:2].ravel(), 0.25))
+
+
+def test_intervals_are_reproducible_and_leave_the_global_random_state_alone():
+    scores = np.random.default_rng(2).normal(size=6)
+    np.random.seed(7)
+    random.seed(7)
+    before, before_python = np.random.get_state()[1].copy(), random.getstate()
+    first = report.interval(np.mean, scores)
+    assert (np.random.get_state()[1] == before).all()
+    assert random.getstate() == before_python
+    np.random.seed(8)
+    assert report.interval(np.mean, scores) == first
+
+
+@pytest.mark.parametrize(("seeds", "low", "high"), [(5, 0.90, 0.97), (10, 0.925, 0.975), (30, 0.93, 0.975)])
+@pytest.mark.parametrize("statistic", [np.mean, report.iqm])
+def test_coverage_is_near_95_percent(statistic, seeds, low, high):
+    """Of 600 samples from a normal distribution; 5 seeds can't reach more than 1 - 2 / 2**5, the whole sample."""
+    samples = np.random.default_rng(3).normal(loc=10, size=(600, seeds))
+    lows, highs = report.interval(statistic, samples, resamples=1_000)
+    assert low < np.mean((lows < 10) & (highs > 10)) < high
+
+
+def test_coverage_of_a_difference_is_near_95_percent():
+    rng = np.random.default_rng(4)
+    lows, highs = report.interval(
+        report.difference, rng.normal(3, 1, (600, 6)), rng.normal(1, 1, (600, 6)), resamples=1_000
+    )
+    assert 0.925 < np.mean((lows < 2) & (highs > 2)) < 0.98
+
+
+def test_no_interval_under_three_seeds():
+    assert report.interval(np.mean, np.array([1.0])) is None
+    assert report.interval(np.mean, np.array([1.0, 2.0])) is None
+    assert report.interval(report.difference, np.arange(5.0), np.array([1.0, 2.0])) is None
+    assert report.interval(np.mean, np.array([1.0, 2.0, 3.0])) == (1, 3)
+
+
+def test_aggregate_resamples_within_each_environment():
+    low, high = report.interval(report.iqm, np.array([0.0, 0.01, 0.02]), np.array([1.0, 1.01, 1.02]))
+    assert 0.49 < low < high < 0.53  # drawn from all six together it would be nearly [0, 1]
+
+
+def test_probability_of_improvement():
+    rng = np.random.default_rng(5)
+    a, b = rng.integers(0, 6, 8).astype(float), rng.integers(0, 5, 6).astype(float)
+    assert np.isclose(report.improvement(a, b), stats.mannwhitneyu(a, b).statistic / 48)
+    assert report.improvement(np.array([1.0, 3]), np.array([2.0, 3])) == (0 + 0 + 1 + 0.5) / 4
+    two_environments = report.improvement(np.array([1.0]), np.array([0.0]), np.array([1.0, 3]), np.array([2.0, 3]))
+    assert two_environments == (1 + 0.375) / 2
+
+
+def test_steps_to_a_threshold():
+    curve = np.array([[10, 1, 5], [20, 2, 200], [30, 3, 100], [40, 4, 210], [50, 5, 220]], dtype=float)
+    assert report.steps_to(200, 1, curve) == (20, 2)
+    assert report.steps_to(200, 2, curve) == (50, 5)
+    assert report.steps_to(200, 3, curve) == (np.inf, np.inf)
+
+
+def test_curves_of_unequal_length_keep_their_steps():
+    long = np.array([[10, 1, 0], [20, 2, 10], [30, 3, 20], [40, 4, 30]], dtype=float)
+    short = np.array([[15, 1, 100], [25, 2, 200]], dtype=float)
+    grid, values = report.on_one_grid([long, short], seconds=False)
+    assert grid.tolist() == [15, 20, 25]  # where both were measured
+    assert values.T.tolist() == [[5, 10, 15], [100, 150, 200]]
+    seconds, _ = report.on_one_grid([long, short], seconds=True)
+    assert (seconds[0], seconds[-1]) == (1, 2)
+
+
+# ---- Reading ----
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run", returns=(1.0, 2.0))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"global_step": 300, "eval/episodic_ret')
+    assert report.read_run(run, "").curve[:, 2].tolist() == [1, 2]
+
+
+def test_what_a_resume_repeats_counts_once(tmp_path):
+    run = make_run(tmp_path / "run", total_timesteps=400)
+    first = [evaluation(100, 1.0), evaluation(200, 2.0), evaluation(300, 3.0), evaluation(350, 3.5)]
+    resumed = [evaluation(250, 30.0), evaluation(300, 31.0), evaluation(400, 40.0)]
+    write_rows(run, first + resumed)
+    assert report.read_run(run, "").curve[:, [0, 2]].tolist() == [[100, 1], [200, 2], [250, 30], [300, 31], [400, 40]]
+    write_rows(run, first[:3] + resumed[1:])  # the repetition begins at the very step where the first part ended
+    assert report.read_run(run, "").curve[:, 2].tolist() == [1, 2, 31, 40]
+
+
+def test_null_and_nan_are_not_averaged(tmp_path):
+    run = make_run(tmp_path / "run", returns=(1.0, None, float("nan"), 4.0))
+    assert report.read_run(run, "").curve[:, 2].tolist() == [1, 4]
+    assert not report.read_run(run, "").trouble
+    for i, last in enumerate((None, float("nan"), float("inf"))):
+        assert "not a number" in report.read_run(make_run(tmp_path / str(i), returns=(1.0, last)), "").trouble
+
+
+def test_summary_by_hand(call, tmp_path):
+    make_runs(tmp_path / "runs", (10.0, 20.0, 30.0, 40.0, 100.0), sps=1000.0)
+    code, result, printed = call(tmp_path / "runs")
+    row = result["Results"][0]
+    assert code == 0
+    assert "10.0, 20.0, 30.0, 40.0, 100.0" in printed.out
+    assert "10.0, 20.0, 30.0, 40.0, 100.0" in (tmp_path / "out" / "report.md").read_text()
+    assert (row["n"], row["of"], row["mean"], row["worst"], row["worst seed"], row["IQM"]) == (5, 5, 40, 10, 1, 30)
+    assert row["deviation"] == pytest.approx(np.sqrt(5000 / 4))
+    assert row["mean 95 %"][0] < 40 < row["mean 95 %"][1]
+    assert (row["steps"], row["SPS"], row["returns"]) == (200, 1000, [10, 20, 30, 40, 100])
+
+
+def test_one_seed_has_no_interval_in_the_report(call, tmp_path):
+    _, result, _ = call(make_run(tmp_path / "runs" / "only"))
+    row = result["Results"][0]
+    assert (row["n"], row["mean"], row["mean 95 %"], row["deviation"], row["IQM 95 %"]) == (1, 500, None, None, None)
+    assert result["All environments, normalised"][0]["95 %"] is None
+
+
+def test_normalised_aggregate_by_hand(call, tmp_path):
+    low, reference, *_ = report.REFERENCES["LunarLander-v3"]
+    half = low + 0.5 * (reference - low)
+    make_runs(tmp_path / "runs", (500.0,) * 3)  # 1 on CartPole
+    make_runs(tmp_path / "runs", (half,) * 3, env_id="LunarLander-v3")
+    make_runs(tmp_path / "runs", (1e9,) * 3, env_id="Unknown-v0")
+    _, result, _ = call(tmp_path / "runs")
+    row = result["All environments, normalised"][0]
+    assert row["environments"] == 2
+    assert row["IQM"] == pytest.approx((0.5 + 0.5 + 1 + 1) / 4)
+    assert "Unknown-v0" in (tmp_path / "out" / "report.md").read_text().split("Without a reference")[1]
+
+
+def test_references_stand_in_the_table_of_published_results():
+    with open(report.__file__.replace("report.py", "reference_returns.csv"), newline="") as file:
+        published = {row["mean"] for row in csv.DictReader(file)}
+    published = {float(mean) for mean in published if mean.replace(".", "").replace("-", "").isdigit()}
+    for env_id, (low, reference, *_) in report.REFERENCES.items():
+        assert reference in published, env_id
+        assert low < reference, env_id
+
+
+def test_runs_are_found_in_folders_and_by_globs(call, tmp_path):
+    runs = make_runs(tmp_path / "runs" / "deep", (1.0, 2.0, 3.0))
+    weights = runs / "ppo-CartPole-v1-1" / "model"
+    weights.mkdir()
+    (weights / "config.json").write_text('{"model_type": "gpt2"}')  # as Hugging Face saves it
+    for flags in [(tmp_path / "runs",), (runs / "ppo*",), sorted(runs.iterdir()), (runs, runs / "ppo*")]:
+        assert call(*flags)[1]["Results"][0]["returns"] == [1, 2, 3]
+
+
+def test_different_arguments_are_not_averaged(call, tmp_path):
+    make_runs(tmp_path / "runs" / "a", (1.0, 2.0, 3.0), gamma=0.9)
+    make_runs(tmp_path / "runs" / "b", (4.0, 5.0, 6.0), gamma=0.99)
+    _, result, _ = call(tmp_path / "runs")
+    means = {row["script"]: row["mean"] for row in result["Results"]}
+    assert means == {"ppo gamma=0.9": 2, "ppo gamma=0.99": 5}
+
+
+# ---- Missing runs ----
+
+
+def ledger_of(root, statuses):
+    """As the launcher writes it."""
+    runs = {}
+    for seed, status in enumerate(statuses, 1):
+        name = f"ppo-CartPole-v1-{seed}"
+        runs[name] = {"name": name, "launch": ["python", "algorithms/ppo.py"], "flags": [], "env_id": "CartPole-v1"}
+        runs[name] |= {"seed": seed, "result": "eval/episodic_return", "status": status}
+    return {"asked": list(runs), "runs": runs, "probes": {}}
+
+
+def test_a_missing_seed_is_named_and_withholds_the_headline(call, tmp_path):
+    runs = make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    (runs / "ledger.json").write_text(json.dumps(ledger_of(runs, ["done"] * 3 + ["timed out"])))
+    code, result, printed = call(runs)
+    assert code == 1
+    assert "seed 4: timed out" in printed.out
+    assert (result["Results"][0]["n"], result["Results"][0]["of"]) == (3, 4)
+    assert "All environments, normalised" not in result
+    assert not (tmp_path / "out" / "aggregate.png").exists()
+    assert "seed 4: timed out" in (tmp_path / "out" / "report.md").read_text()
+
+    code, result, printed = call(runs, "--allow-missing")
+    assert code == 0
+    assert "seed 4: timed out" in printed.out
+    assert result["All environments, normalised"]
+
+
+@pytest.mark.parametrize("returns", [(1.0, None), (1.0, float("nan"))])
+def test_a_seed_that_ended_in_nan_is_missing(call, tmp_path, returns):
+    make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    make_run(tmp_path / "runs" / "bad", seed=4, returns=returns)
+    code, result, printed = call(tmp_path / "runs")
+    assert code == 1
+    assert "seed 4: its last evaluation is not a number" in printed.out
+    assert result["Results"][0]["returns"] == [1, 2, 3]
+
+
+def test_an_unfinished_run_is_missing_and_its_status_told(call, tmp_path):
+    runs = make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    make_run(runs / "ppo-CartPole-v1-4", seed=4, returns=(9.0,), total_timesteps=200)
+    code, result, printed = call(runs)
+    assert code == 1
+    assert "seed 4: stopped at step 100 of 200" in printed.out
+    assert result["Results"][0]["returns"] == [1, 2, 3]
+    (runs / "ledger.json").write_text(json.dumps(ledger_of(runs, ["done"] * 3 + ["killed"])))
+    assert "seed 4: killed, stopped at step 100 of 200" in call(runs)[2].out
+
+
+def test_a_run_without_any_row_is_missing(call, tmp_path):
+    make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    (make_run(tmp_path / "runs" / "new", seed=4) / "metrics.jsonl").unlink()
+    code, _, printed = call(tmp_path / "runs")
+    assert code == 1
+    assert "seed 4: no evaluation" in printed.out
+
+
+def test_seeds_that_must_be_there(call, tmp_path):
+    make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    code, _, printed = call(tmp_path / "runs", "--seeds", 1, 2, 3, 7)
+    assert code == 1
+    assert "seed 7: no such run" in printed.out
+    assert call(tmp_path / "runs", "--seeds", 1, 2, 3)[0] == 0
+
+
+def test_bad_news_is_red_on_a_terminal(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    runs = make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    assert "\x1b[31m" not in call(runs)[2].out
+    assert "\x1b[31m" in call(runs, "--seeds", 1, 2, 3, 4)[2].out
+
+
+def test_a_ledger_in_plain_form_and_a_folder_that_moved(call, tmp_path):
+    runs = make_runs(tmp_path / "runs", (1.0, 2.0))
+    entries = [
+        {
+            "script": "ppo",
+            "env_id": "CartPole-v1",
+            "seed": s,
+            "run_dir": f"/elsewhere/ppo-CartPole-v1-{s}",
+            "status": "done",
+        }
+        for s in (1, 2, 3)
+    ]
+    (runs / "ledger.json").write_text(json.dumps({"runs": entries}))
+    code, result, printed = call(runs)
+    assert code == 1
+    assert "seed 3: done, no config.json" in printed.out
+    assert result["Results"][0]["returns"] == [1, 2]
+
+
+def test_what_a_newer_script_has_repeated_is_left_out(call, tmp_path):
+    runs = make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    ledger = ledger_of(runs, ["done"] * 3)
+    for seed in 1, 2, 3:  # the same runs, of an older script
+        old = make_run(runs / f"old-{seed}", seed=seed, returns=(-99.0,), total_timesteps=100)
+        ledger["runs"][old.name] = ledger["runs"][f"ppo-CartPole-v1-{seed}"] | {"name": old.name}
+    (runs / "ledger.json").write_text(json.dumps(ledger))
+    code, result, printed = call(runs)
+    assert code == 0
+    assert result["Results"][0]["returns"] == [1, 2, 3]
+    assert "3 folders" in printed.err
+
+
+# ---- Comparison, thresholds, regression gate ----
+
+
+def test_compare_two_sets(call, tmp_path):
+    a, b = tmp_path / "new", tmp_path / "old"
+    for root, finals in (a, (1.0, 3.0, 5.0)), (b, (2.0, 3.0, 4.0)):
+        make_runs(root, finals)
+        make_runs(root, finals, env_id="Acrobot-v1")
+    code, result, _ = call("--compare", a, b)
+    (rows,) = [rows for title, rows in result.items() if title.startswith("Probability")]
+    assert code == 0
+    assert {row["environment"]: row["P"] for row in rows} == {"CartPole-v1": 0.5, "Acrobot-v1": 0.5, "all": 0.5}
+    make_runs(tmp_path / "best", (10.0, 11.0, 12.0))
+    _, result, _ = call("--compare", tmp_path / "best", a)
+    (rows,) = [rows for title, rows in result.items() if title.startswith("Probability")]
+    assert [(row["P"], row["95 %"]) for row in rows] == [(1, [1, 1])]
+
+
+def test_threshold_counts_seeds_that_never_get_there(call, tmp_path):
+    for seed, returns in enumerate([(200.0, 300.0), (0.0, 300.0), (0.0, 0.0)], 1):
+        make_run(tmp_path / "runs" / str(seed), seed=seed, returns=returns)
+    _, result, _ = call(tmp_path / "runs", "--threshold", 200)
+    row = result["Until a return of 200"][0]
+    assert (row["reached"], row["of"], row["steps"], row["seconds"]) == (2, 3, [100, 200, None], [1, 2, None])
+    assert (row["median steps"], row["median s"]) == (200, 2)  # of 100, 200 and infinity
+    _, result, _ = call(tmp_path / "runs", "--threshold", 200, "--in-a-row", 2)
+    assert result["Until a return of 200 2 times in a row"][0]["median steps"] is None
+
+
+@pytest.fixture
+def baseline(call, tmp_path):
+    make_runs(tmp_path / "before", (200.0, 210.0, 190.0, 205.0, 195.0), sps=4000.0)
+    path = tmp_path / "results" / "x.json"
+    assert call(tmp_path / "before", "--save-baseline", path)[0] == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    ("finals", "sps", "code", "red"),
+    [
+        ((200.0, 210.0, 190.0, 205.0, 195.0), 4000.0, 0, None),
+        ((199.0, 214.0, 185.0, 203.0, 194.0), 4100.0, 0, None),  # a little worse, within the interval
+        ((250.0, 260.0, 240.0, 255.0, 245.0), 4000.0, 0, None),
+        ((150.0, 160.0, 140.0, 155.0, 145.0), 4000.0, 1, "return"),
+        ((200.0, 210.0, 190.0, 205.0, 195.0), 3900.0, 1, "SPS"),
+    ],
+)
+def test_regression_gate(call, tmp_path, baseline, finals, sps, code, red):
+    make_runs(tmp_path / "after", finals, sps=sps)
+    got, result, printed = call(tmp_path / "after", "--baseline", baseline)
+    verdicts = {row["of"]: row["verdict"] for row in result[f"Against {baseline}"]}
+    assert verdicts == {what: "worse" if what == red else "ok" for what in ("return", "SPS")}
+    assert got == code
+    assert ("worse" in printed.out.split("Against the baseline:")[-1]) == bool(red)
+
+
+def test_gate_does_not_pass_what_it_can_not_judge(call, tmp_path, baseline):
+    make_runs(tmp_path / "after", (200.0, 210.0))
+    code, result, _ = call(tmp_path / "after", "--baseline", baseline)
+    assert code == 1
+    assert {row["verdict"] for row in result[f"Against {baseline}"]} == {"not judged: under three seeds"}
+    make_runs(tmp_path / "other", (200.0, 210.0, 190.0), env_id="Acrobot-v1")
+    assert call(tmp_path / "other", "--baseline", baseline)[0] == 1
+    assert call(tmp_path / "other", "--baseline", baseline, "--allow-missing")[0] == 0
+
+
+def test_baseline_says_where_it_comes_from(baseline):
+    (entry,) = json.loads(baseline.read_text())["experiments"]
+    assert entry["runs"]["2"] == {"return": 210, "SPS": 4000}
+    assert (entry["commit"], entry["hardware"]) == ("abcdef0123456789", "here")
+    assert (entry["args"]["eval_episodes"], entry["versions"]) == (20, {"torch": "2.15.0"})
+    assert baseline.stat().st_size < 2000
+
+
+def test_no_baseline_from_an_incomplete_set(call, tmp_path):
+    make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    assert call(tmp_path / "runs", "--seeds", 1, 2, 3, 4, "--save-baseline", tmp_path / "x.json")[0] == 1
+    assert not (tmp_path / "x.json").exists()
+
+
+# ---- Pictures and text ----
+
+
+def colourful(path):
+    """The shares of the pixels that are drawn in colour, drawn in grey (text and axes), and transparent."""
+    pixels = matplotlib.image.imread(path)  # (H, W, 4)
+    assert pixels.shape[-1] == 4
+    drawn, spread = pixels[..., 3] > 0.15, np.ptp(pixels[..., :3], axis=-1)
+    return (drawn & (spread > 0.3)).mean(), (drawn & (spread < 0.1)).mean(), (pixels[..., 3] == 0).mean()
+
+
+def test_pictures_are_drawn_on_nothing(call, tmp_path):
+    for env_id in "CartPole-v1", "Acrobot-v1":
+        make_runs(tmp_path / "runs", (400.0, 450.0, 500.0), env_id=env_id)
+        make_runs(tmp_path / "runs", (300.0, 350.0, 380.0), env_id=env_id, script="dqn")
+    call(tmp_path / "runs", "--threshold", 200)
+    for name in "curves-steps.png", "curves-time.png", "aggregate.png":
+        colour, grey, transparent = colourful(tmp_path / "out" / name)
+        assert colour > 0.01, name
+        assert grey > 0.005, name
+        assert transparent > 0.4, name
+        assert f"]({name})" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_frontier(call, tmp_path):
+    for beta in 0.1, 1.0:
+        for seed in 1, 2, 3:
+            run = make_run(tmp_path / "runs" / f"{beta}-{seed}", "dpo", "", seed, beta=beta)
+            rows = [{"global_step": 200, "time": 1.0, "eval/true_reward": seed - beta, "eval/kl": 1 / beta}]
+            write_rows(run, rows)
+    code, result, _ = call(tmp_path / "runs")
+    assert code == 0
+    means = {row["script"]: round(row["mean"], 6) for row in result["Results"]}
+    assert means == {"dpo beta=0.1": 1.9, "dpo beta=1.0": 1.0}
+    assert colourful(tmp_path / "out" / "frontier.png")[0] > 0.003
+    runs = report.find_runs(str(tmp_path / "runs"), "")
+    axes = report.plot_frontier(runs).axes[0]
+    assert np.allclose(np.array(axes.lines[0].get_data()).T, [[1, 1], [10, 1.9]])
+    assert sorted(text.get_text() for text in axes.texts) == ["β = 0.1", "β = 1.0"]
+
+
+def test_curves_show_the_mean_on_the_common_steps(tmp_path):
+    make_run(tmp_path / "1", seed=1, returns=(0.0, 10.0, 20.0), total_timesteps=1)
+    make_run(tmp_path / "2", seed=2, returns=(10.0, 30.0), total_timesteps=1)
+    experiments = report.sort_out(report.find_runs(str(tmp_path), ""), ())
+    line = report.plot_curves(experiments, False, None).axes[0].lines[0]
+    assert np.array(line.get_data()).T.tolist() == [[100, 5], [200, 20]]
+
+
+def test_runs_by_hand_may_have_one_evaluation_or_no_time(call, tmp_path):
+    for seed in 1, 2, 3:
+        make_run(tmp_path / "one" / str(seed), seed=seed, returns=(10.0 * seed,))
+        rows = [{"global_step": step, "eval/episodic_return": 1.0} for step in (100, 200)]
+        write_rows(make_run(tmp_path / "timeless" / str(seed), seed=seed), rows)
+        write_rows(make_run(tmp_path / "apart" / str(seed), seed=seed), [evaluation(200 + seed, 1.0)])
+    assert call(tmp_path / "one")[0] == 0
+    assert colourful(tmp_path / "out" / "curves-steps.png")[0] > 0.0001
+    assert call(tmp_path / "timeless", "--threshold", 1)[0] == 0
+    assert not (tmp_path / "out" / "curves-time.png").exists()
+    assert call(tmp_path / "apart")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("env_id", "name"),
+    [
+        ("HalfCheetah-v5", "halfcheetah"),
+        ("simple_spread_v3 N=3 (MPE2)", "simple_spread"),
+        ("ALE/Pong-v5", "pong"),
+        ("ALE Pong-v5", "pong"),
+        ("PongNoFrameskip-v4", "pong"),
+        ("LunarLanderContinuous-v2", "lunarlandercontinuous"),
+    ],
+)
+def test_versions_of_an_environment_share_a_name(env_id, name):
+    assert report.base_name(env_id) == name
+
+
+def test_an_environment_of_a_module_has_its_reference(call, tmp_path):
+    make_runs(tmp_path / "runs", (-27.1,) * 3, env_id="mpe2:simple_spread_v3")
+    assert call(tmp_path / "runs")[1]["All environments, normalised"][0]["IQM"] == pytest.approx(1)
+
+
+def test_nothing_but_missing_runs(call, tmp_path):
+    make_run(tmp_path / "runs" / "1", returns=(None,))
+    code, result, _ = call(tmp_path / "runs", "--threshold", 1)
+    assert code == 1
+    assert (result["Results"][0]["n"], result["Results"][0]["of"]) == (0, 1)
+
+
+def test_markdown_gives_published_results_with_source_and_protocol(call, tmp_path):
+    make_runs(tmp_path / "runs", (200.0, 220.0, 240.0), env_id="LunarLander-v3", steps=150_000)
+    call(tmp_path / "runs")
+    text = (tmp_path / "out" / "report.md").read_text()
+    (row,) = [line for line in text.splitlines() if "242.119" in line and "LunarLander-v2" in line]
+    assert "DLR-RM/rl-baselines3-zoo" in row
+    assert "eval return" in row
+    (ours,) = [line for line in text.splitlines() if line.startswith("| **ppo**")]
+    assert "220.0" in ours
+    assert "20 episodes" in ours
+    assert "commit abcdef0123" in ours
+    assert "SLM-Lab" in text
+    assert "155.751" not in text  # that is A2C's
+
+
+@pytest.mark.parametrize("steps", [100_000, 1_000_000])
+def test_of_one_source_the_nearest_budget_is_shown(tmp_path, steps):
+    make_run(tmp_path / "run", "sac", "HalfCheetah-v5", returns=(1.0,), steps=steps)
+    (experiment,) = report.sort_out(report.find_runs(str(tmp_path), ""), ())
+    shown = [row for row in report.published(experiment) if row["source"].startswith("openai/spinningup")]
+    assert {row["steps"] for row in shown} == {steps}
+
+
+# ---- Mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "name the runs"),
+        (["runs", "--compare", "runs", "runs"], "not both"),
+        (["nowhere"], "nowhere holds no run"),
+        (["empty"], "empty holds no run"),
+        (["runs", "--in-a-row", "0"], "--in-a-row"),
+        (["runs", "--baseline", "nowhere.json"], "nowhere.json"),
+        (["runs", "--baseline", "runs/ppo-CartPole-v1-1/config.json"], "--save-baseline"),
+        (["damaged-config"], "config.json"),
+        (["no-script"], "script and args"),
+        (["no-config"], "config.json"),
+        (["damaged-line"], "line 2"),
+        (["damaged-ledger"], "ledger.json"),
+        (["runs", "copy"], "seed 1 of ppo on CartPole-v1 is there twice"),
+        (["--compare", "runs", "other"], "no environment in common"),
+        (["--compare", "runs", "mixed"], "mixes experiments"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(call, tmp_path, flags, words):
+    make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    make_run(tmp_path / "copy" / "again")
+    make_runs(tmp_path / "other", (1.0, 2.0, 3.0), env_id="Acrobot-v1")
+    make_runs(tmp_path / "mixed", (1.0, 2.0, 3.0))
+    make_runs(tmp_path / "mixed", (1.0, 2.0, 3.0), script="dqn")
+    (make_run(tmp_path / "damaged-config") / "config.json").write_text('{"script": "ppo", "args"')
+    (make_run(tmp_path / "no-script") / "config.json").write_text('{"script": "ppo"}')
+    (make_run(tmp_path / "no-config") / "config.json").unlink()
+    (make_run(tmp_path / "damaged-line") / "metrics.jsonl").write_text(
+        '{"global_step": 1}\n{"glo\n{"global_step": 3}\n'
+    )
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged-ledger").mkdir()
+    (tmp_path / "damaged-ledger" / "ledger.json").write_text('{"runs": [{"seed": 1}]}')
+    code, result, printed = call(*flags)
+    assert code == 2
+    assert result is None
+    assert printed.err.startswith("error:")
+    assert printed.err.count("\n") == 1
+    assert words in printed.err
+
+
+def test_unwritable_output(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(make_run(tmp_path / "run")), "--output", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as exit:
+        report.main()
+    assert exit.value.code == 2
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_default_output_is_beside_the_runs(monkeypatch, tmp_path):
+    make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "runs")])
+    for _ in range(2):  # the second time beside a report
+        with pytest.raises(SystemExit) as exit:
+            report.main()
+        assert exit.value.code == 0
+    assert (tmp_path / "runs" / "report" / "report.md").exists()

@@ -1,0 +1,552 @@
+"""The launcher, driven as its users drive it, with a stand-in for the training scripts that fails in every way."""
+
+import importlib.util
+import json
+import os
+import pty
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = ROOT / "benchmark" / "run.py"
+FAKE = Path(__file__).with_name("fake_script.py")
+
+
+def launch(output: Path, *words: str, script: Path = FAKE, **options: object) -> subprocess.Popen:
+    """Starts the launcher. The last of the words may be flags of the script, after --."""
+    words, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, ())
+    if "--suite" not in words:
+        words = ("--command", " ".join([sys.executable, str(script), *flags]), *words)
+    if "--probe-seconds" not in words:
+        words = (*words, "--probe-seconds", "0")
+    command = [sys.executable, str(LAUNCHER), *words, "--output", str(output)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=output.parent, **pipes | options)
+
+
+def run(output: Path, *words: str, code: int = 0, **options: object) -> str:
+    process = launch(output, *words, **options)
+    text, _ = process.communicate(timeout=90)
+    assert process.returncode == code, text
+    return text
+
+
+def ledger(output: Path) -> dict[str, dict]:
+    return json.loads((output / "ledger.json").read_text())["runs"]
+
+
+def by_env(output: Path) -> dict[str, dict]:
+    return {row["env_id"]: row for row in ledger(output).values()}
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls.txt").read_text().split()
+
+
+def check_steps(folder: Path, total: int = 10) -> None:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["global_step"] for row in rows] == list(range(1, total + 1))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> object:
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.02)
+    raise TimeoutError(condition)
+
+
+def processes_in(output: Path) -> list[psutil.Process]:
+    """Those that have the folder on their command line: the scripts, their shells, and launchers."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or ())]
+
+
+@pytest.fixture
+def launcher_module(monkeypatch: pytest.MonkeyPatch):
+    spec = importlib.util.spec_from_file_location("benchmark_run", LAUNCHER)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark_run", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def output(tmp_path: Path):
+    """An output folder; whatever a failed test leaves alive in it dies with the test."""
+    yield tmp_path / "out"
+    for process in processes_in(tmp_path):
+        process.kill()
+
+
+KINDS = {  # what becomes of a run: status, exit code, and what its last lines say
+    "fine-0": ("done", 0, ""),
+    "crash-1": ("failed", 1, "something broke"),
+    "mistake-1": ("failed", 2, "--env-id is unknown"),
+    "kill-1": ("killed", 137, "Killed"),
+    "nan-1": ("NaN", 1, "NaN or infinity at step 5"),
+    "nanresult-1": ("NaN", 0, ""),
+    "silent-1": ("no result", 0, "no eval/episodic_return at step 10"),
+    "nothing-1": ("no result", 0, "no eval/episodic_return at step 10"),
+    "hang-1": ("timed out", 137, "attempt 1, hang"),
+    "memory-1": ("done", 0, ""),
+}
+
+
+def test_every_kind_of_failure_is_named_and_only_failures_run_again(output):
+    words = ("--num-seeds", "1", "--workers", "5", "--timeout", "2.5", "--grace", "0.3", "--env-ids", *KINDS)
+    text = run(output, *words, "--", "--delay", "0.01", code=1)
+    rows = by_env(output)
+    for env_id, (status, code, words_of_it) in KINDS.items():
+        row = rows[env_id]
+        assert (row["status"], row["exit_code"], row["attempts"]) == (status, code, 1), env_id
+        assert words_of_it in " ".join(row["last_lines"]), env_id
+        assert (f"{status}: {row['name']}" in text) == (status != "done"), env_id
+    assert "2 of 10 runs are done" in text
+    assert 2.5 < rows["hang-1"]["wall_s"] < 5
+    assert rows["memory-1"]["peak_mb"] > 190 > 100 > rows["fine-0"]["peak_mb"] > 1
+    assert rows["fine-0"]["final"] == 7
+    hanging_child = int((output / rows["hang-1"]["name"] / "child.pid").read_text())
+    assert not psutil.pid_exists(hanging_child) or psutil.Process(hanging_child).status() == "zombie"
+
+    run(output, *words, "--", "--delay", "0.01", code=1)  # what has written no result, at its end, still has none
+    assert by_env(output)["hang-1"]["wall_s"] > 2.5  # of both attempts
+    for env_id, row in by_env(output).items():
+        folder = output / row["name"]
+        once = KINDS[env_id][0] == "done"
+        assert row["status"] == {"nothing-1": "no result", "nanresult-1": "NaN"}.get(env_id, "done"), env_id
+        assert calls(folder).count("begin") == row["attempts"] == (1 if once else 2), env_id
+        assert calls(folder).count("end") == 1
+        check_steps(folder)
+        if not once:
+            assert "--resume --run-dir" in (folder / "output.log").read_text()
+
+
+def test_forty_runs_a_fifth_in_trouble_and_the_launcher_killed_twice(output):
+    entries = [("fine-0", 32), ("crash-1", 2), ("kill-1", 2), ("hang-1", 2), ("nan-1", 2)]
+    suite = output.with_name("sweep.toml")
+    suite.write_text(
+        "".join(
+            f'[[run]]\nscript = "{FAKE}"\nenv_ids = ["{env_id}"]\nseeds = {seeds}\n'
+            f"total_timesteps = 10\nflags = {{ delay = 0.04 }}\n"
+            for env_id, seeds in reversed(entries)
+        )
+    )
+    words = ("--suite", str(suite), "--workers", "6", "--timeout", "4", "--grace", "0.3")
+
+    def begun() -> int:
+        return len(list(output.glob("*/calls.txt")))
+
+    for some in 8, 20:
+        launcher = launch(output, *words)
+        wait_for(lambda some=some: begun() >= some)
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+        assert len(ledger(output)) == 40  # whole, at whatever moment
+        assert begun() < 40
+    statuses = {}
+    for _ in range(3):
+        process = launch(output, *words)
+        text, _ = process.communicate(timeout=60)
+        statuses = [row["status"] for row in ledger(output).values()]
+        assert (process.returncode == 0) == (statuses == ["done"] * 40)
+        assert f"{statuses.count('done')} of 40 runs are done" in text
+        for row in ledger(output).values():
+            assert (f"{row['status']}: {row['name']}, exit" in text) == (row["status"] != "done")
+        if process.returncode == 0:
+            break
+    assert statuses == ["done"] * 40
+    for row in ledger(output).values():
+        folder = output / row["name"]
+        assert calls(folder).count("end") == 1, row["name"]
+        assert calls(folder).count("begin") == row["attempts"] == (1 if row["env_id"] == "fine-0" else 2), row["name"]
+        check_steps(folder)
+    assert processes_in(output) == []
+
+
+def test_runs_that_survive_their_launcher_are_joined_and_those_that_ended_are_judged(output):
+    words = ("--env-ids", "fine-0", "crash-1", "--num-seeds", "1", "--workers", "2", "--", "--delay", "0.2")
+    launcher = launch(output, *words)
+    wait_for(lambda: len(list(output.glob("*/metrics.jsonl"))) == 2)
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    assert {row["status"] for row in ledger(output).values()} <= {"pending", "running"}
+    wait_for(lambda: list(output.glob("crash*/exit_code")))  # nobody watches when this one fails
+    assert any("fine-0" in " ".join(p.cmdline()) for p in processes_in(output))
+    run(output, *words)
+    rows = by_env(output)
+    fine, crash = output / rows["fine-0"]["name"], output / rows["crash-1"]["name"]
+    assert (rows["fine-0"]["attempts"], calls(fine)) == (1, ["begin", "end"])
+    assert (rows["crash-1"]["attempts"], calls(crash)) == (2, ["begin", "begin", "end"])
+    assert rows["fine-0"]["exit_code"] == 0
+    assert 2 < rows["fine-0"]["wall_s"] < 6
+
+
+def test_more_survivors_than_workers(output):
+    words = ("--env-ids", "fine-0", "--num-seeds", "3", "--workers")
+    launcher = launch(output, *words, "3", "--", "--delay", "0.2")
+    wait_for(lambda: len(list(output.glob("*/metrics.jsonl"))) == 3)
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    run(output, *words, "1", "--", "--delay", "0.2")  # while it joins the first, the others end
+    assert [calls(output / name) for name in ledger(output)] == [["begin", "end"]] * 3
+
+
+def test_a_launcher_that_dies_before_it_has_noted_a_process_starts_nothing(output, launcher_module):
+    for word, begun in ("", False), ("go\n", True):
+        command = ["sh", "-c", launcher_module.SHELL, "exit_code", "touch", "begun"]
+        subprocess.run(command, input=word, text=True)
+        assert Path("begun").exists() == Path("exit_code").exists() == begun
+
+
+def test_a_survivor_without_its_shell_is_joined_too_and_trains_nothing_twice(output):
+    words = ("--env-ids", "fine-0", "--num-seeds", "1", "--", "--delay", "0.2")
+    launcher = launch(output, *words)
+    folder = wait_for(lambda: list(output.glob("*/metrics.jsonl")))[0].parent
+    os.kill(launcher.pid, signal.SIGKILL)
+    os.kill(json.loads((folder / "process.json").read_text())["pid"], signal.SIGKILL)
+    launcher.wait()
+    run(output, *words)
+    assert calls(folder) == ["begin", "end", "begin"]  # the second time only to hear that all is well
+    check_steps(folder)
+
+
+def test_a_hanging_survivor_is_timed_out_by_the_next_launcher(output):
+    words = ("--env-ids", "hang-1", "--num-seeds", "1", "--timeout", "1.5", "--grace", "0.2")
+    launcher = launch(output, *words)
+    wait_for(lambda: list(output.glob("*/child.pid")))
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    run(output, *words, code=1)
+    assert [row["status"] for row in ledger(output).values()] == ["timed out"]
+
+
+def test_a_recycled_process_number_is_neither_joined_nor_killed(output):
+    words = ("--env-ids", "kill-1", "--num-seeds", "1")
+    run(output, *words, code=1)
+    note_file = next(output.glob("*/process.json"))
+    (note_file.parent / "exit_code").unlink()
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as stranger:
+        note = json.loads(note_file.read_text())
+        note_file.write_text(json.dumps(note | {"pid": stranger.pid, "created": note["created"] - 60}))
+        try:
+            run(output, *words)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_launcher_stops_its_runs_and_the_next_goes_on(output, number):
+    words = ("--env-ids", "fine-0", "--num-seeds", "3", "--workers", "2", "--", "--delay", "0.15")
+    launcher = launch(output, *words)
+    wait_for(lambda: len(list(output.glob("*/metrics.jsonl"))) == 2)
+    launcher.send_signal(number)
+    text, _ = launcher.communicate(timeout=10)
+    assert launcher.returncode == 128 + number
+    assert "0 of 3 runs are done" in text
+    assert processes_in(output) == []
+    rows = list(ledger(output).values())
+    assert sorted(row["status"] for row in rows) == ["killed", "killed", "pending"]
+    assert {row["exit_code"] for row in rows} == {143, None}  # they had time to write their checkpoints
+    run(output, *words)
+    for row in ledger(output).values():
+        assert calls(output / row["name"]).count("end") == 1
+        check_steps(output / row["name"])
+
+
+def test_another_script_text_or_flag_is_another_run(output):
+    script = output.with_name("fake.py")
+    shutil.copy(FAKE, script)
+    words = ("--env-ids", "fine-0", "--num-seeds", "1")
+    run(output, *words, script=script)
+    assert "1 of them done" in run(output, *words, script=script)
+    script.write_text(script.read_text() + "# a change\n")
+    assert "0 of them done" in run(output, *words, script=script)
+    assert "0 of them done" in run(output, *words, "--", "--learning-rate", "0.2", script=script)
+    assert "1 of them done" in run(output, *words, script=script)
+    assert len(ledger(output)) == 3
+    assert len({row["group"] for row in ledger(output).values()}) == 3
+    assert [calls(folder.parent) for folder in output.glob("*/calls.txt")] == [["begin", "end"]] * 3
+    asked = json.loads((output / "ledger.json").read_text())["asked"]
+    assert len(asked) == 1  # whoever reads the ledger can tell what the last call was about
+
+
+def test_what_has_vanished_runs_again(output):
+    words = ("--env-ids", "fine-0", "--num-seeds", "2")
+    run(output, *words)
+    gone, kept = (output / name for name in ledger(output))
+    shutil.rmtree(gone)
+    assert "1 of them done" in run(output, *words)
+    assert calls(gone) == calls(kept) == ["begin", "end"]
+
+
+def test_retry_tries_again_in_the_same_call(output):
+    run(output, "--env-ids", "crash-2", "--num-seeds", "1", "--retry", "1", code=1)
+    assert [row["attempts"] for row in ledger(output).values()] == [2]
+    run(output, "--env-ids", "crash-2", "--num-seeds", "1", "--retry", "1")
+    assert [row["attempts"] for row in ledger(output).values()] == [3]
+
+
+def test_every_flag_reaches_the_script_and_each_worker_has_its_share_of_the_machine(output):
+    flags = ("--", "--learning-rate", "0.3", "--no-norm-obs", "--total-timesteps=6", "--delay", "0.1")
+    words = ("--env-ids", "fine-0", "--num-seeds", "4", "--start-seed", "5", "--workers", "2", "--track", *flags)
+    surroundings = {"CUDA_VISIBLE_DEVICES": "3,5", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "77"}
+    run(output, *words, env=os.environ | surroundings)
+    configs = {row["seed"]: json.loads((output / name / "config.json").read_text()) for name, row in
+               ledger(output).items()}  # fmt: skip
+    assert sorted(configs) == [5, 6, 7, 8]
+    for seed, config in configs.items():
+        args = {"env_id": "fine-0", "seed": seed, "total_timesteps": 6, "delay": 0.1, "learning_rate": 0.3}
+        assert config["args"] == args | {"norm_obs": False, "track": True}
+        environment = config["environment"]
+        assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+        assert environment["WANDB_RUN_GROUP"] == next(iter(ledger(output).values()))["group"]
+        assert environment["WANDB_JOB_TYPE"] == "fake_script"
+        assert environment["WANDB_TAGS"] == next(iter(ledger(output).values()))["commit"]
+        assert environment["WANDB_MODE"] == "offline"
+    assert {config["environment"]["CUDA_VISIBLE_DEVICES"] for config in configs.values()} == {"3", "5"}
+    # never three at a time
+    spans = [((folder / "config.json").stat().st_mtime, (folder / "calls.txt").stat().st_mtime)
+             for folder in map(output.joinpath, ledger(output))]  # fmt: skip
+    assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) == 2
+
+
+def test_the_estimate_comes_from_a_probe_that_is_made_once(output):
+    words = ("--env-ids", "fine-0", "--num-seeds", "2", "--workers", "1", "--track", "--probe-seconds", "1")
+    flags = ("--", "--total-timesteps", "30", "--delay", "0.07")
+    launcher = launch(output, *words, *flags)
+    text = wait_for(lambda: list(output.glob("fine*/metrics.jsonl"))) and ""
+    launcher.send_signal(signal.SIGINT)
+    text, _ = launcher.communicate(timeout=10)
+    assert "probing 1 kinds of run for 1 s each" in text
+    estimate = next(line for line in text.splitlines() if line.startswith("estimate: 0:00:0"))
+    assert 4 <= int(estimate.split(":")[3].split()[0]) <= 8  # two runs of two seconds and a bit
+    (probe,) = json.loads((output / "ledger.json").read_text())["probes"].values()
+    assert 2.1 <= probe["seconds"] < 4
+    assert 1000 < probe["bytes"] < 20_000
+    assert not list(output.glob("probe-*"))
+    text = run(output, *words, *flags)
+    assert "probing" not in text
+    assert "took 0:00:0" in text
+    assert "(estimate 0:00:0" in text
+    assert all(len(calls(output / name)) <= 3 for name in ledger(output))
+
+
+def test_a_probe_left_by_a_killed_launcher_ends(output):
+    words = ("--env-ids", "hang-1", "--num-seeds", "1", "--timeout", "1", "--grace", "0.2", "--probe-seconds")
+    launcher = launch(output, *words, "50")
+    wait_for(lambda: list(output.glob("probe-*/child.pid")))
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    run(output, *words, "0", code=1)
+    assert processes_in(output) == []
+    assert not list(output.glob("probe-*"))
+
+
+def test_a_full_disk_is_one_line_and_stops_the_runs(output):
+    words = ("--env-ids", "fine-0", "--num-seeds", "2", "--", "--delay", "0.1")
+    launcher = launch(output, *words)
+    wait_for(lambda: list(output.glob("*/metrics.jsonl")))
+    (output / "ledger.tmp").mkdir()  # the ledger can't be written from here on
+    text, _ = launcher.communicate(timeout=20)
+    assert launcher.returncode == 1
+    assert text.count("error:") == 1
+    assert "Traceback" not in text
+    assert processes_in(output) == []
+    (output / "ledger.tmp").rmdir()
+    run(output, *words)
+    for row in ledger(output).values():
+        check_steps(output / row["name"])
+
+
+def test_two_launchers_do_not_share_a_ledger(output):
+    words = ("--env-ids", "fine-0", "--num-seeds", "1", "--", "--delay", "0.1")
+    first = launch(output, *words)
+    wait_for(lambda: list(output.glob("*/metrics.jsonl")))
+    assert "is in use by another launcher" in run(output, *words, code=2)
+    first.communicate(timeout=20)
+    assert first.returncode == 0
+
+
+def test_dry_run_only_speaks(output):
+    text = run(output, "--env-ids", "fine-0", "--num-seeds", "2", "--dry-run")
+    assert text.count("pending: fine-0__fake_script__") == 2
+    assert not output.exists()
+
+
+def test_a_suite_leaves_out_scripts_that_do_not_exist(output):
+    suite = output.with_name("mine.toml")
+    suite.write_text(
+        f'[[run]]\nscript = "{FAKE}"\nenv_ids = ["fine-0"]\ntotal_timesteps = 12\nseeds = 2\nresult = "charts/SPS"\n'
+        "flags = { norm_obs = false, learning_rate = 1e-3 }\n"
+        '[[run]]\nscript = "algorithms/not_yet.py"\ntotal_timesteps = 5\n'
+    )
+    text = run(output, "--suite", str(suite))
+    assert "left out, for there is no such script yet: not_yet.py" in text
+    assert sorted(row["seed"] for row in ledger(output).values()) == [1, 2]
+    config = json.loads((output / next(iter(ledger(output))) / "config.json").read_text())
+    assert (config["args"]["norm_obs"], config["args"]["learning_rate"]) == (False, 0.001)
+    assert {row["final"] for row in ledger(output).values()} == {100.0}
+    assert "1 runs, 1 of them done" in run(output, "--suite", str(suite), "--num-seeds", "1")
+
+
+def test_the_table_in_a_terminal(output):
+    here, there = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "150", "LINES": "40"}
+    words = ("--env-ids", "fine-0", "--num-seeds", "1", "--", "--delay", "0.05")
+    launcher = launch(output, *words, stdout=there, stderr=there, env=environment)
+    os.close(there)
+    text = ""
+    with suppress(OSError):  # the end of a terminal
+        while True:
+            text += os.read(here, 1 << 16).decode(errors="replace")
+    assert launcher.wait() == 0
+    for word in (
+        "1 running; time left 0:00:0",
+        "1 done; time left 0:00:00",
+        "SPS",
+        "│ running",
+        "│ done",
+        "100.0",
+        "7.0",
+    ):
+        assert word in text, text
+
+
+MISTAKES = {
+    "--suite nothing": "no suite 'nothing', but atari, classic, mujoco, multiagent, preference, smoke",
+    "--suite broken.toml": "is not a suite",
+    "--suite typo.toml": "unexpected keyword argument 'seed'",
+    "--suite smoke --env-ids A": "a suite names its own environments",
+    "--suite smoke --command x": "give either --command",
+    "": "give either --command",
+    "--command fake_script.py": "needs --env-ids",
+    "--command none.py --env-ids A": "no script that exists",
+    "--command python --env-ids A": "no script that exists",
+    "--command 'python{' --env-ids A": "no script that exists",
+    '--command "python \'fake_script.py" --env-ids A': "No closing quotation",
+    "--command 'nopython fake_script.py' --env-ids A": "no program 'nopython'",
+    "--command 'python fake_script.py --seed=3' --env-ids A": "leave out --seed",
+    "--command 'python fake_script.py --run_dir x' --env-ids A": "leave out --run-dir",
+    "OK --num-seeds 0": "--num-seeds is 0 but must be a finite number of at least 1",
+    "OK --workers -1": "--workers is -1",
+    "OK --threads 0": "--threads is 0",
+    "OK --retry -1": "--retry is -1",
+    "OK --timeout nan": "--timeout is nan",
+    "OK --timeout 0": "--timeout is 0",
+    "OK --start-seed -1": "--start-seed is -1",
+    "OK --output fake_script.py": "--output",
+    "OK --output damaged": "ledger.json is damaged",
+    "OK --slurm": "--slurm:",
+    "OK --slurm --ray-address auto": "either --slurm or --ray-address",
+    "OK --ray-address 127.0.0.1:1": "--ray-address",
+    "OK --ray-address x no ray": "--ray-address needs the package ray: pip install ray",
+    "OK --slurm no submitit": "--slurm needs the package submitit",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypatch, capsys):
+    shutil.copy(FAKE, "fake_script.py")
+    Path("broken.toml").write_text("[[run]\n")
+    Path("typo.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nseed = 3\n')
+    Path("damaged").mkdir()
+    Path("damaged/ledger.json").write_text('{"runs": ')
+    argv = words.replace("OK", "--command 'python fake_script.py' --env-ids fine-0 --probe-seconds 0")
+    for package in "ray", "submitit":
+        if f"no {package}" in argv:
+            argv = argv.replace(f"no {package}", "")
+            monkeypatch.setitem(sys.modules, package, None)  # import it and it is not there
+    monkeypatch.setattr(sys, "argv", ["run.py", *shlex.split(argv)])
+    with pytest.raises(SystemExit) as stop:
+        launcher_module.main()
+    complaint = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert complaint.startswith("error: ")
+    assert complaint.count("\n") == 1
+    assert MISTAKES[words] in complaint
+
+
+def test_slurm_through_submitit(output):
+    words = ("--env-ids", "fine-0", "crash-1", "--num-seeds", "2", "--slurm", "--slurm-cluster", "local")
+    text = run(output, *words, "--slurm-parameters", "partition", "gpu", code=1)
+    assert "2 of 4 runs are done" in text
+    run(output, *words)
+    for row in ledger(output).values():
+        assert row["status"] == "done"
+        assert calls(output / row["name"]).count("begin") == (1 if row["env_id"] == "fine-0" else 2)
+        check_steps(output / row["name"])
+
+
+def test_a_slurm_array_outlives_its_launcher(output):
+    """sbatch and its like are played by a few lines of shell; the array's jobs are real processes."""
+    tools, jobs = output.with_name("tools"), output.with_name("jobs")
+    tools.mkdir()
+    jobs.mkdir()
+    (tools / "srun").write_text("#!/bin/sh\n")
+    (tools / "scancel").write_text("#!/bin/sh\n")
+    (tools / "sbatch").write_text(
+        f"""#!/bin/bash
+echo submitted >>{jobs}/log
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1")
+for i in $(seq 0 "${{last:-0}}"); do
+    touch {jobs}/7_$i
+    export SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$i SLURM_JOB_ID=7 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+    export SUBMITIT_EXECUTOR=slurm SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here
+    (setsid {sys.executable} -u -m submitit.core._submit {output}/slurm; rm {jobs}/7_$i) >>{jobs}/out 2>&1 </dev/null &
+done
+echo Submitted batch job 7
+"""
+    )
+    (tools / "sacct").write_text(
+        f"""#!/bin/bash
+echo "JobID|State|NodeList"
+for i in 0 1 2; do [ -e {jobs}/7_$i ] && echo "7_$i|RUNNING|here" || echo "7_$i|COMPLETED|here"; done
+"""
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    words = ("--env-ids", "fine-0", "--num-seeds", "3", "--workers", "3", "--slurm", "--", "--delay", "0.4")
+    launcher = launch(output, *words, env=environment)
+    wait_for(lambda: len(list(output.glob("*/metrics.jsonl"))) == 3)
+    assert {row["job"] for row in ledger(output).values()} == {"7_0", "7_1", "7_2"}
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    run(output, *words, env=environment)
+    assert (jobs / "log").read_text() == "submitted\n"
+    assert [calls(output / name) for name in ledger(output)] == [["begin", "end"]] * 3
+
+
+def test_ray_loses_a_node_and_finishes_every_run_once(output, monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        nodes = [cluster.add_node(wait=False, **node) for _ in range(2)]
+        cluster.wait_for_nodes()
+        words = ("--env-ids", "fine-0", "--num-seeds", "5", "--threads", "1", "--ray-address", cluster.address)
+        launcher = launch(output, *words, "--", "--delay", "0.2")
+        wait_for(lambda: len(list(output.glob("*/metrics.jsonl"))) == 3, seconds=40)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        text, _ = launcher.communicate(timeout=60)
+    finally:
+        cluster.shutdown()
+    assert launcher.returncode == 0, text
+    assert [row["status"] for row in ledger(output).values()] == ["done"] * 5
+    for name in ledger(output):
+        assert calls(output / name).count("end") == 1  # a second beginning may have asked how the first one ended
+        check_steps(output / name)

@@ -1,0 +1,146 @@
+"""throughput.py: both sides do the same work, the clock runs over the right rows, and a tiny run end to end."""
+
+import json
+import sys
+
+import pytest
+import tyro
+
+from algorithms import ppo
+from benchmark import throughput
+
+
+def fake_script(folder, body):
+    """A script of our run contract that learns nothing."""
+    (folder / "algorithms").mkdir()
+    head = (
+        "import json, os, sys\nflags = dict(f.split('=') for f in sys.argv[1:] if '=' in f)\nd = flags['--run-dir']\n"
+    )
+    (folder / "algorithms" / "fake.py").write_text(head + "os.makedirs(d)\n" + body)
+
+
+def work_of(script="fake"):
+    return throughput.Work(
+        script, "CartPole-v1", {"num_envs": 4, "norm": False}, "nobody", dict, lambda *_: 1.0, 4, 1.0
+    )
+
+
+def test_floating_point_operations_by_hand():
+    assert throughput.mlp_flop(4, 64, 2) == 2 * (4 * 64 + 64 * 2)
+    actor, critic = 2 * (4 * 64 + 64 * 64 + 64 * 2), 2 * (4 * 64 + 64 * 64 + 64)
+    cartpole = throughput.ppo_work("CartPole-v1", 4, 2)
+    assert cartpole.flop_per_step == 2 * actor + critic + 4 * 3 * (actor + critic)
+    assert cartpole.multiple == 512
+
+
+def test_our_flags_say_what_the_peer_is_called_with():
+    from stable_baselines3 import PPO
+
+    settings = throughput.PPO_SETTINGS
+    args = tyro.cli(ppo.Args, args=[throughput.to_flag(name, value) for name, value in settings.items()])
+    assert {name: getattr(args, name) for name in settings} == settings
+    assert (args.optimizer, args.target_kl) == ("adam", None)
+    model = PPO("MlpPolicy", "CartPole-v1", **throughput.sb3_ppo_arguments(settings))
+    theirs = model.n_steps, model.n_epochs, model.batch_size, model.gamma, model.gae_lambda, model.clip_range(1)
+    ours = args.num_steps, args.update_epochs, 128, args.gamma, args.gae_lambda, args.clip_coef
+    assert theirs == ours
+    theirs = model.learning_rate, model.ent_coef, model.vf_coef, model.max_grad_norm, model.normalize_advantage
+    assert theirs == (args.learning_rate, args.ent_coef, args.vf_coef, args.max_grad_norm, args.norm_adv)
+    assert model.target_kl is None
+    env = ppo.make_env("CartPole-v1")
+    ours, theirs = ppo.make_agent(args, env), model.policy
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_the_clock_runs_from_the_end_of_the_warm_up_to_the_last_learning_step(monkeypatch, tmp_path):
+    rows = [(100, 50.0, "charts/SPS"), (200, 60.0, "charts/SPS"), (200, 90.0, "eval/episodic_return")]
+    rows += [(250, 91.0, "charts/episodic_return"), (400, 100.0, "charts/SPS"), (400, 900.0, "eval/episodic_return")]
+    rows = [{"global_step": step, "time": time, name: 1.0} for step, time, name in rows]
+    body = f"print(*map(json.dumps, {rows!r}), sep=chr(10), file=open(d + '/metrics.jsonl', 'w'))"
+    fake_script(tmp_path, body)
+    monkeypatch.setattr(throughput, "ROOT", tmp_path)
+    sps, flags = throughput.time_script(work_of(), 150, 250)
+    assert sps == (400 - 200) / (100 - 60)
+    assert {"--num-envs=4", "--no-norm", "--total-timesteps=400", "--eval-frequency=400", "--device=cpu"} <= set(flags)
+
+
+def test_scripts_run_with_one_thread(monkeypatch, tmp_path):
+    row = {"charts/SPS": 1.0}
+    body = "threads = int(os.environ['OMP_NUM_THREADS'])\n"
+    body += f"rows = [dict(global_step=s, time=t * threads, **{row}) for s, t in ((10, 1), (20, 2))]\n"
+    fake_script(tmp_path, body + "print(*map(json.dumps, rows), sep=chr(10), file=open(d + '/metrics.jsonl', 'w'))")
+    monkeypatch.setattr(throughput, "ROOT", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert throughput.time_script(work_of(), 10, 10)[0] == 10
+
+
+def test_a_script_that_fails_fails_the_measurement(monkeypatch, tmp_path, capsys):
+    fake_script(tmp_path, "raise SystemExit('it broke')")
+    monkeypatch.setattr(throughput, "ROOT", tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        throughput.time_script(work_of(), 10, 10)
+    assert exit.value.code == 1
+    assert "it broke" in capsys.readouterr().err
+
+
+def test_repeats_alternate_and_their_median_counts(monkeypatch):
+    calls, ours, theirs = [], iter([100.0, 300.0, 200.0]), iter([50.0, 100.0, 200.0])
+    peer, env, matmul = object(), throughput.time_env, throughput.time_matmul
+
+    def time_script(work, warm_up, steps):
+        calls.append("ours")
+        return next(ours), ["--flag"]
+
+    def in_new_process(function, *args):
+        calls.append({peer: "theirs", env: "env", matmul: "matmul"}[function])
+        return {peer: lambda: next(theirs), env: lambda: 1000.0, matmul: lambda: 2e9}[function]()
+
+    monkeypatch.setattr(throughput, "time_script", time_script)
+    monkeypatch.setattr(throughput, "in_new_process", in_new_process)
+    work = throughput.Work("ppo", "CartPole-v1", {}, "peer", dict, peer, 512, 1e6)
+    row = throughput.measure(work, throughput.Args(repeats=3, steps=5000))
+    assert calls == ["ours", "theirs", "env"] * 3 + ["matmul"]
+    assert (row["ratios"], row["ratio"]) == ([2, 3, 1], 2)
+    assert (row["steps"], row["warm_up"]) == (5120, 512)  # whole batches
+    assert (row["gflop_per_s"], row["matmul_limit"]) == (2, 2000)
+    result = {"rows": [row], "hardware": "this", "versions": "torch 1", "commit": "abc"}
+    assert "| **2.00** (1.00-3.00) | 1,000 | 2,000 (2 GFLOP/s) |" in throughput.to_markdown(result)
+
+
+def test_a_tiny_run_end_to_end(monkeypatch, tmp_path):
+    flags = ["--only", "ppo/CartPole-v1", "--repeats", "1", "--steps", "512", "--output", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *flags])
+    throughput.main()
+    result = json.loads((tmp_path / "results" / "throughput.json").read_text())
+    (row,) = result["rows"]
+    assert row["name"] == "ppo/CartPole-v1"
+    assert row["ratio"] == row["ours"][0] / row["theirs"][0]
+    assert 100 < row["ours"][0] < row["env_only"][0] < 10_000_000
+    assert 100 < row["theirs"][0] < row["env_only"][0]
+    assert row["gflop_per_s"] > 1
+    assert row["matmul_limit"] > row["ours"][0]
+    assert row["peer_arguments"]["n_steps"] == row["settings"]["num_steps"] == 128
+    assert "--num-steps=128" in row["command"]
+    assert "stable-baselines3" in result["versions"]
+    assert "ppo/CartPole-v1" in (tmp_path / "results" / "throughput.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--only", "nothing"], "ppo/CartPole-v1"),
+        (["--repeats", "0"], "--repeats"),
+        (["--steps", "0"], "--steps"),
+        (["--output", "file"], "--output"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, flags, words):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *flags])
+    with pytest.raises(SystemExit) as exit:
+        throughput.main()
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error:")
+    assert error.count("\n") == 1
+    assert words in error
