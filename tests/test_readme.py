@@ -1,0 +1,116 @@
+"""The README's commands, as a newcomer runs them: from a clean clone, with a small budget."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, rows
+
+README = (ROOT / "README.md").read_text()
+SMALL = ["--total-timesteps", "8192", "--eval-episodes", "2", "--num-steps", "128", "--num-minibatches", "8"]
+TESTED = {
+    "make train": "test_make_train_and_the_commands_that_follow_it",
+    "make test": "what runs this test",
+    "python algorithms/ppo.py --env-id LunarLander-v3 --seed 3": "test_make_train_and_the_commands_that_follow_it",
+    "python algorithms/ppo.py --run-dir runs/... --evaluate --capture-video": "the same",
+    "python algorithms/ppo.py --run-dir runs/... --resume": "the same",
+    "uv run algorithms/ppo.py --env-id CartPole-v1": "test_a_script_alone_in_a_folder_runs_with_uv",
+    "python benchmark/run.py --suite smoke --workers 2": "test_the_smoke_suite_and_its_report",
+    "python benchmark/report.py runs/smoke": "the same",
+    'python benchmark/run.py --command "python algorithms/ppo.py" --env-ids CartPole-v1 LunarLander-v3 --num-seeds 5 '
+    "--workers 2": "test_run.py",
+    "python benchmark/run.py --suite classic --workers 2": "test_run.py, without running it",
+    "python benchmark/throughput.py": "test_throughput.py",
+    "pip install torch --index-url https://download.pytorch.org/whl/cpu": "needs another index",
+    "pip install -r requirements.txt": "what make does",
+}
+
+
+def shell(command, cwd, **environ):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # uv is installed beside this python
+    return subprocess.run(command, cwd=cwd, env=os.environ | {"PATH": path} | environ, capture_output=True, text=True)
+
+
+def test_every_command_of_the_readme_is_tested():
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    commands = {line.split("  #")[0].strip() for block in blocks for line in block.splitlines()}
+    assert commands - {""} == set(TESTED)
+
+
+def test_flags_in_the_readme_exist():
+    for line in README.splitlines():
+        line = line.split("  #")[0]
+        if line.startswith(("python algorithms/ppo.py", "| MuJoCo", "| Atari", "| A2C")):
+            flags = re.findall(r"--[a-z][a-z0-9-]+", line)
+            text = (ROOT / "algorithms" / "ppo.py").read_text()
+            for flag in flags:
+                assert f"    {flag[2:].removeprefix('no-').replace('-', '_')}: " in text, flag
+
+
+def test_links_in_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", README):
+        target = "".join(target)
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clean clone with everything that is tracked as it is in this working tree."""
+    folder = tmp_path_factory.mktemp("newcomer") / "plainrl"
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    for name in subprocess.run(["git", "ls-files", "-m"], cwd=ROOT, capture_output=True, text=True).stdout.split():
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.timeout(900)
+def test_make_train_and_the_commands_that_follow_it(clone):
+    result = shell(["make", "train", f"ARGS={' '.join(SMALL)}"], clone)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (run_dir,) = (clone / "runs").iterdir()
+    assert rows(run_dir)[-1]["global_step"] == 8192
+    assert f"--run-dir runs/{run_dir.name} --evaluate --capture-video" in result.stdout
+    python = clone / ".venv" / "bin" / "python"
+    script = [python, "algorithms/ppo.py"]
+    watched = shell([*script, "--run-dir", run_dir, "--evaluate", "--capture-video", "--eval-episodes", "1"], clone)
+    assert watched.returncode == 0, watched.stderr
+    assert list((run_dir / "videos").glob("*.mp4"))
+    assert shell([*script, "--run-dir", run_dir, "--resume"], clone).returncode == 0
+    assert shell([*script, "--env-id", "LunarLander-v3", "--seed", "3", *SMALL], clone).returncode == 0
+    assert len(list((clone / "runs").iterdir())) == 2
+    untracked = subprocess.run(
+        ["git", "ls-files", "--others", "--exclude-standard"], cwd=clone, capture_output=True, text=True
+    )
+    assert untracked.stdout == "", "a run leaves no clutter in the repository"
+
+
+@pytest.mark.timeout(900)
+def test_a_script_alone_in_a_folder_runs_with_uv(tmp_path):
+    shutil.copy(ROOT / "algorithms" / "ppo.py", tmp_path)
+    result = shell(["uv", "run", "ppo.py", "--env-id", "CartPole-v1", *SMALL], tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert rows(run_dir)[-1]["global_step"] == 8192
+
+
+def test_the_smoke_suite_and_its_report(tmp_path):
+    output = tmp_path / "runs" / "smoke"
+    run = [sys.executable, ROOT / "benchmark" / "run.py", "--suite", "smoke", "--workers", "2", "--output", output]
+    result = shell([*run, "--probe-seconds", "0"], tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = shell([sys.executable, ROOT / "benchmark" / "report.py", output], tmp_path)
+    assert "CartPole-v1" in result.stdout
+    assert list(output.glob("*.png"))
+
+
+def test_make_help_lists_every_target():
+    result = shell(["make"], ROOT)
+    assert result.returncode == 0
+    for target in "help", "train", "test", "lint", "format", "benchmark":
+        assert f"\n{target} " in "\n" + result.stdout
