@@ -294,10 +294,10 @@ def make_agent(args: Args, env: gym.Env) -> ActorCritic:
         policy = CategoricalPolicy([int(space.n)], np.asarray(space.start))
     elif isinstance(space, gym.spaces.MultiDiscrete):
         policy = CategoricalPolicy(space.nvec.flatten().tolist(), space.start)
-    elif isinstance(space, gym.spaces.Box):
+    elif isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         policy = GaussianPolicy(space.low, space.high)
     else:
-        refuse(f"--env-id {args.env_id} acts in {space}; ppo.py knows Discrete, MultiDiscrete and Box")
+        refuse(f"--env-id {args.env_id} acts in {space}; ppo.py knows Discrete, MultiDiscrete and Box of floats")
     return ActorCritic(env.observation_space.shape, policy, args.norm_obs)
 
 

@@ -44,7 +44,7 @@ RETURN_KEYS = "eval/episodic_return", "eval/true_reward"  # the score: the first
 # Arguments that don't change what is learned
 SAME_EXPERIMENT = {
     "seed", "env_id", "run_dir", "resume", "evaluate", "track", "wandb_project_name", "capture_video",
-    "eval_frequency",
+    "eval_frequency", "checkpoint_frequency",
 }  # fmt: skip
 
 # Scores are normalised so that 0 is a uniformly random policy and 1 the reference, a row of reference_returns.csv.

@@ -363,6 +363,7 @@ for name, spaces in {
     "Sequence": (gym.spaces.Sequence(DISCRETE), DISCRETE),
     "Graph": (gym.spaces.Graph(BOX, None), DISCRETE),
     "MultiBinaryAction": (BOX, gym.spaces.MultiBinary(3)),
+    "IntegerAction": (BOX, gym.spaces.Box(0, 9, (2,), np.int64)),
     "TupleAction": (BOX, gym.spaces.Tuple([DISCRETE, BOX])),
     "NaN": (gym.spaces.Box(-1, 1, (7,)), DISCRETE),
 }.items():
@@ -381,6 +382,7 @@ MISTAKES = {  # flags: words that the one line must contain
     "--env-id OddGraph-v0": "Graph",
     "--env-id OddMultiBinaryAction-v0": "MultiBinary",
     "--env-id OddTupleAction-v0": "Tuple",
+    "--env-id OddIntegerAction-v0": "Box",
     "--env-id GymV26Environment-v0": "install",
     "--learning-rate -1": "--learning-rate",
     "--learning-rate nan": "--learning-rate",

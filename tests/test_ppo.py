@@ -1,5 +1,7 @@
 """ppo.py against oracles written from the papers, hand-made trajectories, and environments with known answers."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from algorithms import ppo
 TINY = {"num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "eval_episodes": 1, "device": "cpu"}
 
 
-MADE, RECEIVED = [], []  # by the environments below: themselves, and actions
+MADE, RECEIVED, SEEDS, ECHOED = [], [], [], []  # by the environments below: themselves, actions, seeds, actions
 
 
 class Counter(gym.Env):
@@ -100,7 +102,36 @@ class Target(gym.Env):
         )
 
 
-for env in Counter, Bandit, Chain, Target:
+class Seeded(gym.Env):
+    """Ends by truncation after three steps, which pay 1, 2 and 3; notes the seeds that it is given."""
+
+    observation_space = gym.spaces.Box(-9, 9, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            SEEDS.append(seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(1, np.float32), float(self.t), False, self.t == 3, {}
+
+
+class Echo(Seeded):
+    """The same, and notes its actions."""
+
+    def step(self, action):
+        ECHOED.append(int(action))
+        return super().step(action)
+
+
+for env in Counter, Bandit, Chain, Target, Seeded, Echo:
     gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)
 
 
@@ -187,14 +218,14 @@ def recorded(monkeypatch):
     return seen
 
 
-def test_what_reaches_the_loss_is_what_happened(recorded):
-    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=10, num_envs=1, gamma=0.5, gae_lambda=0, norm_reward=False,
-                       **TINY | {"num_steps": 10, "num_minibatches": 1}))  # fmt: skip
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_what_reaches_the_loss_is_what_happened(recorded, num_envs):
+    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=10 * num_envs, num_envs=num_envs, gamma=0.5, gae_lambda=0,
+                       norm_reward=False, **TINY | {"num_steps": 10, "num_minibatches": 1}))  # fmt: skip
     observations, *_, advantages, returns = recorded["update"][0]
-    #           terminated at 3    truncated at 102  truncated at 204            cut by the end of the batch
-    seen =     [0,   1,   2,       100, 101,         200, 201, 202, 203,         300]  # fmt: skip
-    led_to =   [1,   2,   np.nan,  101, 102,         201, 202, 203, 204,         301]  # fmt: skip
-    rewards =  [1,   2,   3,       1,   2,           1,   2,   3,   4,           1]  # fmt: skip
+    seen =     np.repeat([0,   1,   2,       100, 101,         200, 201, 202, 203,         300], num_envs)  # fmt: skip
+    led_to =   np.repeat([1,   2,   np.nan,  101, 102,         201, 202, 203, 204,         301], num_envs)  # fmt: skip
+    rewards =  np.repeat([1,   2,   3,       1,   2,           1,   2,   3,   4,           1], num_envs)  # fmt: skip
     targets = np.array(rewards) + 0.5 * np.nan_to_num(led_to)
     np.testing.assert_array_equal(observations[:, 0], seen)
     np.testing.assert_allclose(returns, targets)
@@ -435,6 +466,162 @@ def test_logged_explained_variance_is_that_of_the_returns(recorded, tmp_path):
     row = next(row for row in rows(tmp_path / "run") if "losses/explained_variance" in row)
     expected = 1 - np.var(returns - values.flatten()) / np.var(returns)
     assert row["losses/explained_variance"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("norm_adv", [True, False])
+def test_update_is_gradient_steps_on_the_loss(norm_adv):
+    """One minibatch an epoch, so that the order of the rows does not matter."""
+    torch.manual_seed(0)
+    args = ppo.Args(env_id="CartPole-v1", num_envs=2, num_steps=16, num_minibatches=1, update_epochs=3, vf_coef=0.7,
+                    ent_coef=0.03, clip_coef=0.1, max_grad_norm=0.3, norm_adv=norm_adv, device="cpu")  # fmt: skip
+    agent = ppo.make_agent(args, ppo.make_env(args.env_id))
+    mirror = copy.deepcopy(agent)
+    obs, actions, old, advantages, returns = (
+        torch.randn(32, 4),
+        torch.randint(2, (32, 1)),
+        -torch.rand(32),
+        *torch.randn(2, 32),
+    )
+    metrics = ppo.update(
+        agent, torch.optim.SGD(agent.parameters(), 0.1), (obs, actions, old, advantages + 1, returns), args
+    )
+    advantages = advantages + 1
+    if norm_adv:
+        advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
+    history = []
+    for _ in range(3):
+        logits, values = mirror(obs)
+        categorical = torch.distributions.Categorical(logits=logits)
+        ratio = (categorical.log_prob(actions[:, 0]) - old).exp()
+        policy_loss = -torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages).mean()
+        loss = policy_loss + 0.7 * ((values - returns) ** 2).mean() - 0.03 * categorical.entropy().mean()
+        gradient = torch.autograd.grad(loss, [*mirror.parameters()])
+        norm = torch.cat([g.flatten() for g in gradient]).norm()
+        assert norm > 0.3, "else nothing would be clipped"
+        with torch.no_grad():
+            for parameter, g in zip(mirror.parameters(), gradient, strict=True):
+                parameter -= 0.1 * g * 0.3 / norm
+        history.append(policy_loss.item())
+    for name, parameter in agent.named_parameters():
+        torch.testing.assert_close(parameter, dict(mirror.named_parameters())[name], atol=1e-5, rtol=1e-4)
+    assert metrics["losses/policy_loss"] == pytest.approx(np.mean(history), abs=1e-5)
+
+
+def test_acting_and_evaluating_see_what_learning_sees():
+    torch.manual_seed(0)
+    agent = ppo.ActorCritic((3,), ppo.GaussianPolicy(np.full(2, -9.0), np.full(2, 9.0)), norm_obs=True)
+    agent.obs_stats.update(torch.randn(100, 3) * 4 + 7)
+    torch.nn.init.normal_(agent.actor.weight)
+    obs = torch.randn(50, 3) * 4 + 7
+    means = agent(obs)[0].detach()
+    np.testing.assert_allclose(agent.act(obs.numpy()), np.clip(9 * means, -9, 9), rtol=1e-4, atol=1e-5)  # by the mean
+    agent.policy.log_std.data.fill_(-20)
+    torch.testing.assert_close(agent.sample(obs), means, atol=1e-5, rtol=1e-4)
+
+
+def test_networks_start_orthogonal_and_images_are_scaled():
+    torch.manual_seed(0)
+    agent = ppo.ActorCritic((5,), ppo.CategoricalPolicy([4], np.zeros(())), norm_obs=False)
+    hidden = [(weight, 2**0.5) for name in ("weight1", "weight2") for weight in getattr(agent.hidden, name)]
+    for weight, gain in [*hidden, (agent.actor.weight, 0.01), (agent.critic.weight, 1)]:
+        torch.testing.assert_close(torch.linalg.svdvals(weight), torch.full((min(weight.shape),), float(gain)))
+    for bias in agent.hidden.bias1, agent.hidden.bias2, agent.actor.bias, agent.critic.bias:
+        assert (bias == 0).all()
+    assert (ppo.GaussianPolicy(np.full(2, -1.0), np.full(2, 1.0)).log_std == 0).all()
+    obs = torch.randn(7, 5)
+    of_actor, of_critic = agent.hidden(obs)
+    torch.testing.assert_close(agent(obs)[0], agent.actor(of_actor))
+    torch.testing.assert_close(agent(obs)[1], agent.critic(of_critic)[:, 0])
+    images, cnn = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8), ppo.NatureCNN()
+    torch.testing.assert_close(cnn(images), torch.nn.Sequential(*cnn)(images.float() / 255))
+
+
+def test_normalised_observations_are_clamped():
+    stats = ppo.RunningMeanStd(1)
+    stats.update(torch.tensor([[-1.0], [1.0]]))
+    torch.testing.assert_close(
+        stats(torch.tensor([[-99.0], [-9.0], [9.0], [99.0]])), torch.tensor([[-10.0], [-9], [9], [10]])
+    )
+
+
+def seeds_of(seed, step, num_envs=4):
+    SEEDS.clear()
+    ppo.make_envs(ppo.Args(env_id="Seeded-v0", seed=seed, num_envs=num_envs), step)
+    return list(SEEDS)
+
+
+def test_no_two_resets_share_a_seed():
+    training = seeds_of(1, 0) + seeds_of(2, 0) + seeds_of(1, 1000) + seeds_of(2, 1000)
+    assert seeds_of(1, 0) == training[:4], "the same seed and step, the same episodes"
+    evaluation = []
+    for seed in 1, 2:
+        SEEDS.clear()
+        args = ppo.Args(env_id="Seeded-v0", seed=seed, eval_episodes=3)
+        for _ in range(2):
+            result = ppo.evaluate(lambda obs: np.zeros(len(obs), int), args, "x")
+        assert SEEDS[:3] == SEEDS[3:], "each evaluation plays the same episodes"
+        evaluation += SEEDS[:3]
+    assert len(set(training + evaluation)) == 16 + 6
+    assert result == {"eval/episodic_return": 6, "eval/return_std": 0, "eval/episodic_length": 3}
+
+
+def test_evaluation_averages_over_episodes_of_different_lengths(monkeypatch):
+    made = iter(range(100))
+    make_env = ppo.make_env
+
+    def make(*args, **kwargs):
+        env = make_env(*args, **kwargs)
+        env.unwrapped.episode = next(made) - 1  # the next reset begins Counter's episode 0, 1, 2: 3, 2, 4 steps
+        return env
+
+    monkeypatch.setattr(ppo, "make_env", make)
+    result = ppo.evaluate(lambda obs: np.zeros(len(obs), int), ppo.Args(env_id="Counter-v0", eval_episodes=3), "x")
+    returns = np.array([6.0, 3, 10])
+    assert result["eval/episodic_return"] == pytest.approx(returns.mean())
+    assert result["eval/return_std"] == pytest.approx(returns.std())
+    assert result["eval/episodic_length"] == 3
+
+
+def test_evaluation_of_an_environment_without_a_time_limit_ends(monkeypatch):
+    monkeypatch.setattr(Seeded, "step", lambda self, action: (np.zeros(1, np.float32), 1.0, False, False, {}))
+    result = ppo.evaluate(lambda obs: np.zeros(len(obs), int), ppo.Args(env_id="Seeded-v0", eval_episodes=1), "x")
+    assert result["eval/episodic_length"] == 27_000
+
+
+def test_atari_preprocessing():
+    env = ppo.make_env("ALE/Breakout-v5")
+    atari = env
+    while not isinstance(atari, gym.wrappers.AtariPreprocessing):
+        atari = atari.env
+    assert (atari.frame_skip, atari.noop_max, atari.terminal_on_life_loss, atari.unwrapped._frameskip) == (
+        4,
+        30,
+        False,
+        1,
+    )
+    assert env.observation_space == gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+
+
+def test_optimizers_and_their_constants(monkeypatch):
+    made, update = [], ppo.update
+    monkeypatch.setattr(
+        ppo, "update", lambda agent, optimizer, *rest: (made.append(optimizer), update(agent, optimizer, *rest))[1]
+    )
+    for name in "adam", "rmsprop":
+        ppo.train(ppo.Args(env_id="Seeded-v0", total_timesteps=32, num_envs=2, optimizer=name, **TINY))
+    adam, rmsprop = made
+    assert (type(adam), adam.defaults["eps"], adam.defaults["betas"]) == (torch.optim.Adam, 1e-5, (0.9, 0.999))
+    assert (type(rmsprop), rmsprop.defaults["eps"], rmsprop.defaults["alpha"]) == (torch.optim.RMSprop, 1e-5, 0.99)
+
+
+def test_the_environments_got_the_actions_that_the_loss_sees(monkeypatch):
+    seen, update = [], ppo.update
+    monkeypatch.setattr(ppo, "update", lambda a, o, batch, args: (seen.append(batch), update(a, o, batch, args))[1])
+    monkeypatch.setattr(ppo, "evaluate", lambda *_, **__: {"eval/episodic_return": 0.0, "eval/return_std": 0.0})
+    ECHOED.clear()
+    ppo.train(ppo.Args(env_id="Echo-v0", total_timesteps=48, num_envs=3, **TINY))
+    assert seen[0][1].flatten().tolist() == ECHOED
+    assert 0 < np.mean(ECHOED) < 1
 
 
 def test_a2c_has_the_same_gradient():
