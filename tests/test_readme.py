@@ -106,7 +106,7 @@ def test_the_smoke_suite_and_its_report(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     result = shell([sys.executable, ROOT / "benchmark" / "report.py", output], tmp_path)
     assert "CartPole-v1" in result.stdout
-    assert list(output.glob("*.png"))
+    assert list((output / "report").glob("*.png"))
 
 
 def test_make_help_lists_every_target():
