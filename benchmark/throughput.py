@@ -83,13 +83,12 @@ def sb3_ppo_arguments(ours: dict) -> dict:
 
 
 def sb3_ppo(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
-    import gymnasium as gym
     import torch
     from stable_baselines3 import PPO
-    from stable_baselines3.common.vec_env import DummyVecEnv
+    from stable_baselines3.common.env_util import make_vec_env
 
     torch.set_num_threads(1)
-    envs = DummyVecEnv([lambda: gym.make(env_id)] * settings["num_envs"])
+    envs = make_vec_env(env_id, settings["num_envs"])  # with its Monitor: both sides record every episode's return
     model = PPO("MlpPolicy", envs, seed=1, **sb3_ppo_arguments(settings))  # two layers of 64 with tanh, as ours
     model.learn(warm_up)
     started = time.perf_counter()
