@@ -424,7 +424,7 @@ def refuse(message: object) -> NoReturn:
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
     """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
-    ranges = {"seed": (0, math.inf), "gamma": (0, 1)} | ranges
+    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
         if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
@@ -502,7 +502,11 @@ def make_env(env_id: str, film: bool = False) -> gym.Env:
         refuse(f"--env-id {env_id} observes {space}, which can't be flattened into a vector")
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
-    return env if env.observation_space.dtype == np.float32 else gym.wrappers.DtypeObservation(env, np.float32)
+    elif space.dtype == np.float32 and str(env.spec.entry_point).startswith("gymnasium."):
+        return env
+    # A copy: other environments say float32 and return float64 or lists, or one array that they keep overwriting
+    vector = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    return gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), vector)
 
 
 def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarray]:
@@ -546,7 +550,10 @@ def evaluate(act: Callable[[np.ndarray], np.ndarray], args: Args, name: str) -> 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replaces the file atomically: a crash never leaves half of it."""
     with open(f"{path}.tmp", "wb") as file:
-        write(file)
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save hides a full disk behind one
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.tmp", path)
@@ -611,7 +618,7 @@ class Run:
         run = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"], "resume": "allow"}
         try:
             run = wandb.init(dir=self.dir, config=config["args"], **run)
-        except wandb.Error as error:
+        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
             refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
         run.define_metric("*", step_metric="global_step")
         return run
@@ -657,8 +664,8 @@ class Run:
         os.fsync(self.metrics.fileno())
         checkpoint = {"step": step, "seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
-        write_file(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
         write_file(self.dir / "model.pt", lambda file: torch.save({"model": checkpoint["model"]}, file))
+        write_file(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))  # last: it completes the rest
         self.checkpoint_step = step
         if self.stop_signal:
             self.finish(f"Stopped at step {step}. To continue:", "--resume")
@@ -686,7 +693,7 @@ def main() -> None:
         print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
     except (FloatingPointError, OSError) as error:
         print("error:", error, file=sys.stderr)
-        raise SystemExit(1) from None
+        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
 
 
 if __name__ == "__main__":

@@ -588,6 +588,41 @@ def test_evaluation_of_an_environment_without_a_time_limit_ends(monkeypatch):
     assert result["eval/episodic_length"] == 27_000
 
 
+class Careless(Seeded):
+    """Declares float32, and returns what RETURNS says; its last one is an array that it keeps overwriting."""
+
+    RETURNS = "float64"
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.array = getattr(self, "array", np.zeros(1, np.float32))
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), 1.0, False, self.t == 5, {}
+
+    def observe(self):
+        self.array[:] = self.t
+        return {"float64": np.array([self.t], np.float64), "list": [float(self.t)], "live": self.array}[self.RETURNS]
+
+
+gym.register("Careless-v0", Careless, disable_env_checker=True)
+
+
+@pytest.mark.parametrize("kind", ["float64", "list", "live"])
+def test_observations_are_copied_as_float32_whatever_the_environment_returns(kind, monkeypatch):
+    monkeypatch.setattr(Careless, "RETURNS", kind)
+    envs, obs = ppo.make_envs(ppo.Args(env_id="Careless-v0", num_envs=1), 0)
+    assert obs.dtype == np.float32
+    for t in range(1, 6):
+        obs, _, _, truncated, infos = envs.step(np.zeros(1, int))
+        assert obs[0] == t % 5
+    assert truncated[0]
+    assert infos["final_obs"][0] == 5
+    assert infos["final_obs"][0].dtype == np.float32
+
+
 def test_atari_preprocessing():
     env = ppo.make_env("ALE/Breakout-v5")
     atari = env
