@@ -262,7 +262,9 @@ class ActorCritic(nn.Module):
         self.policy = policy
         self.images = len(obs_shape) == 3
         self.hidden = NatureCNN() if self.images else TwoMLPs(*obs_shape)
-        self.actor = orthogonal(nn.Linear(512 if self.images else 64, policy.num_outputs), 0.01)  # first no preference
+        self.actor = orthogonal(
+            nn.Linear(512 if self.images else 64, policy.num_outputs), 0.01
+        )  # small: at first no action is preferred
         self.critic = orthogonal(nn.Linear(512 if self.images else 64, 1), 1.0)
         self.obs_stats = RunningMeanStd(*obs_shape) if norm_obs and not self.images else None
         self.return_stats = RunningMeanStd(1)
@@ -370,7 +372,7 @@ def train(args: Args) -> None:
                     if not terminated[t, i]:
                         truncations.append((t, i, infos["final_obs"][i]))
 
-        # 3. Old log-probabilities, values, advantages: one pass over the batch costs less than a bit in every step
+        # 3. Old log-probabilities, values, advantages: in one pass over the batch, cheaper than a part in every step
         observations = torch.cat(observations)  # ((T + 1) * N, *obs_shape)
         actions = torch.cat(actions)  # (T * N, K or D)
         with torch.no_grad():
@@ -378,11 +380,7 @@ def train(args: Args) -> None:
             old_log_prob, _ = agent.policy.log_prob_and_entropy(dist_params[: len(actions)], actions)
             values = values.view(num_steps + 1, args.num_envs).cpu().numpy()
             next_values = values[1:].copy()
-            for (
-                t,
-                i,
-                final_obs,
-            ) in truncations:  # the value of where the episode was cut off, not of the next one's start
+            for t, i, final_obs in truncations:  # where the episode was cut off, not where the next one starts
                 next_values[t, i] = agent(torch.from_numpy(final_obs[None]).to(args.device))[1].item()
         if args.env_id.startswith("ALE/"):
             rewards = np.sign(rewards)

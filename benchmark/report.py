@@ -10,7 +10,7 @@ them there is no headline. Runs of one script on one environment whose arguments
 
 Intervals are 95 % bootstrap intervals over seeds, for the aggregate within each environment, and start at three seeds.
 A plain percentile interval is too narrow for a handful of seeds; its level is therefore raised as in Hesterberg 2015,
-arXiv:1411.5279, Section 3.3. No bootstrap looks beyond the sample: for three seeds the interval is their range, which
+arXiv:1411.5279. No bootstrap looks beyond the sample: for three seeds the interval is their range, which
 covers the true mean of symmetric scores in 75 % of cases (four 87 %, five 94 %).
 
 Exit codes: 0 all is well, 1 runs are missing or worse than the baseline, 2 a mistake in what was asked.
@@ -48,7 +48,10 @@ SAME_EXPERIMENT = {
 }  # fmt: skip
 
 # Scores are normalised so that 0 is a uniformly random policy and 1 the reference, a row of reference_returns.csv.
-RANDOM_SOURCE = "100 to 5,000 episodes measured with Gymnasium 1.4; Atari: Mnih et al. 2015; MPE: reference_returns.csv"
+RANDOM_SOURCE = (
+    "100 to 5,000 episodes measured with Gymnasium 1.4; Atari: as commonly quoted from Mnih et al. 2015, "
+    "not checked against it; MPE: reference_returns.csv"
+)
 ZOO = "DLR-RM/rl-baselines3-zoo benchmark.md"
 EXACT = "dynamic programming on Gymnasium's tables"
 REFERENCES = {  # environment: random, reference, who reached it, source
