@@ -40,6 +40,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,7 +70,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_episodes: int = 20  # episodes of an evaluation
-    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
+    checkpoint_frequency: int | None = None  # steps between checkpoints, which cut episodes; None: a tenth of the run
     capture_video: bool = False  # film the first episode of each evaluation
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -128,7 +129,9 @@ def ppo_loss(
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [2], negated: to be minimised
     value_loss = (values - returns).square().mean()  # [3]
     mean_entropy = entropy.mean()
-    loss = policy_loss + vf_coef * value_loss - ent_coef * mean_entropy  # [4]
+    loss = policy_loss + vf_coef * value_loss  # [4]
+    if ent_coef:
+        loss = loss - ent_coef * mean_entropy  # [4]
     with torch.no_grad():
         metrics = {
             "losses/policy_loss": policy_loss.detach(),
@@ -266,7 +269,7 @@ class ActorCritic(nn.Module):
             nn.Linear(512 if self.images else 64, policy.num_outputs), 0.01
         )  # small: at first no action is preferred
         self.critic = orthogonal(nn.Linear(512 if self.images else 64, 1), 1.0)
-        self.obs_stats = RunningMeanStd(*obs_shape) if norm_obs and not self.images else None
+        self.obs_stats = RunningMeanStd(*obs_shape) if norm_obs else None
         self.return_stats = RunningMeanStd(1)
 
     def features(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,6 +303,8 @@ def make_agent(args: Args, env: gym.Env) -> ActorCritic:
         policy = GaussianPolicy(space.low, space.high)
     else:
         refuse(f"--env-id {args.env_id} acts in {space}; ppo.py knows Discrete, MultiDiscrete and Box of floats")
+    if args.norm_obs and len(env.observation_space.shape) == 3:
+        refuse(f"--norm-obs is for vectors, and --env-id {args.env_id} observes images, which are divided by 255")
     return ActorCritic(env.observation_space.shape, policy, args.norm_obs)
 
 
@@ -321,7 +326,7 @@ def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Te
             loss, metrics = loss_function(log_prob, entropy, values, old_log_prob, advantages, returns, *coefs)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # before clipping
             optimizer.step()
             history.append(metrics)
         if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
@@ -331,7 +336,7 @@ def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Te
 
 def train(args: Args) -> None:
     env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
-    args.device = choose_device(args.device, env)
+    args.device = choose_device(args.device, small=len(env.observation_space.shape) == 1)
     torch.manual_seed(args.seed)
     agent = make_agent(args, env).to(args.device)
     if args.compile:
@@ -340,17 +345,25 @@ def train(args: Args) -> None:
         optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # eps: as Baselines
     else:
         optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)  # both: as A2C
-    run = Run(args, model=agent, optimizer=optimizer)
+    run = Run(args, args.env_id, model=agent, optimizer=optimizer)
     global_step = run.restore()  # 0 in a new run
 
-    while global_step < args.total_timesteps:
-        # 1. At a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
+    while True:
+        # 1. Evaluate and save where it is due, and at the end
+        if run.evaluation_is_due(global_step):
+            run.log(global_step, evaluate(agent.act, args, f"step-{global_step}", run.stopped))
+        if run.checkpoint_is_due(global_step):
+            run.save(global_step)
+        if global_step == args.total_timesteps:
+            break
+
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
         #    so a run that is killed and resumed from there equals one that was not
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_return, episode_length, discounted_sum = np.zeros((3, args.num_envs))
 
-        # 2. Act: T steps in each of N environments
+        # 3. Act: T steps in each of N environments
         first_step, start_time = global_step, time.perf_counter()
         num_steps = min(args.num_steps, (args.total_timesteps - global_step) // args.num_envs)  # the last may be fewer
         observations, actions, truncations = [torch.from_numpy(obs).to(args.device)], [], []
@@ -372,7 +385,7 @@ def train(args: Args) -> None:
                     if not terminated[t, i]:
                         truncations.append((t, i, infos["final_obs"][i]))
 
-        # 3. Old log-probabilities, values, advantages: in one pass over the batch, cheaper than a part in every step
+        # 4. Old log-probabilities, values, advantages: in one pass over the batch, cheaper than a part in every step
         observations = torch.cat(observations)  # ((T + 1) * N, *obs_shape)
         actions = torch.cat(actions)  # (T * N, K or D)
         with torch.no_grad():
@@ -390,7 +403,7 @@ def train(args: Args) -> None:
         advantages = gae(rewards, values[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values[:-1]  # [3]
 
-        # 4. Learn
+        # 5. Learn
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - first_step / args.total_timesteps)
         observations = observations[: len(actions)]  # without the one after the last step
@@ -399,15 +412,11 @@ def train(args: Args) -> None:
         if agent.obs_stats:
             agent.obs_stats.update(observations)  # after the epochs: [2] compares two policies on the same input
 
-        # 5. Log, evaluate, save
+        # 6. Log
         metrics["losses/explained_variance"] = 1 - np.var(returns - values[:-1]) / (np.var(returns) + 1e-8)
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
         run.log(global_step, metrics)
-        if is_due(args.eval_frequency, first_step, global_step, args):
-            run.log(global_step, evaluate(agent.act, args, name=f"step-{global_step}"))
-        if is_due(args.checkpoint_frequency, first_step, global_step, args) or run.stop_signal:
-            run.save(global_step)
     run.finish("Done. To watch it:", "--evaluate --capture-video")
 
 
@@ -427,15 +436,11 @@ def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
         if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
             refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    if args.total_timesteps % args.num_envs:
-        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
+    num_envs = vars(args).get("num_envs", 1)
+    if args.total_timesteps % num_envs:
+        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
-
-
-def is_due(frequency: int, before: int, step: int, args: Args) -> bool:
-    """Whether a multiple of the frequency, or the end of the run, lies after before and not after step."""
-    return step // frequency > before // frequency or step == args.total_timesteps
 
 
 def parse_args() -> Args:
@@ -462,16 +467,15 @@ def parse_args() -> Args:
     return merged
 
 
-def choose_device(name: str, env: gym.Env) -> str:
-    """auto takes a GPU for images only: for vectors the networks are too small to repay the transfers."""
-    images = len(env.observation_space.shape) == 3
+def choose_device(name: str, small: bool) -> str:
+    """auto takes a GPU if there is one, but the CPU for small networks, which don't repay the transfers."""
     if name == "auto":
-        name = "cuda" if images and torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not small else "cpu"
     try:
         torch.zeros(1, device=name)
     except (AssertionError, RuntimeError) as error:
         refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
-    if not images:
+    if small:
         torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
     return name
 
@@ -487,9 +491,10 @@ def make_env(env_id: str, film: bool = False) -> gym.Env:
         env = gym.make(env_id, render_mode="rgb_array" if film else None, **atari)
         if film:
             env.reset()
-            env.render()
+            if env.render() is None:
+                raise ValueError("it gives no picture to film")
     except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
-        refuse(f"--env-id {env_id}: {error}")
+        refuse(f"--env-id {env_id}: {error}{' Atari is ALE/Pong-v5 and so on.' if 'Frameskip' in env_id else ''}")
     space = env.observation_space
     if atari:
         return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
@@ -520,19 +525,26 @@ def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarr
     return envs, envs.reset(seed=env_seeds)[0]
 
 
-def evaluate(act: Callable[[np.ndarray], np.ndarray], args: Args, name: str) -> dict[str, float]:
+def evaluate(
+    act: Callable[[np.ndarray], np.ndarray], args: Args, name: str, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """Plays the same eval_episodes episodes every time, each in its own environment; films the first under this name.
 
-    act: (B, *obs_shape) -> (B, *action shape). It draws nothing from the random streams of training.
+    act: (B, *obs_shape) -> (B, *action shape). Ends early, with an empty result, once stopped() is true. The random
+    streams of training stay as they are.
     """
+    streams = random.getstate(), np.random.get_state()  # for environments that draw from these instead of their own
     seeds = np.random.SeedSequence(args.seed, spawn_key=(1,)).generate_state(args.eval_episodes).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[0])
     envs = [make_env(args.env_id, film=args.capture_video and i == 0) for i in range(args.eval_episodes)]
     if args.capture_video:
-        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", lambda _: True, name_prefix=name)
+        film = {"name_prefix": name, "episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
+        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", **film)
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
     returns, lengths = np.zeros((2, args.eval_episodes))
     playing = list(range(args.eval_episodes))
-    while playing:
+    while playing and not stopped():
         actions = act(np.stack([obs[i] for i in playing]))
         for i, action in zip(playing.copy(), actions, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
@@ -541,39 +553,72 @@ def evaluate(act: Callable[[np.ndarray], np.ndarray], args: Args, name: str) -> 
             if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
                 envs[i].close()
                 playing.remove(i)
+    random.setstate(streams[0])
+    np.random.set_state(streams[1])
+    if playing:
+        return {}
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
     return result | {"eval/episodic_length": lengths.mean()}
 
 
+def evaluate_saved(args: Args) -> None:
+    """Plays eval_episodes episodes with the model in run_dir and prints the result."""
+    env = make_env(args.env_id)
+    agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
+    load_file(Path(args.run_dir, MODEL), model=agent)
+    result = evaluate(agent.act, args, "evaluation")
+    print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
+
+
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replaces the file atomically: a crash never leaves half of it."""
-    with open(f"{path}.tmp", "wb") as file:
-        try:
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
             write(file)
-        except RuntimeError as error:  # torch.save hides a full disk behind one
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
+        temporary.unlink(missing_ok=True)
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+MODEL, CHECKPOINT = "model.pt", "checkpoint.pt"
+
+
+def save_file(path: Path, state: dict) -> None:
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def save_model(folder: Path, model: nn.Module) -> None:
+    save_file(folder / MODEL, {"model": model.state_dict()})
 
 
 def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads what torch.save wrote, data and never code, into the parts of the same names."""
+    """Reads what save_file wrote, data and never code, into the parts of the same names."""
+    if not path.exists():
+        refuse(f"{path} is missing")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            part.load_state_dict(state[name])
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # not the fault of what is in the file
+        raise
     except Exception as error:  # a damaged file can raise anything
-        refuse(f"{path} is missing, damaged or of another script ({type(error).__name__})")
-    return saved
+        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
+    return state
 
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, checkpoint.pt, model.pt, videos/. W&B, if tracking, gets the rows."""
+    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    def __init__(self, args: Args, **parts: nn.Module | torch.optim.Optimizer):
-        env_id = args.env_id.replace("/", "-").replace(":", "-")
-        name = f"{env_id}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    """
+
+    def __init__(self, args: Args, task: str, **parts: object):
+        task = task.replace("/", "-").replace(":", "-")
+        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
         args.run_dir = args.run_dir or f"runs/{name}"
         self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -582,40 +627,41 @@ class Run:
             self.lock.acquire()
         except filelock.Timeout:
             refuse(f"--run-dir {self.dir} is in use by another process")
+        path = self.dir / "config.json"
+        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
+            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
+        config = json.loads(path.read_text()) if args.resume else self.describe()
+        self.wandb = self.start_wandb(config) if args.track else None
         if not args.resume:
-            self.write_config()
+            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
         self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        self.checkpoint_step, self.started, self.stop_signal = 0, time.time(), None
+        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
+        self.started, self.stop_signal = time.time(), None
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, self.ask_to_stop)
-        self.wandb = self.start_wandb() if args.track else None
-        print(f"{Path(__file__).name} on {args.env_id}, device {args.device}, run directory {self.dir}")
-        self.bar = tqdm(total=args.total_timesteps, unit=" steps", disable=None)
+        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
 
-    def write_config(self) -> None:
-        path = self.dir / "config.json"
-        if path.exists():
-            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
-        git = f"git -C '{Path(__file__).parent}' describe --always --abbrev=40 --exclude='*' --dirty"
-        status, commit = subprocess.getstatusoutput(git)
-        config = {
+    def describe(self) -> dict:
+        """What another person needs to know to repeat the run."""
+        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
+        commit_status, commit = subprocess.getstatusoutput(git)
+        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
+        return {
             "script": Path(__file__).stem,
             "args": asdict(self.args),
             "command": sys.argv,
-            "commit": commit if status == 0 else None,  # ends in -dirty if files differ from it
+            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
             "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions()},
-            "hardware": f"{platform.platform()}, {os.cpu_count()} cores, {self.args.device}",
+            "hardware": f"{platform.platform()}, {os.cpu_count()} cores, GPUs: {gpus if gpu_status == 0 else 'none'}",
             "wandb_id": os.urandom(8).hex(),
         }
-        write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
 
-    def start_wandb(self) -> object:
+    def start_wandb(self, config: dict) -> object:
         import wandb
 
-        args, config = self.args, json.loads((self.dir / "config.json").read_text())
-        run = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"], "resume": "allow"}
+        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
         try:
-            run = wandb.init(dir=self.dir, config=config["args"], **run)
+            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
         except Exception as error:  # no key, no network, a wrong mode: it has many kinds
             refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
         run.define_metric("*", step_metric="global_step")
@@ -625,56 +671,80 @@ class Run:
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
 
+    def stopped(self) -> bool:
+        return self.stop_signal is not None
+
     def restore(self) -> int:
         """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
-        path, checkpoint = self.dir / "checkpoint.pt", {"step": 0, "seconds": 0, "metrics_bytes": 0}
-        if path.exists():
-            checkpoint = load_file(path, **self.parts)
-        self.metrics.truncate(checkpoint["metrics_bytes"])
-        self.started -= checkpoint["seconds"]
-        self.checkpoint_step = checkpoint["step"]
-        self.bar.update(self.checkpoint_step)
+        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
+        if (self.dir / CHECKPOINT).exists():
+            state = load_file(self.dir / CHECKPOINT, **self.parts)
+        if self.metrics.tell() < state["metrics_bytes"]:
+            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
+        self.metrics.truncate(state["metrics_bytes"])
+        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
+        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+        self.started -= state["seconds"]
+        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
         return self.checkpoint_step
 
+    def is_due(self, frequency: int, last: int, step: int) -> bool:
+        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
+        return step // frequency > last // frequency or step == self.args.total_timesteps > last
+
+    def evaluation_is_due(self, step: int) -> bool:
+        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
+
+    def checkpoint_is_due(self, step: int) -> bool:
+        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
+
     def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row. NaN or infinity becomes null in it, and ends the run."""
+        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
+        if not row:
+            return
         broken = [name for name, value in row.items() if not math.isfinite(value)]
         row = {name: None if name in broken else float(value) for name, value in row.items()}
         row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb:
-                self.wandb.log(row)
+            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+                self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
             self.wandb = None
+        self.num_rows += 1
         if broken:
             raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
-        if "eval/episodic_return" in row:
-            tqdm.write(f"step {step:>10,}: return {row['eval/episodic_return']:8.1f} +- {row['eval/return_std']:.1f}")
+        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
+        if evaluation:
+            self.evaluation_step = step
+            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
+        if "charts/episodic_return" in row:
+            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def save(self, step: int) -> None:
-        """Writes checkpoint.pt and model.pt. Ends the program if a signal has asked for it."""
-        if not all(tensor.isfinite().all() for tensor in self.parts["model"].state_dict().values()):
+        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(math.isfinite(values.sum()) for values in state["model"].values()):
             raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
         os.fsync(self.metrics.fileno())
-        checkpoint = {"step": step, "seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
-        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
-        write_file(self.dir / "model.pt", lambda file: torch.save({"model": checkpoint["model"]}, file))
-        write_file(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))  # last: it completes the rest
+        state |= {"step": step, "evaluation_step": self.evaluation_step}
+        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
+        save_model(self.dir, self.parts["model"])
+        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
         self.checkpoint_step = step
-        if self.stop_signal:
-            self.finish(f"Stopped at step {step}. To continue:", "--resume")
+        if self.stopped():
+            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
             raise SystemExit(128 + self.stop_signal)
 
-    def finish(self, news: str, flags: str) -> None:
+    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
         self.bar.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(exit_code)
         self.lock.release()
-        print(f"{news}\n    python {sys.argv[0]} --run-dir {self.dir} {flags}")
+        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
 
 
 def main() -> None:
@@ -682,14 +752,13 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
     args = parse_args()
     try:
-        if not args.evaluate:
-            return train(args)
-        env = make_env(args.env_id)
-        agent = make_agent(args, env).to(choose_device(args.device, env))
-        load_file(Path(args.run_dir, "model.pt"), model=agent)
-        result = evaluate(agent.act, args, name="evaluation")
-        print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
-    except (FloatingPointError, OSError) as error:
+        if args.evaluate:
+            evaluate_saved(args)
+        else:
+            train(args)
+    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
+        sys.exit(130)
+    except (FloatingPointError, MemoryError, OSError) as error:
         print("error:", error, file=sys.stderr)
         sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
 

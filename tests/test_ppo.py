@@ -436,7 +436,7 @@ def test_target_kl_ends_the_epochs(monkeypatch):
 def test_steps_are_transitions_and_each_episode_is_logged_once(num_envs, tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "evaluate", lambda *_, **__: {"eval/episodic_return": 0.0, "eval/return_std": 0.0})
     updates, clip = [], torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (updates.append(1), clip(*args)))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (updates.append(1), clip(*args))[1])
     MADE.clear()
     total = 27 * num_envs  # a batch of 16 steps, and one of 11
     ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=total, num_envs=num_envs, checkpoint_frequency=total,
