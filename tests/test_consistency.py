@@ -62,21 +62,20 @@ def test_common_flags_come_first_and_are_the_same(path):
     assert this == first
 
 
+def attributes_of(tree, name):
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {
+        node.attr for node in nodes if getattr(node.value, "id", "") == name or getattr(node.value, "attr", "") == name
+    }
+
+
 @each_script
 def test_every_flag_is_read_and_every_read_is_a_flag(path):
-    read = {
-        node.attr
-        for node in ast.walk(TREES[path])
-        if isinstance(node, ast.Attribute)
-        and (getattr(node.value, "id", "") in ("args", "self") or getattr(node.value, "attr", "") == "args")
-    }
-    from_args = {
-        node.attr
-        for node in ast.walk(TREES[path])
-        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args"
-    }
-    assert set(fields(TREES[path])) <= read
-    assert from_args <= set(fields(TREES[path]))
+    args_class = next(node for node in TREES[path].body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    read = attributes_of(TREES[path], "args")  # args.x and self.args.x
+    assert set(fields(TREES[path])) <= read | attributes_of(args_class, "self")
+    methods = {node.name for node in args_class.body if isinstance(node, ast.FunctionDef)}
+    assert read <= set(fields(TREES[path])) | methods
 
 
 @each_script
@@ -85,11 +84,15 @@ def test_every_flag_has_its_help_beside_it(path):
         assert re.search(rf"^    {name}: .* = .*  # \S", path.read_text(), re.MULTILINE), name
 
 
+def inline_metadata(path):
+    return re.search(r"^# /// script\n(?:# .*\n|#\n)+# ///$", path.read_text(), re.MULTILINE)[0].splitlines()
+
+
 @each_script
 def test_no_code_is_commented_out(path):
     for line in path.read_text().splitlines():
         comment = re.match(r"\s*# (.*)", line)
-        if comment and "///" not in line and not line.startswith("# "):
+        if comment and line not in inline_metadata(path):
             with pytest.raises(SyntaxError):
                 ast.parse(comment[1])
 
@@ -100,8 +103,7 @@ def requirements(text):
 
 @each_script
 def test_inline_dependencies_are_those_of_requirements_txt(path):
-    block = re.search(r"^# /// script\n((?:# .*\n|#\n)+)# ///$", path.read_text(), re.MULTILINE)[1]
-    inline = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    inline = tomllib.loads("\n".join(line[2:] for line in inline_metadata(path)[1:-1]))
     ours = requirements((ROOT / "requirements.txt").read_text().split("# What working on them needs")[0])
     assert set(inline["dependencies"]) <= set(ours)
     if "torch" in path.read_text():

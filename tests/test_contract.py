@@ -9,6 +9,7 @@ import pickle
 import pty
 import re
 import select
+import shlex
 import signal
 import struct
 import subprocess
@@ -171,6 +172,69 @@ def test_offline_wandb_has_the_rows_of_metrics_jsonl(script, cli, tmp_path):
     assert [{k: v for k, v in row.items() if k[0] != "_"} for row in history] == rows(run_dir)
 
 
+def wandb_history(offline_run):
+    """The rows of an offline W&B run: [(number, row)]"""
+    inspect = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", offline_run]
+    out = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    records = [json.loads(line) for line in out.splitlines()]
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return [(row["_step"], {k: v for k, v in row.items() if k[0] != "_"}) for row in history]
+
+
+@each_script
+def test_wandb_gets_each_row_once_also_when_a_killed_run_goes_on(script, cli, tmp_path, monkeypatch):
+    module = importlib.import_module(f"algorithms.{script}")
+    run_dir, save = tmp_path / "run", module.Run.save
+
+    def dying(self, step):
+        if step == 1024:
+            raise SystemExit(-9)
+        save(self, step)
+
+    monkeypatch.setattr(module.Run, "save", dying)
+    assert cli(script, *TINY[script], "--run-dir", run_dir, "--track")[0] == -9
+    killed = len(rows(run_dir))
+    monkeypatch.setattr(module.Run, "save", save)
+    import wandb
+
+    wandb.finish()
+    assert cli(script, "--run-dir", run_dir, "--resume", "--track")[0] == 0
+    first, second = (wandb_history(path) for path in sorted((run_dir / "wandb").glob("offline-run-*")))
+    assert [number for number, _ in first] == list(range(killed))
+    again = module.load_file(run_dir / "checkpoint.pt")  # both have the rows from the first checkpoint to the death
+    assert 0 < second[0][0] < killed
+    assert {number: row["global_step"] for number, row in first + second} == {
+        number: row["global_step"] for number, row in enumerate(rows(run_dir))
+    }
+    assert dict(second) == dict(list(enumerate(rows(run_dir)))[second[0][0] :])
+    assert again["step"] == 2048
+
+
+@each_script
+def test_wandb_that_has_a_row_does_not_get_it_again(script, cli, tmp_path, monkeypatch):
+    """Online, W&B remembers: it continues its run at the row after the last that it got."""
+    import wandb
+
+    sent, log, step = [], wandb.Run.log, wandb.Run.step
+    monkeypatch.setattr(wandb.Run, "log", lambda self, row, **rest: (sent.append(rest["step"]), log(self, row, **rest)))
+    monkeypatch.setattr(wandb.Run, "step", property(lambda self: max(4, step.fget(self))))
+    assert cli(script, *TINY[script], "--run-dir", tmp_path / "run", "--track")[0] == 0
+    assert sent == list(range(4, len(rows(tmp_path / "run"))))
+
+
+@each_script
+def test_wandb_is_told_how_the_run_ended(script, cli, tmp_path, monkeypatch):
+    import wandb
+
+    module = importlib.import_module(f"algorithms.{script}")
+    codes, finish = [], wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "finish", lambda self, *code: (codes.append(*code or (0,)), finish(self, *code))[1])
+    assert cli(script, *TINY[script], "--track")[0] == 0
+    monkeypatch.setattr(module.Run, "stopped", lambda self: setattr(self, "stop_signal", signal.SIGTERM) or True)
+    assert cli(script, *TINY[script], "--track")[0] == 143
+    assert codes == [0, 143]
+
+
 @pytest.mark.parametrize(("script", "env_id", "total", "checkpoint"), RESUMED)
 def test_killed_and_resumed_equals_unbroken(script, env_id, total, checkpoint, tmp_path):
     flags = ["--env-id", env_id, "--total-timesteps", total, "--checkpoint-frequency", checkpoint, "--num-envs", 2,
@@ -243,6 +307,44 @@ def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(script, number, co
     assert after[: len(before)] == before
     assert len(after) > len(before)
     assert [row["time"] for row in after] == sorted(row["time"] for row in after), "the clock goes on where it stopped"
+
+
+@each_script
+@pytest.mark.parametrize("step", [1024, 2048])
+def test_a_signal_does_not_wait_for_an_evaluation_which_is_repeated_when_the_run_goes_on(
+    script, step, cli, tmp_path, monkeypatch
+):
+    module = importlib.import_module(f"algorithms.{script}")
+    evaluate = module.evaluate
+
+    def interrupted(act, args, name, stopped):
+        assert not stopped()
+
+        def act_and_stop(obs):
+            if name == f"step-{step}":
+                signal.raise_signal(signal.SIGTERM)
+            return act(obs)
+
+        return evaluate(act_and_stop, args, name, stopped)
+
+    monkeypatch.setattr(module, "evaluate", interrupted)
+    code, out, err = cli(script, *TINY[script], "--run-dir", tmp_path / "run")
+    assert code == 143, err
+    assert f"Stopped at step {step}" in out
+    assert [row["global_step"] for row in rows(tmp_path / "run") if "eval/episodic_return" in row][-1] == step - 512
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    assert cli(script, "--run-dir", tmp_path / "run", "--resume")[0] == 0
+    assert cli(script, *TINY[script], "--run-dir", tmp_path / "unbroken")[0] == 0
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "unbroken")
+
+
+@each_script
+def test_the_printed_command_works_in_a_shell(script, cli, tmp_path):
+    run_dir = tmp_path / "it's a folder"
+    code, out, _ = cli(script, *TINY[script], "--run-dir", run_dir)
+    assert code == 0
+    words = shlex.split(out.splitlines()[-1])
+    assert words == ["python", f"algorithms/{script}.py", "--run-dir", str(run_dir), "--evaluate", "--capture-video"]
 
 
 @each_script
@@ -375,6 +477,7 @@ MISTAKES = {  # flags: words that the one line must contain
     "--env-id LunarLander-v2": "LunarLander-v3",
     "--env-id Taxi-v3": "Taxi-v4",
     "--env-id CartPole-v7": "v1",
+    "--env-id BreakoutNoFrameskip-v4": "ALE/",
     "--env-id nowhere:Thing-v0": "nowhere",
     "--env-id not/there-v0": "not",
     "--env-id spaces in it": None,
@@ -425,6 +528,7 @@ MISTAKES_OF = {
         "--target-kl -1": "--target-kl",
         "--target-kl x": "--target-kl",
         "--optimizer sgd": "adam",
+        "--env-id ALE/Pong-v5 --norm-obs": "--norm-obs",
         "--anneal-lr maybe": "maybe",
     }
 }
@@ -503,6 +607,22 @@ def test_a_folder_in_use_is_refused(script, cli, tmp_path):
 
 
 @each_script
+def test_a_folder_whose_parts_do_not_fit_together_is_refused(script, cli, finished):
+    run_dir = finished(script)
+    whole = (run_dir / "metrics.jsonl").read_bytes()
+    (run_dir / "metrics.jsonl").write_bytes(whole[:99])
+    code, _, err = cli(script, "--run-dir", run_dir, "--resume")
+    assert code == 2
+    assert "metrics.jsonl" in err
+    assert (run_dir / "metrics.jsonl").read_bytes() == whole[:99]
+    (run_dir / "metrics.jsonl").write_bytes(whole)
+    (run_dir / "config.json").unlink()
+    code, _, err = cli(script, *TINY[script], "--run-dir", run_dir)
+    assert code == 2
+    assert "holds a run" in err
+
+
+@each_script
 def test_a_folder_of_another_script_is_refused(script, cli, finished):
     run_dir = finished(script)
     config = json.loads((run_dir / "config.json").read_text())
@@ -563,24 +683,30 @@ def test_a_config_damaged_by_hand_is_refused(script, edit, word, cli, finished):
 
 
 @each_script
-def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_last_checkpoint(script, cli, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_last_checkpoint(script, cli, tmp_path):
+    """A limit on the size of files stands for the disk: the operating system refuses to write, in the middle of one."""
+    run_dir = tmp_path / "run"
+    assert cli(script, *TINY[script], "--run-dir", tmp_path / "unbroken")[0] == 0
+    start_full = (
+        f"import resource, runpy, signal, sys, algorithms.{script} as script\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "save = script.Run.save\n"
+        "def full(self, step):\n"
+        "    if step == 1024:\n"
+        "        size = max(path.stat().st_size for path in self.dir.iterdir())\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))\n"
+        "    save(self, step)\n"
+        "script.Run.save = full\n"
+        "script.main()\n"
+    )
+    command = [sys.executable, "-c", start_full, *TINY[script], "--run-dir", run_dir]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert re.fullmatch(r"error: \[Errno 27\] File too large.*\n", result.stderr), result.stderr
+    assert not list(run_dir.glob("*.tmp"))
     module = importlib.import_module(f"algorithms.{script}")
-    run_dir, fsync, calls = tmp_path / "run", os.fsync, []
-
-    def full(descriptor):
-        calls.append(1)
-        if len(calls) > 5:  # config.json, then metrics, checkpoint and model at each checkpoint
-            raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    code, _, err = cli(script, *TINY[script], "--run-dir", run_dir)
-    assert code == 1
-    assert err.strip() == "error: [Errno 28] No space left on device"
-    monkeypatch.setattr(os, "fsync", fsync)
     assert module.load_file(run_dir / "checkpoint.pt")["step"] == 512
     assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
-    assert cli(script, *TINY[script], "--run-dir", tmp_path / "unbroken")[0] == 0
     assert timeless(run_dir) == timeless(tmp_path / "unbroken")
 
 
@@ -617,6 +743,25 @@ def test_nan_ends_the_run_and_spares_the_last_checkpoint(script, cli, tmp_path, 
     assert module.load_file(tmp_path / "weight" / "checkpoint.pt")["step"] == 512
 
 
+def test_nan_in_the_gradient_ends_the_run_before_an_environment_sees_it(cli, tmp_path, monkeypatch):
+    from algorithms import ppo
+
+    calls, loss = [], ppo.ppo_loss
+
+    def poisoned(log_prob, *rest):
+        calls.append(1)
+        value, metrics = loss(log_prob, *rest)
+        if len(calls) == 4:  # the last of the two minibatches of two epochs
+            value = value + (0 * log_prob).sum().sqrt()  # the root has no slope at 0
+        return value, metrics
+
+    monkeypatch.setattr(ppo, "ppo_loss", poisoned)
+    code, _, err = cli("ppo", *TINY["ppo"], "--run-dir", tmp_path / "run")
+    assert code == 1
+    assert "NaN" in err
+    assert err.endswith("in losses/grad_norm\n")
+
+
 @each_script
 def test_wandb_that_fails_in_mid_run_does_not_stop_it(script, cli, tmp_path, monkeypatch):
     import wandb
@@ -638,26 +783,31 @@ def test_wandb_that_fails_in_mid_run_does_not_stop_it(script, cli, tmp_path, mon
 
 
 @each_script
-def test_wandb_that_cannot_start_is_one_line(script, cli, monkeypatch):
+def test_wandb_that_cannot_start_is_one_line_and_leaves_nothing_behind(script, cli, tmp_path, monkeypatch):
     import wandb
+
+    run_dir = tmp_path / "run"
 
     def fail(**_):
         raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", fail)
-    code, _, err = cli(script, *TINY[script], "--track")
+    code, _, err = cli(script, *TINY[script], "--track", "--run-dir", run_dir)
     assert code == 2
     assert "No API key" in err
     assert "WANDB_MODE=offline" in err
+    monkeypatch.undo()
+    assert cli(script, *TINY[script], "--track", "--run-dir", run_dir)[0] == 0, "the same command works when W&B does"
 
 
 @each_script
 def test_a_film_that_cannot_be_made_is_one_line_before_the_run(script, cli, monkeypatch, tmp_path):
-    monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.render", lambda self: 1 / 0)
-    code, _, err = cli(script, *TINY[script], "--capture-video", "--run-dir", tmp_path / "run")
-    assert code == 2
-    assert err.count("\n") == 1
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    for render in lambda self: 1 / 0, lambda self: None:
+        monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.render", render)
+        code, _, err = cli(script, *TINY[script], "--capture-video", "--run-dir", tmp_path / "run")
+        assert code == 2
+        assert err.count("\n") == 1
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @each_script

@@ -1,6 +1,7 @@
 """ppo.py against oracles written from the papers, hand-made trajectories, and environments with known answers."""
 
 import copy
+import random
 
 import gymnasium as gym
 import numpy as np
@@ -230,6 +231,47 @@ def test_what_reaches_the_loss_is_what_happened(recorded, num_envs):
     np.testing.assert_array_equal(observations[:, 0], seen)
     np.testing.assert_allclose(returns, targets)
     np.testing.assert_allclose(advantages, targets - seen)
+
+
+def test_rows_of_several_environments_are_not_mixed_up(recorded, monkeypatch, tmp_path):
+    """Environment k starts in its episode 10 k: all observations, lengths and ends differ between environments."""
+    made, make_env = [], ppo.make_env
+
+    def staggered(*args, **kwargs):
+        env = make_env(*args, **kwargs)
+        env.unwrapped.episode = 10 * (len(made) - 1) - 1  # the first one made is not stepped
+        made.append(env)
+        return env
+
+    monkeypatch.setattr(ppo, "make_env", staggered)
+    monkeypatch.setattr(ppo, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
+    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=36, num_envs=3, gamma=0.5, gae_lambda=0, norm_reward=False,
+                       run_dir=str(tmp_path / "run"), **TINY | {"num_steps": 12, "num_minibatches": 1}))  # fmt: skip
+    expected, ended = np.zeros((12, 3, 2)), []
+    for k in range(3):
+        episode, t = 10 * k, 0
+        for step in range(12):
+            here, t = 100 * episode + t, t + 1
+            over = t == Counter.LENGTHS[episode % 3]
+            terminated = over and Counter.ENDS[episode % 3] == "terminated"
+            expected[step, k] = here, t + 0.5 * (0 if terminated else 100 * episode + t)
+            if over:
+                ended.append((3 * (step + 1), k, t * (t + 1) / 2, t))
+                episode, t = episode + 1, 0
+    observations, *_, returns = recorded["update"][0]
+    np.testing.assert_array_equal(observations[:, 0], expected[..., 0].flatten())
+    np.testing.assert_allclose(returns, expected[..., 1].flatten())
+    logged = [row for row in rows(tmp_path / "run") if "charts/episodic_return" in row]
+    got = [(row["global_step"], row["charts/episodic_return"], row["charts/episodic_length"]) for row in logged]
+    assert got == [(step, total, length) for step, _, total, length in sorted(ended)]
+
+
+def test_steps_a_second_are_the_steps_of_a_batch_over_its_time(tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(ppo.time, "perf_counter", lambda: next(clock))
+    args = ppo.Args(env_id="Seeded-v0", total_timesteps=96, num_envs=2, run_dir=str(tmp_path / "run"), **TINY)
+    ppo.train(args)
+    assert [row["charts/SPS"] for row in rows(tmp_path / "run") if "charts/SPS" in row] == [8, 8, 8]
 
 
 def test_rewards_are_scaled_by_the_deviation_of_sums_that_restart_with_each_episode(recorded):
@@ -580,6 +622,35 @@ def test_evaluation_averages_over_episodes_of_different_lengths(monkeypatch):
     assert result["eval/episodic_return"] == pytest.approx(returns.mean())
     assert result["eval/return_std"] == pytest.approx(returns.std())
     assert result["eval/episodic_length"] == 3
+
+
+class Dice(Seeded):
+    """Draws from Python's and NumPy's global generators, as a careless environment does."""
+
+    def step(self, action):
+        self.t += 1
+        return np.array([random.random()], np.float32), np.random.random(), False, self.t == 3, {}
+
+
+gym.register("Dice-v0", Dice, disable_env_checker=True)
+
+
+def test_evaluation_leaves_the_global_streams_alone_and_is_not_moved_by_them():
+    args, results = ppo.Args(env_id="Dice-v0", eval_episodes=3), []
+    for seed in 1, 2:
+        random.seed(seed)
+        np.random.seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        results.append(ppo.evaluate(lambda obs: (obs[:, 0] > 0.5).astype(int), args, "x"))
+        assert before == (random.getstate(), np.random.get_state()[1].tolist())
+    assert results[0] == results[1]
+
+
+def test_evaluation_ends_when_it_is_told_to():
+    asked = iter([False, False, True])
+    args = ppo.Args(env_id="Seeded-v0", eval_episodes=2)
+    assert ppo.evaluate(lambda obs: np.zeros(len(obs), int), args, "x", lambda: next(asked)) == {}
+    assert next(asked, None) is None
 
 
 def test_evaluation_of_an_environment_without_a_time_limit_ends(monkeypatch):
