@@ -482,6 +482,8 @@ def choose_device(name: str, small: bool) -> str:
 
 def make_env(env_id: str, film: bool = False) -> gym.Env:
     """One environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
+    if env_id.endswith("NoFrameskip-v4"):
+        refuse(f"--env-id {env_id}: name the game ALE/Breakout-v5, ALE/Pong-v5 and so on; its frames are skipped here")
     atari = {"frameskip": 1} if env_id.startswith("ALE/") else {}  # AtariPreprocessing skips frames itself
     try:
         if atari:
@@ -494,7 +496,7 @@ def make_env(env_id: str, film: bool = False) -> gym.Env:
             if env.render() is None:
                 raise ValueError("it gives no picture to film")
     except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
-        refuse(f"--env-id {env_id}: {error}{' Atari is ALE/Pong-v5 and so on.' if 'Frameskip' in env_id else ''}")
+        refuse(f"--env-id {env_id}: {error}")
     space = env.observation_space
     if atari:
         return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)

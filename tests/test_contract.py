@@ -21,32 +21,32 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, SCRIPTS, call, rows, start, timeless
+from facts import FACTS
 
-# The smallest run of each script that has several batches, evaluations and checkpoints
-TINY = {
-    "ppo": ["--env-id", "CartPole-v1", "--total-timesteps", "2048", "--num-envs", "2", "--num-steps", "64",
-            "--num-minibatches", "2", "--update-epochs", "2", "--eval-episodes", "2", "--eval-frequency", "512",
-            "--checkpoint-frequency", "512"],
-}  # fmt: skip
-# ... and of the environments in which a resumed run must equal an unbroken one
-RESUMED = [
-    ("ppo", "CartPole-v1", 8192, 1024),
-    ("ppo", "LunarLander-v3", 8192, 1024),
-    ("ppo", "HalfCheetah-v5", 4096, 512),
-    ("ppo", "ALE/Pong-v5", 512, 128),
-]
-SEEDED = ["ppo"]  # scripts whose flags are the common ones
 each_script = pytest.mark.parametrize("script", [path.stem for path in SCRIPTS])
+# For what is the same text in every script but those of the second kind, which keep NumPy's files
+each_kind = pytest.mark.parametrize("script", [path.stem for path in SCRIPTS if path.stem in ("ppo", "q_learning")])
 
 
-def weights(run_dir):
-    return torch.load(run_dir / "model.pt", weights_only=True)["model"]
+IN_GYMNASIUM = [path.stem for path in SCRIPTS if FACTS[path.stem].env_class]
+
+
+def tiny(script, *flags):
+    return [*FACTS[script].tiny, *map(str, flags)]
+
+
+def weights(script, run_dir):
+    module = importlib.import_module(f"algorithms.{script}")
+    return module.load_file(run_dir / FACTS[script].model)["model"]
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def evaluations(script, run_dir):
+    return [row["global_step"] for row in rows(run_dir) if FACTS[script].result in row]
 
 
 @pytest.fixture
@@ -77,23 +77,19 @@ def cli(monkeypatch, capsys):
 
 @each_script
 def test_a_run_folder_holds_all_it_should(script, cli, tmp_path):
-    code, out, err = cli(script, *TINY[script], "--seed", 7)
+    code, out, err = cli(script, *tiny(script), "--seed", 7)
     assert code == 0, err
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"CartPole-v1__{script}__7__[\d-]+", run_dir.name)
-    assert {path.name for path in run_dir.iterdir()} <= {
-        "config.json",
-        "metrics.jsonl",
-        "checkpoint.pt",
-        "model.pt",
-        ".lock",
-    }
+    facts = FACTS[script]
+    assert re.fullmatch(rf"{facts.task}__{script}__7__[\d-]+", run_dir.name)
+    files = {"config.json", "metrics.jsonl", facts.checkpoint, facts.model, ".lock"}
+    assert {path.name for path in run_dir.iterdir()} == files
     config = json.loads((run_dir / "config.json").read_text())
     assert config["script"] == script
     assert config["args"]["seed"] == 7
-    assert config["args"]["device"] == "cpu"
-    assert config["command"][1:3] == TINY[script][:2]
-    assert torch.__version__.startswith(config["versions"]["torch"])
+    assert config["args"].get("device", "cpu") == "cpu"
+    assert config["command"][1:3] == facts.tiny[:2]
+    assert config["versions"]["numpy"] == np.__version__
     assert config["versions"]["gymnasium"] == gym.__version__
     assert config["hardware"]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -102,61 +98,71 @@ def test_a_run_folder_holds_all_it_should(script, cli, tmp_path):
     assert all({"global_step", "time"} < row.keys() for row in metrics)
     steps = [row["global_step"] for row in metrics]
     assert steps == sorted(steps)
-    assert [row["global_step"] for row in metrics if "eval/episodic_return" in row] == [512, 1024, 1536, 2048]
-    for name in "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate":
+    assert evaluations(script, run_dir) == [quarter * facts.quarter for quarter in (1, 2, 3, 4)]
+    for name in [*facts.logged, "charts/SPS", "charts/learning_rate"]:
         assert any(name in row for row in metrics), name
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 2048
+    module = importlib.import_module(f"algorithms.{script}")
+    assert module.load_file(run_dir / facts.checkpoint)["step"] == 4 * facts.quarter
     assert str(run_dir.relative_to(tmp_path)) in out
     assert "--evaluate --capture-video" in out
     assert "%|" not in err, "no progress bar where there is no terminal"
 
 
-@each_script
+def register_as(name, script, **kwargs):
+    """The environment of a script's tiny run under another name."""
+    module, cls = FACTS[script].env_class.rsplit(".", 1)
+    gym.register(name, f"{module}:{cls}", **kwargs)
+
+
+@each_kind
 def test_folders_of_runs_never_collide_and_have_safe_names(script, cli, tmp_path):
-    gym.register("space/CartPole-v1", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=9)
+    register_as("space/Short-v1", script, max_episode_steps=9)
     for _ in range(2):
-        assert cli(script, *TINY[script], "--env-id", "space/CartPole-v1", "--total-timesteps", 128)[0] == 0
+        assert cli(script, *tiny(script), "--env-id", "space/Short-v1", "--total-timesteps", 128)[0] == 0
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2
-    assert all(folder.name.startswith("space-CartPole-v1__") for folder in folders)
+    assert all(folder.name.startswith("space-Short-v1__") for folder in folders)
 
 
 @each_script
 def test_same_seed_same_bits_in_fresh_processes_and_another_seed_another_run(script, tmp_path):
     for name, seed in ("a", 1), ("b", 1), ("c", 2):
-        result = call(script, *TINY[script], "--seed", seed, "--run-dir", tmp_path / name)
+        result = call(script, *tiny(script), "--seed", seed, "--run-dir", tmp_path / name)
         assert result.returncode == 0, result.stderr
     a, b, c = (tmp_path / name for name in "abc")
     assert timeless(a) == timeless(b)
-    assert same(weights(a), weights(b))
+    assert same(weights(script, a), weights(script, b))
     assert timeless(a) != timeless(c)
-    assert not same(weights(a), weights(c))
+    assert not same(weights(script, a), weights(script, c))
 
 
 @each_script
 def test_watching_a_run_does_not_change_it(script, cli, tmp_path):
+    facts = FACTS[script]
     variants = {
         "plain": [],
-        "often": ["--eval-frequency", 128, "--eval-episodes", 3],
+        "often": ["--eval-frequency", facts.quarter // 4],
         "never": ["--eval-frequency", 10**9],
-        "filmed": ["--capture-video", "--eval-frequency", 1024],
         "tracked": ["--track"],
     }
+    films = "capture_video" in importlib.import_module(f"algorithms.{script}").Args.__dataclass_fields__
+    if films:
+        variants["filmed"] = ["--capture-video", "--eval-frequency", 2 * facts.quarter]
     for name, flags in variants.items():
-        code, _, err = cli(script, *TINY[script], "--run-dir", tmp_path / name, *flags)
+        code, _, err = cli(script, *tiny(script), "--run-dir", tmp_path / name, *flags)
         assert code == 0, err
     for name in variants:
-        assert same(weights(tmp_path / "plain"), weights(tmp_path / name)), name
-    assert rows(tmp_path / "never")[-1]["eval/episodic_return"] == rows(tmp_path / "plain")[-1]["eval/episodic_return"]
-    films = sorted(path.name for path in (tmp_path / "filmed" / "videos").glob("*.mp4"))
-    assert films == ["step-1024-episode-0.mp4", "step-2048-episode-0.mp4"]
+        assert same(weights(script, tmp_path / "plain"), weights(script, tmp_path / name)), name
+    assert rows(tmp_path / "never")[-1][facts.result] == rows(tmp_path / "plain")[-1][facts.result]
+    names = [path.name for path in (tmp_path / "filmed").glob("videos/*.mp4")]
+    steps = sorted(int(re.match(r"step-(\d+)", name)[1]) for name in names)
+    assert steps == ([2 * facts.quarter, 4 * facts.quarter] if films else [])
 
 
-@each_script
+@each_kind
 def test_offline_wandb_has_the_rows_of_metrics_jsonl(script, cli, tmp_path):
     run_dir = tmp_path / "run"
-    assert cli(script, *TINY[script], "--run-dir", run_dir, "--track", "--wandb-project-name", "a-project")[0] == 0
+    assert cli(script, *tiny(script), "--run-dir", run_dir, "--track", "--wandb-project-name", "a-project")[0] == 0
     (offline,) = (run_dir / "wandb").glob("offline-run-*")
     wandb = Path(sys.executable).with_name("wandb")
     out = subprocess.run(
@@ -165,7 +171,7 @@ def test_offline_wandb_has_the_rows_of_metrics_jsonl(script, cli, tmp_path):
     records = [json.loads(line) for line in out.splitlines()]
     (about,) = (record["run"] for record in records if record["type"] == "run")
     assert about["project"] == "a-project"
-    assert about["config"]["update"]["total_timesteps"] == 2048
+    assert about["config"]["update"]["total_timesteps"] == 4 * FACTS[script].quarter
     (metric,) = (record["metric"] for record in records if record["type"] == "metric")
     assert metric["step_metric"] == "global_step"
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
@@ -181,18 +187,18 @@ def wandb_history(offline_run):
     return [(row["_step"], {k: v for k, v in row.items() if k[0] != "_"}) for row in history]
 
 
-@each_script
+@each_kind
 def test_wandb_gets_each_row_once_also_when_a_killed_run_goes_on(script, cli, tmp_path, monkeypatch):
     module = importlib.import_module(f"algorithms.{script}")
     run_dir, save = tmp_path / "run", module.Run.save
 
     def dying(self, step):
-        if step == 1024:
+        if step == 2 * FACTS[script].quarter:
             raise SystemExit(-9)
         save(self, step)
 
     monkeypatch.setattr(module.Run, "save", dying)
-    assert cli(script, *TINY[script], "--run-dir", run_dir, "--track")[0] == -9
+    assert cli(script, *tiny(script), "--run-dir", run_dir, "--track")[0] == -9
     killed = len(rows(run_dir))
     monkeypatch.setattr(module.Run, "save", save)
     import wandb
@@ -201,16 +207,14 @@ def test_wandb_gets_each_row_once_also_when_a_killed_run_goes_on(script, cli, tm
     assert cli(script, "--run-dir", run_dir, "--resume", "--track")[0] == 0
     first, second = (wandb_history(path) for path in sorted((run_dir / "wandb").glob("offline-run-*")))
     assert [number for number, _ in first] == list(range(killed))
-    again = module.load_file(run_dir / "checkpoint.pt")  # both have the rows from the first checkpoint to the death
-    assert 0 < second[0][0] < killed
+    assert 0 < second[0][0] < killed, "both have the rows from the first checkpoint to the death"
     assert {number: row["global_step"] for number, row in first + second} == {
         number: row["global_step"] for number, row in enumerate(rows(run_dir))
     }
     assert dict(second) == dict(list(enumerate(rows(run_dir)))[second[0][0] :])
-    assert again["step"] == 2048
 
 
-@each_script
+@each_kind
 def test_wandb_that_has_a_row_does_not_get_it_again(script, cli, tmp_path, monkeypatch):
     """Online, W&B remembers: it continues its run at the row after the last that it got."""
     import wandb
@@ -218,30 +222,29 @@ def test_wandb_that_has_a_row_does_not_get_it_again(script, cli, tmp_path, monke
     sent, log, step = [], wandb.Run.log, wandb.Run.step
     monkeypatch.setattr(wandb.Run, "log", lambda self, row, **rest: (sent.append(rest["step"]), log(self, row, **rest)))
     monkeypatch.setattr(wandb.Run, "step", property(lambda self: max(4, step.fget(self))))
-    assert cli(script, *TINY[script], "--run-dir", tmp_path / "run", "--track")[0] == 0
+    assert cli(script, *tiny(script), "--run-dir", tmp_path / "run", "--track")[0] == 0
     assert sent == list(range(4, len(rows(tmp_path / "run"))))
 
 
-@each_script
+@each_kind
 def test_wandb_is_told_how_the_run_ended(script, cli, tmp_path, monkeypatch):
     import wandb
 
     module = importlib.import_module(f"algorithms.{script}")
     codes, finish = [], wandb.Run.finish
     monkeypatch.setattr(wandb.Run, "finish", lambda self, *code: (codes.append(*code or (0,)), finish(self, *code))[1])
-    assert cli(script, *TINY[script], "--track")[0] == 0
+    assert cli(script, *tiny(script), "--track")[0] == 0
     monkeypatch.setattr(module.Run, "stopped", lambda self: setattr(self, "stop_signal", signal.SIGTERM) or True)
-    assert cli(script, *TINY[script], "--track")[0] == 143
+    assert cli(script, *tiny(script), "--track")[0] == 143
     assert codes == [0, 143]
 
 
-@pytest.mark.parametrize(("script", "env_id", "total", "checkpoint"), RESUMED)
-def test_killed_and_resumed_equals_unbroken(script, env_id, total, checkpoint, tmp_path):
-    flags = ["--env-id", env_id, "--total-timesteps", total, "--checkpoint-frequency", checkpoint, "--num-envs", 2,
-             "--eval-frequency", total // 2, "--eval-episodes", 1, "--num-steps", 64, "--num-minibatches", 2,
-             "--update-epochs", 2]  # fmt: skip
-    if env_id != "ALE/Pong-v5":
-        flags += ["--norm-obs"]
+@pytest.mark.parametrize(
+    ("script", "flags"), [(path.stem, flags) for path in SCRIPTS for flags in FACTS[path.stem].resumed]
+)
+def test_killed_and_resumed_equals_unbroken(script, flags, tmp_path):
+    flags = tiny(script, *flags)
+    total = int(flags[len(flags) - flags[::-1].index("--total-timesteps")])
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert call(script, *flags, "--run-dir", unbroken).returncode == 0
     process = start(script, *flags, "--run-dir", killed)
@@ -267,7 +270,7 @@ def test_killed_and_resumed_equals_unbroken(script, env_id, total, checkpoint, t
             break
     assert deaths, "it was killed at least once"
     assert timeless(killed) == timeless(unbroken)
-    assert same(weights(killed), weights(unbroken))
+    assert same(weights(script, killed), weights(script, unbroken))
 
 
 def reached(run_dir):
@@ -284,7 +287,7 @@ def reached(run_dir):
 def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(script, number, code, tmp_path):
     run_dir = tmp_path / "run"
     process = start(
-        script, *TINY[script], "--total-timesteps", 10**6, "--checkpoint-frequency", 10**6, "--run-dir", run_dir
+        script, *tiny(script), "--total-timesteps", 10**6, "--checkpoint-frequency", 10**6, "--run-dir", run_dir
     )
     while process.poll() is None and reached(run_dir) < 1000:
         time.sleep(0.01)
@@ -294,7 +297,7 @@ def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(script, number, co
     assert f"--run-dir {run_dir} --resume" in out
     assert "Traceback" not in err
     before = rows(run_dir)
-    step = torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"]
+    step = importlib.import_module(f"algorithms.{script}").load_file(run_dir / FACTS[script].checkpoint)["step"]
     assert step >= 1000
     assert before[-1]["global_step"] == step
     process = start(script, "--run-dir", run_dir, "--resume")
@@ -310,10 +313,11 @@ def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(script, number, co
 
 
 @each_script
-@pytest.mark.parametrize("step", [1024, 2048])
+@pytest.mark.parametrize("quarter", [2, 4])
 def test_a_signal_does_not_wait_for_an_evaluation_which_is_repeated_when_the_run_goes_on(
-    script, step, cli, tmp_path, monkeypatch
+    script, quarter, cli, tmp_path, monkeypatch
 ):
+    step = quarter * FACTS[script].quarter
     module = importlib.import_module(f"algorithms.{script}")
     evaluate = module.evaluate
 
@@ -328,20 +332,20 @@ def test_a_signal_does_not_wait_for_an_evaluation_which_is_repeated_when_the_run
         return evaluate(act_and_stop, args, name, stopped)
 
     monkeypatch.setattr(module, "evaluate", interrupted)
-    code, out, err = cli(script, *TINY[script], "--run-dir", tmp_path / "run")
+    code, out, err = cli(script, *tiny(script), "--run-dir", tmp_path / "run")
     assert code == 143, err
     assert f"Stopped at step {step}" in out
-    assert [row["global_step"] for row in rows(tmp_path / "run") if "eval/episodic_return" in row][-1] == step - 512
+    assert evaluations(script, tmp_path / "run")[-1] == step - FACTS[script].quarter
     monkeypatch.setattr(module, "evaluate", evaluate)
     assert cli(script, "--run-dir", tmp_path / "run", "--resume")[0] == 0
-    assert cli(script, *TINY[script], "--run-dir", tmp_path / "unbroken")[0] == 0
+    assert cli(script, *tiny(script), "--run-dir", tmp_path / "unbroken")[0] == 0
     assert timeless(tmp_path / "run") == timeless(tmp_path / "unbroken")
 
 
-@each_script
+@each_kind
 def test_the_printed_command_works_in_a_shell(script, cli, tmp_path):
     run_dir = tmp_path / "it's a folder"
-    code, out, _ = cli(script, *TINY[script], "--run-dir", run_dir)
+    code, out, _ = cli(script, *tiny(script), "--run-dir", run_dir)
     assert code == 0
     words = shlex.split(out.splitlines()[-1])
     assert words == ["python", f"algorithms/{script}.py", "--run-dir", str(run_dir), "--evaluate", "--capture-video"]
@@ -350,7 +354,7 @@ def test_the_printed_command_works_in_a_shell(script, cli, tmp_path):
 @each_script
 def test_evaluate_repeats_the_last_evaluation_and_films_it(script, cli, tmp_path):
     run_dir = tmp_path / "run"
-    assert cli(script, *TINY[script], "--run-dir", run_dir)[0] == 0
+    assert cli(script, *tiny(script), "--run-dir", run_dir)[0] == 0
     last = rows(run_dir)[-1]
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
     code, out, err = cli(script, "--run-dir", run_dir, "--evaluate")
@@ -379,7 +383,7 @@ def film_of(path):
 @each_script
 def test_resuming_a_finished_run_adds_nothing(script, cli, tmp_path):
     run_dir = tmp_path / "run"
-    assert cli(script, *TINY[script], "--run-dir", run_dir)[0] == 0
+    assert cli(script, *tiny(script), "--run-dir", run_dir)[0] == 0
     before = (run_dir / "metrics.jsonl").read_bytes()
     assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
     assert (run_dir / "metrics.jsonl").read_bytes() == before
@@ -389,55 +393,61 @@ def test_resuming_a_finished_run_adds_nothing(script, cli, tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(script, cli, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run_dir in whole, cut:
-        assert cli(script, *TINY[script], "--run-dir", run_dir)[0] == 0
-    (cut / "checkpoint.pt").unlink()
-    (cut / "model.pt").unlink()
+        assert cli(script, *tiny(script), "--run-dir", run_dir)[0] == 0
+    (cut / FACTS[script].checkpoint).unlink()
+    (cut / FACTS[script].model).unlink()
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"global_step": 99')  # half a row
     assert cli(script, "--run-dir", cut, "--resume")[0] == 0
     assert timeless(cut) == timeless(whole)
 
 
-PPO_CHANGES = {
-    "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
-    "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "learning_rate": 1e-3, "anneal_lr": False,
-    "num_steps": 32, "num_minibatches": 4, "update_epochs": 3, "gamma": 0.9, "gae_lambda": 0.5, "clip_coef": 0.01,
-    "vf_coef": 0.1, "ent_coef": 0.1, "max_grad_norm": 0.01, "target_kl": 1e-9, "norm_adv": False, "norm_obs": True,
-    "norm_reward": False, "optimizer": "rmsprop",
-}  # fmt: skip
-ELSEWHERE = {
-    "device",
-    "track",
-    "wandb_project_name",
-    "run_dir",
-    "resume",
-    "evaluate",
-    "compile",
-}  # tested by themselves
+ELSEWHERE = {"device", "track", "wandb_project_name", "run_dir", "resume", "evaluate"}  # tested by themselves
 
 
-@pytest.mark.parametrize("name", PPO_CHANGES)
-def test_every_flag_of_ppo_is_recorded_and_changes_something(name, cli, tmp_path):
-    value = PPO_CHANGES[name]
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [(path.stem, name) for path in SCRIPTS for name, value in FACTS[path.stem].changes.items() if value is not None],
+)
+def test_every_flag_is_recorded_and_changes_something(script, name, cli, base_of, tmp_path):
+    value = FACTS[script].changes[name]
     flag = name.replace("_", "-")
     given = [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", value]
-    base = [*TINY["ppo"], "--total-timesteps", 512, "--checkpoint-frequency", 256, "--eval-frequency", 256]
-    for run_dir, flags in ("base", []), ("changed", given):
-        code, _, err = cli("ppo", *base, *flags, "--run-dir", tmp_path / run_dir)
-        assert code == 0, err
-    config = json.loads((tmp_path / "changed" / "config.json").read_text())
-    assert config["args"][name] == value
-    traces = [
-        (timeless(tmp_path / run_dir), sorted(path.name for path in (tmp_path / run_dir).iterdir()))
-        for run_dir in ("base", "changed")
-    ]
-    assert traces[0] != traces[1]
+    quarter = FACTS[script].quarter
+    short = ["--total-timesteps", quarter, "--checkpoint-frequency", quarter // 2, "--eval-frequency", quarter // 2]
+    changed = tmp_path / "changed"
+    code, _, err = cli(script, *tiny(script), *short, *given, "--run-dir", changed)
+    assert code == 0, err
+    assert json.loads((changed / "config.json").read_text())["args"][name] == value
+    assert trace(changed) != base_of(script, short)
 
 
-def test_no_flag_of_ppo_is_left_out():
-    from algorithms import ppo
+def trace(run_dir):
+    return timeless(run_dir), sorted(path.name for path in run_dir.iterdir())
 
-    assert set(PPO_CHANGES) | ELSEWHERE == set(ppo.Args.__dataclass_fields__)
+
+@pytest.fixture
+def base_of(cli, tmp_path_factory):
+    """What a script's run with these flags leaves; one run serves all tests."""
+
+    def make(script, flags):
+        if script not in BASES:
+            run_dir = tmp_path_factory.mktemp("base") / "run"
+            assert cli(script, *tiny(script), *flags, "--run-dir", run_dir)[0] == 0
+            BASES[script] = trace(run_dir)
+        return BASES[script]
+
+    return make
+
+
+BASES = {}
+
+
+@each_script
+def test_no_flag_is_left_out(script):
+    flags = importlib.import_module(f"algorithms.{script}").Args.__dataclass_fields__
+    assert set(FACTS[script].changes) | ELSEWHERE >= set(flags)
+    assert set(FACTS[script].changes) <= set(flags)
 
 
 class Odd(gym.Env):
@@ -453,7 +463,7 @@ class Odd(gym.Env):
     def step(self, action):
         return (
             self.observation_space.sample(),
-            float("nan") if self.observation_space.shape == (7,) else 0.0,
+            0.0,
             True,
             False,
             {},
@@ -467,46 +477,24 @@ for name, spaces in {
     "MultiBinaryAction": (BOX, gym.spaces.MultiBinary(3)),
     "IntegerAction": (BOX, gym.spaces.Box(0, 9, (2,), np.int64)),
     "TupleAction": (BOX, gym.spaces.Tuple([DISCRETE, BOX])),
-    "NaN": (gym.spaces.Box(-1, 1, (7,)), DISCRETE),
 }.items():
     gym.register(f"Odd{name}-v0", Odd, disable_env_checker=True,
                  kwargs={"observation_space": spaces[0], "action_space": spaces[1]})  # fmt: skip
 
-MISTAKES = {  # flags: words that the one line must contain
-    "--env-id CartPol-v1": "Did you mean: `CartPole`",
-    "--env-id LunarLander-v2": "LunarLander-v3",
-    "--env-id Taxi-v3": "Taxi-v4",
-    "--env-id CartPole-v7": "v1",
-    "--env-id BreakoutNoFrameskip-v4": "ALE/",
-    "--env-id nowhere:Thing-v0": "nowhere",
-    "--env-id not/there-v0": "not",
-    "--env-id spaces in it": None,
-    "--env-id OddSequence-v0": "Sequence",
-    "--env-id OddGraph-v0": "Graph",
-    "--env-id OddMultiBinaryAction-v0": "MultiBinary",
-    "--env-id OddTupleAction-v0": "Tuple",
-    "--env-id OddIntegerAction-v0": "Box",
-    "--env-id GymV26Environment-v0": "install",
-    "--learning-rate -1": "--learning-rate",
-    "--learning-rate nan": "--learning-rate",
-    "--learning-rate inf": "--learning-rate",
-    "--learning-rate fast": "--learning-rate",
-    "--learning-rat 1": "--learning-rate",
-    "--gamma 1.5": "--gamma",
-    "--gamma -0.1": "--gamma",
+MISTAKES = {  # of any script
+    "--{rate} -1": "--{rate}",
+    "--{rate} nan": "--{rate}",
+    "--{rate} inf": "--{rate}",
+    "--{rate} fast": "--{rate}",
+    "--{rate}s 1": "--{rate}",
     "--total-timesteps 0": "--total-timesteps",
     "--total-timesteps -5": "--total-timesteps",
     "--total-timesteps 1e5": "--total-timesteps",
-    "--total-timesteps 2047": "--num-envs",
-    "--num-envs 0": "--num-envs",
     "--seed -1": "--seed",
     "--seed 18446744073709551616": "--seed",
     "--seed 1.5": "--seed",
-    "--eval-episodes 0": "--eval-episodes",
     "--eval-frequency 0": "--eval-frequency",
     "--checkpoint-frequency 0": "--checkpoint-frequency",
-    "--device cuda:99": "cpu",
-    "--device tpu": "cpu",
     "--resume": "--run-dir",
     "--evaluate": "--run-dir",
     "--resume --run-dir nothing-here": "nothing-here",
@@ -514,32 +502,43 @@ MISTAKES = {  # flags: words that the one line must contain
     "--unknown-flag": "--unknown-flag",
     "stray": "stray",
 }
-MISTAKES_OF = {
-    "ppo": {
-        "--num-minibatches 3": "--num-minibatches",
-        "--num-minibatches 0": "--num-minibatches",
-        "--num-steps 0": "--num-steps",
-        "--update-epochs 0": "--update-epochs",
-        "--gae-lambda 1.1": "--gae-lambda",
-        "--clip-coef -0.2": "--clip-coef",
-        "--ent-coef -1": "--ent-coef",
-        "--vf-coef -1": "--vf-coef",
-        "--max-grad-norm -1": "--max-grad-norm",
-        "--target-kl -1": "--target-kl",
-        "--target-kl x": "--target-kl",
-        "--optimizer sgd": "adam",
-        "--env-id ALE/Pong-v5 --norm-obs": "--norm-obs",
-        "--anneal-lr maybe": "maybe",
-    }
+MISTAKES_WITH = {  # of any script with this flag
+    "device": {"--device cuda:99": "cpu", "--device tpu": "cpu"},
+    "gamma": {"--gamma 1.5": "--gamma", "--gamma -0.1": "--gamma"},
+    "num_envs": {"--num-envs 0": "--num-envs", "--total-timesteps 2047 --num-envs 2": "--num-envs"},
+    "eval_episodes": {"--eval-episodes 0": "--eval-episodes"},
+}
+MISTAKES_IN_GYMNASIUM = {
+    "--env-id CartPol-v1": "Did you mean: `CartPole`",
+    "--env-id LunarLander-v2": "LunarLander-v3",
+    "--env-id Taxi-v3": "Taxi-v4",
+    "--env-id CartPole-v7": "v1",
+    "--env-id BreakoutNoFrameskip-v4": "ALE/",
+    "--env-id nowhere:Thing-v0": "nowhere",
+    "--env-id not/there-v0": "not",
+    "--env-id spaces_in_it": None,
+    "--env-id OddSequence-v0": "Sequence",
+    "--env-id OddGraph-v0": "Graph",
+    "--env-id GymV26Environment-v0": "install",
 }
 
 
+def mistakes_of(script):
+    fields, facts = importlib.import_module(f"algorithms.{script}").Args.__dataclass_fields__, FACTS[script]
+    all_ = MISTAKES | facts.mistakes
+    for name in MISTAKES_WITH.keys() & fields.keys():
+        all_ |= MISTAKES_WITH[name]
+    if facts.env_class:
+        all_ |= MISTAKES_IN_GYMNASIUM
+    return [(flags.replace("{rate}", facts.rate), word and word.replace("{rate}", facts.rate))
+            for flags, word in sorted(all_.items())]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("script", "flags", "word"),
-    [(path.stem, flags, word) for path in SCRIPTS for flags, word in (MISTAKES | MISTAKES_OF[path.stem]).items()],
+    ("script", "flags", "word"), [(path.stem, *mistake) for path in SCRIPTS for mistake in mistakes_of(path.stem)]
 )
 def test_a_mistake_gets_a_clear_answer_and_exit_code_2(script, flags, word, cli, tmp_path):
-    code, out, err = cli(script, *TINY[script], *flags.replace("spaces in it", "spaces_in_it").split(" "))
+    code, out, err = cli(script, *tiny(script), *flags.split(" "))
     assert code == 2, (out, err)
     assert "Traceback" not in err
     assert (word or "") in err
@@ -556,7 +555,7 @@ def test_help_explains_itself_and_every_flag(script):
     flags = importlib.import_module(f"algorithms.{script}").Args.__dataclass_fields__
     for name in flags:
         assert f"--{name.replace('_', '-')}" in result.stdout
-    assert "arXiv" in result.stdout
+    assert re.search(r"arXiv:|\b(19|20)\d\d\b", result.stdout), "the paper"
 
 
 @pytest.fixture
@@ -565,17 +564,17 @@ def finished(cli, tmp_path):
 
     def make(script):
         run_dir = tmp_path / "run"
-        assert cli(script, *TINY[script], "--run-dir", run_dir)[0] == 0
+        assert cli(script, *tiny(script), "--run-dir", run_dir)[0] == 0
         return run_dir
 
     return make
 
 
-@each_script
+@each_kind
 def test_a_folder_with_a_run_is_not_overwritten(script, cli, finished):
     run_dir = finished(script)
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    code, _, err = cli(script, *TINY[script], "--run-dir", run_dir)
+    code, _, err = cli(script, *tiny(script), "--run-dir", run_dir)
     assert code == 2
     assert "--resume" in err
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
@@ -584,19 +583,17 @@ def test_a_folder_with_a_run_is_not_overwritten(script, cli, finished):
 @each_script
 def test_a_resumed_run_keeps_its_arguments(script, cli, finished):
     run_dir = finished(script)
-    for flags in ["--gamma", 0.5], ["--seed", 3], ["--total-timesteps", 4096]:
+    for flags in [f"--{FACTS[script].rate}", 0.5], ["--seed", 3], ["--total-timesteps", 4096]:
         code, _, err = cli(script, "--run-dir", run_dir, "--resume", *flags)
         assert code == 2
         assert flags[0] in err
-    assert cli(script, "--run-dir", run_dir, "--resume", "--seed", 1, "--device", "cpu")[0] == 0, (
-        "the same is no change"
-    )
+    assert cli(script, "--run-dir", run_dir, "--resume", "--seed", 1)[0] == 0, "the same is no change"
 
 
-@each_script
+@each_kind
 def test_a_folder_in_use_is_refused(script, cli, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(script, *TINY[script], "--total-timesteps", 10**6, "--run-dir", run_dir)
+    process = start(script, *tiny(script), "--total-timesteps", 10**6, "--run-dir", run_dir)
     while process.poll() is None and not (run_dir / "metrics.jsonl").exists():
         time.sleep(0.01)
     code, _, err = cli(script, "--run-dir", run_dir, "--resume")
@@ -606,7 +603,7 @@ def test_a_folder_in_use_is_refused(script, cli, tmp_path):
     assert "in use" in err
 
 
-@each_script
+@each_kind
 def test_a_folder_whose_parts_do_not_fit_together_is_refused(script, cli, finished):
     run_dir = finished(script)
     whole = (run_dir / "metrics.jsonl").read_bytes()
@@ -617,12 +614,12 @@ def test_a_folder_whose_parts_do_not_fit_together_is_refused(script, cli, finish
     assert (run_dir / "metrics.jsonl").read_bytes() == whole[:99]
     (run_dir / "metrics.jsonl").write_bytes(whole)
     (run_dir / "config.json").unlink()
-    code, _, err = cli(script, *TINY[script], "--run-dir", run_dir)
+    code, _, err = cli(script, *tiny(script), "--run-dir", run_dir)
     assert code == 2
     assert "holds a run" in err
 
 
-@each_script
+@each_kind
 def test_a_folder_of_another_script_is_refused(script, cli, finished):
     run_dir = finished(script)
     config = json.loads((run_dir / "config.json").read_text())
@@ -638,17 +635,17 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-@each_script
+@each_kind
 @pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "code", "another model"])
 def test_a_damaged_checkpoint_is_refused_and_stays_as_it_is(script, damage, cli, finished):
     run_dir = finished(script)
-    for name, action in ("checkpoint.pt", "--resume"), ("model.pt", "--evaluate"):
+    for name, action in (FACTS[script].checkpoint, "--resume"), (FACTS[script].model, "--evaluate"):
         path = run_dir / name
         whole = path.read_bytes()
         if damage == "code":
             path.write_bytes(pickle.dumps(Bomb()))
         elif damage == "another model":
-            torch.save({"model": {"weight": torch.zeros(2)}}, path)
+            importlib.import_module(f"algorithms.{script}").save_file(path, {"model": {"weight": 0.5}})
         else:
             path.write_bytes({"cut short": whole[: len(whole) // 2], "empty": b"", "garbage": b"x" * 999}[damage])
         before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
@@ -661,14 +658,14 @@ def test_a_damaged_checkpoint_is_refused_and_stays_as_it_is(script, damage, cli,
         path.write_bytes(whole)
 
 
-@each_script
+@each_kind
 @pytest.mark.parametrize(
     ("edit", "word"),
     [
         (lambda text: text[: len(text) // 2], "config.json"),
         (lambda text: "[]", "config.json"),
-        (lambda text: text.replace('"learning_rate": ', '"learning_rate": "high", "old": '), None),
-        (lambda text: re.sub(r'"learning_rate": [\d.e-]+', '"learning_rate": -1', text), "learning-rate"),
+        (lambda text: text.replace('"seed": ', '"seed": "high", "old": '), None),
+        (lambda text: re.sub(r'"seed": \d+', '"seed": -1', text), "--seed"),
         (lambda text: re.sub(r'"seed": \d+', '"sed": 1', text), "sed"),
     ],
 )
@@ -682,65 +679,77 @@ def test_a_config_damaged_by_hand_is_refused(script, edit, word, cli, finished):
     assert "Traceback" not in err
 
 
-@each_script
+@each_kind
 def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_last_checkpoint(script, cli, tmp_path):
     """A limit on the size of files stands for the disk: the operating system refuses to write, in the middle of one."""
     run_dir = tmp_path / "run"
-    assert cli(script, *TINY[script], "--run-dir", tmp_path / "unbroken")[0] == 0
+    assert cli(script, *tiny(script), "--run-dir", tmp_path / "unbroken")[0] == 0
     start_full = (
         f"import resource, runpy, signal, sys, algorithms.{script} as script\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "save = script.Run.save\n"
         "def full(self, step):\n"
-        "    if step == 1024:\n"
+        f"    if step == {2 * FACTS[script].quarter}:\n"
         "        size = max(path.stat().st_size for path in self.dir.iterdir())\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))\n"
         "    save(self, step)\n"
         "script.Run.save = full\n"
         "script.main()\n"
     )
-    command = [sys.executable, "-c", start_full, *TINY[script], "--run-dir", run_dir]
+    command = [sys.executable, "-c", start_full, *tiny(script), "--run-dir", run_dir]
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
     assert re.fullmatch(r"error: \[Errno 27\] File too large.*\n", result.stderr), result.stderr
     assert not list(run_dir.glob("*.tmp"))
     module = importlib.import_module(f"algorithms.{script}")
-    assert module.load_file(run_dir / "checkpoint.pt")["step"] == 512
+    assert module.load_file(run_dir / FACTS[script].checkpoint)["step"] == FACTS[script].quarter
     assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
     assert timeless(run_dir) == timeless(tmp_path / "unbroken")
 
 
-@each_script
+@each_kind
 def test_a_folder_that_cannot_be_written_is_one_line(script, cli, tmp_path):
     (tmp_path / "file").write_text("")
-    code, _, err = cli(script, *TINY[script], "--run-dir", tmp_path / "file" / "run")
+    code, _, err = cli(script, *tiny(script), "--run-dir", tmp_path / "file" / "run")
     assert code == 1
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", SEEDED)
-def test_nan_ends_the_run_and_spares_the_last_checkpoint(script, cli, tmp_path, monkeypatch):
-    code, _, err = cli(script, *TINY[script], "--env-id", "OddNaN-v0", "--run-dir", tmp_path / "reward")
-    assert code == 1
-    assert "NaN" in err
-    assert "charts/episodic_return" in err
-    assert rows(tmp_path / "reward")[-1]["charts/episodic_return"] is None
+@each_script
+def test_nan_in_the_weights_ends_the_run_and_spares_the_last_checkpoint(script, cli, tmp_path, monkeypatch):
     module = importlib.import_module(f"algorithms.{script}")
     save, saves = module.Run.save, []
 
     def poisoned(self, step):
         saves.append(step)
         if len(saves) == 2:
-            with torch.no_grad():
-                next(self.parts["model"].parameters())[0] = torch.nan
+            weight = next(iter(self.parts["model"].state_dict().values()))
+            weight[:] = np.nan
         save(self, step)
 
     monkeypatch.setattr(module.Run, "save", poisoned)
-    code, _, err = cli(script, *TINY[script], "--run-dir", tmp_path / "weight")
+    code, _, err = cli(script, *tiny(script), "--run-dir", tmp_path / "run")
     assert code == 1
     assert "NaN" in err
-    assert module.load_file(tmp_path / "weight" / "checkpoint.pt")["step"] == 512
+    assert module.load_file(tmp_path / "run" / FACTS[script].checkpoint)["step"] == FACTS[script].quarter
+
+
+class Broken(gym.Wrapper):
+    """Pays NaN."""
+
+    def step(self, action):
+        obs, _, *rest = self.env.step(action)
+        return obs, float("nan"), *rest
+
+
+@pytest.mark.parametrize("script", IN_GYMNASIUM)
+def test_nan_in_the_reward_ends_the_run(script, cli, tmp_path):
+    register_as("Broken-v0", script, max_episode_steps=20, additional_wrappers=(Broken.wrapper_spec(),))
+    code, _, err = cli(script, *tiny(script), "--env-id", "Broken-v0", "--run-dir", tmp_path / "run")
+    assert code == 1
+    assert "NaN" in err
+    assert None in rows(tmp_path / "run")[-1].values()
 
 
 def test_nan_in_the_gradient_ends_the_run_before_an_environment_sees_it(cli, tmp_path, monkeypatch):
@@ -756,13 +765,13 @@ def test_nan_in_the_gradient_ends_the_run_before_an_environment_sees_it(cli, tmp
         return value, metrics
 
     monkeypatch.setattr(ppo, "ppo_loss", poisoned)
-    code, _, err = cli("ppo", *TINY["ppo"], "--run-dir", tmp_path / "run")
+    code, _, err = cli("ppo", *tiny("ppo"), "--run-dir", tmp_path / "run")
     assert code == 1
     assert "NaN" in err
     assert err.endswith("in losses/grad_norm\n")
 
 
-@each_script
+@each_kind
 def test_wandb_that_fails_in_mid_run_does_not_stop_it(script, cli, tmp_path, monkeypatch):
     import wandb
 
@@ -775,14 +784,14 @@ def test_wandb_that_fails_in_mid_run_does_not_stop_it(script, cli, tmp_path, mon
         log(self, *args, **kwargs)
 
     monkeypatch.setattr(wandb.Run, "log", failing)
-    code, _, err = cli(script, *TINY[script], "--track", "--run-dir", tmp_path / "tracked")
+    code, _, err = cli(script, *tiny(script), "--track", "--run-dir", tmp_path / "tracked")
     assert code == 0
     assert err.count("the line is dead") == 1
-    assert cli(script, *TINY[script], "--run-dir", tmp_path / "plain")[0] == 0
+    assert cli(script, *tiny(script), "--run-dir", tmp_path / "plain")[0] == 0
     assert timeless(tmp_path / "tracked") == timeless(tmp_path / "plain")
 
 
-@each_script
+@each_kind
 def test_wandb_that_cannot_start_is_one_line_and_leaves_nothing_behind(script, cli, tmp_path, monkeypatch):
     import wandb
 
@@ -792,29 +801,29 @@ def test_wandb_that_cannot_start_is_one_line_and_leaves_nothing_behind(script, c
         raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", fail)
-    code, _, err = cli(script, *TINY[script], "--track", "--run-dir", run_dir)
+    code, _, err = cli(script, *tiny(script), "--track", "--run-dir", run_dir)
     assert code == 2
     assert "No API key" in err
     assert "WANDB_MODE=offline" in err
     monkeypatch.undo()
-    assert cli(script, *TINY[script], "--track", "--run-dir", run_dir)[0] == 0, "the same command works when W&B does"
+    assert cli(script, *tiny(script), "--track", "--run-dir", run_dir)[0] == 0, "the same command works when W&B does"
 
 
-@each_script
+@each_kind
 def test_a_film_that_cannot_be_made_is_one_line_before_the_run(script, cli, monkeypatch, tmp_path):
     for render in lambda self: 1 / 0, lambda self: None:
-        monkeypatch.setattr("gymnasium.envs.classic_control.CartPoleEnv.render", render)
-        code, _, err = cli(script, *TINY[script], "--capture-video", "--run-dir", tmp_path / "run")
+        monkeypatch.setattr(f"{FACTS[script].env_class}.render", render)
+        code, _, err = cli(script, *tiny(script), "--capture-video", "--run-dir", tmp_path / "run")
         assert code == 2
         assert err.count("\n") == 1
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@each_script
+@each_kind
 def test_a_terminal_shows_progress(script, tmp_path):
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    command = [sys.executable, ROOT / "algorithms" / f"{script}.py", *TINY[script], "--run-dir", tmp_path / "run"]
+    command = [sys.executable, ROOT / "algorithms" / f"{script}.py", *tiny(script), "--run-dir", tmp_path / "run"]
     process = subprocess.Popen(command, stdout=follower, stderr=follower)
     os.close(follower)
     shown = b""
@@ -825,5 +834,5 @@ def test_a_terminal_shows_progress(script, tmp_path):
             break
     assert process.wait() == 0
     assert b"%|" in shown
-    assert b"2048/2048" in shown
+    assert b"{0}/{0}".replace(b"{0}", str(4 * FACTS[script].quarter).encode()) in shown
     assert b"steps/s" in shown
