@@ -65,4 +65,96 @@ FACTS = {
             "--env-id OddIntegerAction-v0": "Box",
         },
     ),
+    "q_learning": Facts(
+        tiny=flags("--env-id FrozenLake-v1") + EVALUATED,
+        resumed=[
+            flags("--total-timesteps 40000 --checkpoint-frequency 4000 --eval-frequency 20000"),
+            flags("--algorithm double-q-learning --exploration ucb --env-id Taxi-v4 --total-timesteps 40000 "
+                  "--checkpoint-frequency 4000 --eval-frequency 20000"),
+            flags("--algorithm sarsa --exploration boltzmann --env-id Blackjack-v1 --total-timesteps 40000 "
+                  "--checkpoint-frequency 4000 --eval-frequency 20000"),
+        ],
+        changes={
+            "env_id": "CliffWalking-v1", "seed": 2, "total_timesteps": 1024, "eval_frequency": 1024, "eval_episodes": 3,
+            "checkpoint_frequency": 1024, "capture_video": True, "algorithm": "sarsa", "learning_rate": 0.5,
+            "anneal_lr": False, "gamma": 0.9, "initial_value": 0.5, "exploration": "ucb", "start_e": 0.5, "end_e": 0.5,
+            "exploration_fraction": 0.1, "plot_values": True,
+            "start_temperature": None, "end_temperature": None, "ucb_c": None,  # with --exploration: test_q_learning.py
+        },
+        mistakes={
+            "--algorithm dqn": "sarsa",
+            "--exploration none": "boltzmann",
+            "--learning-rate 1.5": "--learning-rate",
+            "--start-e 2": "--start-e",
+            "--end-e -1": "--end-e",
+            "--exploration-fraction 1.5": "--exploration-fraction",
+            "--start-temperature 0": "--start-temperature",
+            "--end-temperature -1": "--end-temperature",
+            "--ucb-c -1": "--ucb-c",
+            "--initial-value inf": "--initial-value",
+            "--env-id CartPole-v1": "dqn.py",
+            "--env-id Pendulum-v1": "Box",
+        },
+        task="FrozenLake-v1",
+        env_class="gymnasium.envs.toy_text.frozen_lake.FrozenLakeEnv",
+        model="model.npz",
+        checkpoint="checkpoint.npz",
+    ),
+    "reinforce": Facts(
+        tiny=flags("--env-id CartPole-v1 --num-envs 2 --num-steps 32") + EVALUATED,
+        resumed=[
+            flags("--total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096"),
+            flags("--env-id LunarLander-v3 --total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096"),
+            flags("--env-id InvertedPendulum-v5 --total-timesteps 4096 --eval-frequency 2048"),
+        ],
+        changes={
+            "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
+            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "num_steps": 16,
+            "learning_rate": 1e-3, "anneal_lr": False, "value_learning_rate": 1e-3, "value_epochs": 2, "gamma": 0.9,
+            "baseline": "mean",
+        },
+        mistakes={
+            "--num-steps 0": "--num-steps",
+            "--value-learning-rate -1": "--value-learning-rate",
+            "--value-epochs 0": "--value-epochs",
+            "--baseline all": "mean",
+            "--env-id ALE/Pong-v5": "ppo.py",
+            "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+            "--env-id OddTupleAction-v0": "Tuple",
+            "--env-id OddIntegerAction-v0": "ppo.py",
+        },
+    ),
+    "dqn": Facts(
+        tiny=flags("--env-id CartPole-v1 --num-envs 2 --learning-starts 64 --batch-size 16 --train-frequency 8")
+        + EVALUATED,
+        resumed=[
+            flags("--total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096"),
+            flags("--env-id LunarLander-v3 --total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096 "
+                  "--exploration boltzmann --dueling --buffer-size 1500"),
+            flags("--env-id ALE/Pong-v5 --total-timesteps 512 --checkpoint-frequency 128 --eval-episodes 1 "
+                  "--buffer-size 300"),
+        ],
+        changes={
+            "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
+            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "learning_rate": 1e-2,
+            "anneal_lr": False, "buffer_size": 100, "batch_size": 8, "learning_starts": 128, "train_frequency": 4,
+            "target_network_frequency": 3, "tau": 0.5, "gamma": 0.9, "exploration": "boltzmann", "start_e": 0.5,
+            "end_e": 0.5, "exploration_fraction": 0.01, "double_q": False, "dueling": True,
+        },
+        mistakes={
+            "--buffer-size 1": "--buffer-size",
+            "--buffer-size 100000000000": "GB",
+            "--batch-size 0": "--batch-size",
+            "--learning-starts -1": "--learning-starts",
+            "--train-frequency 0": "--train-frequency",
+            "--target-network-frequency 0": "--target-network-frequency",
+            "--tau 1.5": "--tau",
+            "--start-e 2": "--start-e",
+            "--end-e -1": "--end-e",
+            "--exploration-fraction 1.5": "--exploration-fraction",
+            "--exploration ucb": "boltzmann",
+            "--env-id Pendulum-v1": "sac.py",
+            "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+        },
+    ),
 }  # fmt: skip

@@ -13,9 +13,18 @@ DIFFERS = {
     "Args": "each algorithm has flags of its own; the common ones are compared below",
     "train": "it is the algorithm's loop",
     "update": "it is the algorithm's learning step",
+    "td_target": "it is the algorithm's equation",
+    "explore": "it is the algorithm's",
     "make_agent": "it names the spaces that the algorithm can act in",
 }
+DIFFERS_IN = {  # exceptions of single scripts, with what they differ in
+    "q_learning": {
+        "make_env": "states are numbers", "make_envs": "it has one environment", "save_file": "NumPy's files",
+        "load_file": "NumPy's files", "save_model": "its type", "evaluate_saved": "exact returns; no device",
+    },
+}  # fmt: skip
 COMMON_FLAGS = 14
+MISSING_FLAGS = {"q_learning": {"num_envs", "device"}}
 
 
 def test_there_are_scripts():
@@ -26,12 +35,17 @@ def test_names_in_several_scripts_have_one_text():
     texts = {}
     for path, tree in TREES.items():
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                texts.setdefault(node.name, {}).setdefault(ast.get_source_segment(path.read_text(), node), []).append(
-                    path.stem
-                )
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in DIFFERS_IN.get(path.stem, {}):
+                text = ast.get_source_segment(path.read_text(), node)
+                texts.setdefault(node.name, {}).setdefault(text, []).append(path.stem)
     drifted = {name: list(variants.values()) for name, variants in texts.items() if len(variants) > 1}
-    assert set(drifted) <= set(DIFFERS), drifted
+    assert not drifted.keys() - DIFFERS.keys(), drifted
+
+
+def test_the_table_of_differences_is_true():
+    names = {path.stem: {getattr(node, "name", None) for node in tree.body} for path, tree in TREES.items()}
+    for script, differences in DIFFERS_IN.items():
+        assert differences.keys() <= names.get(script, differences.keys())
 
 
 def fields(tree):
@@ -52,14 +66,17 @@ def test_imports_nothing_of_ours(path):
 
 @each_script
 def test_common_flags_come_first_and_are_the_same(path):
-    lines = [
-        [line for line in p.read_text().splitlines() if re.match(rf"    ({'|'.join(fields(TREES[p]))}): ", line)]
-        for p in (SCRIPTS[0], path)
-    ]
-    first, this = (
-        [re.sub(r" = [^#]*#", " #", line) for line in part[:COMMON_FLAGS]] for part in lines
-    )  # defaults may differ
-    assert this == first
+    def flag_lines(path):  # without the defaults, which may differ
+        lines = {
+            name: re.search(rf"^    {name}: .*", path.read_text(), re.MULTILINE)[0] for name in fields(TREES[path])
+        }
+        return [re.sub(r" = [^#]*#", " #", line) for line in lines.values()]
+
+    exemplar = ROOT / "algorithms" / "ppo.py"
+    missing = MISSING_FLAGS.get(path.stem, set())
+    common = [line for line in flag_lines(exemplar)[:COMMON_FLAGS] if line.split(":")[0].strip() not in missing]
+    assert flag_lines(path)[: len(common)] == common
+    assert not missing & set(fields(TREES[path]))
 
 
 def attributes_of(tree, name):
@@ -106,7 +123,7 @@ def test_inline_dependencies_are_those_of_requirements_txt(path):
     inline = tomllib.loads("\n".join(line[2:] for line in inline_metadata(path)[1:-1]))
     ours = requirements((ROOT / "requirements.txt").read_text().split("# What working on them needs")[0])
     assert set(inline["dependencies"]) <= set(ours)
-    if "torch" in path.read_text():
+    if "import torch" in path.read_text():
         assert sorted(inline["dependencies"]) == ours
     assert inline["requires-python"] == ">=3.11"
 
