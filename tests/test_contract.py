@@ -512,7 +512,6 @@ MISTAKES_IN_GYMNASIUM = {
     "--env-id LunarLander-v2": "LunarLander-v3",
     "--env-id Taxi-v3": "Taxi-v4",
     "--env-id CartPole-v7": "v1",
-    "--env-id BreakoutNoFrameskip-v4": "ALE/",
     "--env-id nowhere:Thing-v0": "nowhere",
     "--env-id not/there-v0": "not",
     "--env-id spaces_in_it": None,
