@@ -156,4 +156,40 @@ FACTS = {
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",
         },
     ),
+    "maddpg": Facts(
+        tiny=flags(
+            "--env-id simple_spread_v3 --num-envs 2 --learning-starts 64 --train-frequency 32 --batch-size 32"
+            " --hidden-size 16"
+        ) + EVALUATED,
+        resumed=[
+            flags("--total-timesteps 4096 --buffer-size 1000"),
+            flags("--env-id simple_speaker_listener_v4 --continuous-actions --total-timesteps 4096"),
+        ],
+        changes={
+            "env_id": "simple_tag_v3", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 512,
+            "eval_episodes": 3, "checkpoint_frequency": 512, "capture_video": True, "algorithm": "ddpg",
+            "continuous_actions": True, "learning_rate": 0.1, "hidden_size": 8, "buffer_size": 64, "batch_size": 16,
+            "learning_starts": 128, "train_frequency": 16, "gamma": 0.5, "tau": 0.5, "output_coef": 1.0,
+            "exploration_noise": None, "opponent_dir": None,  # tested in test_maddpg.py
+        },
+        mistakes={
+            "--env-id LunarLander-v3": "ppo.py",
+            "--env-id simple_v3": "single agent",
+            "--env-id nowhere:env": "nowhere",
+            "--env-id mpe2.simple_spread_v3:env": "parallel",
+            "--algorithm qmix": "maddpg",
+            "--hidden-size 0": "--hidden-size",
+            "--buffer-size 0": "--buffer-size",
+            "--batch-size 0": "--batch-size",
+            "--learning-starts 0": "--learning-starts",
+            "--train-frequency 0": "--train-frequency",
+            "--tau 1.1": "--tau",
+            "--output-coef -1": "--output-coef",
+            "--exploration-noise -1": "--exploration-noise",
+            "--continuous-actions maybe": "maybe",
+            "--opponent-dir elsewhere": "--evaluate",
+        },
+        task="simple_spread_v3",
+        env_class=None,
+    ),
 }  # fmt: skip
