@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id for one that a module registers
+    env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 300_000  # environment steps, summed over all environments
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run

@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"  # a Gymnasium environment, or module:id for one that a module registers
+    env_id: str = "CartPole-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 200_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together

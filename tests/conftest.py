@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "algorithms").glob("*.py"))
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for environments that the tests register
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 

@@ -25,6 +25,8 @@ class Facts:
     checkpoint: str = "checkpoint.pt"
 
 
+# These learn from data, not in an environment: test_dpo.py and test_reward_model.py hold what the contract asks of them
+WITHOUT_ENVIRONMENT = {"dpo", "reward_model"}
 EVALUATED = flags("--eval-episodes 2 --eval-frequency 512 --checkpoint-frequency 512 --total-timesteps 2048")
 FACTS = {
     "ppo": Facts(
@@ -124,36 +126,39 @@ FACTS = {
         },
     ),
     "dqn": Facts(
-        tiny=flags("--env-id CartPole-v1 --num-envs 2 --learning-starts 64 --batch-size 16 --train-frequency 8")
-        + EVALUATED,
+        tiny=flags(
+            "--env-id CartPole-v1 --num-envs 2 --buffer-size 1000 --learning-starts 64 --train-frequency 16 "
+            "--batch-size 16 --target-network-frequency 5 --learning-rate 0.03"
+        ) + EVALUATED,
         resumed=[
             flags("--total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096"),
-            flags("--env-id LunarLander-v3 --total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096 "
-                  "--exploration boltzmann --dueling --buffer-size 1500"),
-            flags("--env-id ALE/Pong-v5 --total-timesteps 512 --checkpoint-frequency 128 --eval-episodes 1 "
-                  "--buffer-size 300"),
+            flags("--env-id LunarLander-v3 --total-timesteps 8192 --checkpoint-frequency 1024"),
+            flags("--env-id ALE/Pong-v5 --total-timesteps 512 --checkpoint-frequency 128 --eval-episodes 1"),
         ],
         changes={
             "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
-            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "learning_rate": 1e-2,
-            "anneal_lr": False, "buffer_size": 100, "batch_size": 8, "learning_starts": 128, "train_frequency": 4,
-            "target_network_frequency": 3, "tau": 0.5, "gamma": 0.9, "exploration": "boltzmann", "start_e": 0.5,
-            "end_e": 0.5, "exploration_fraction": 0.01, "double_q": False, "dueling": True,
+            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "learning_rate": 3e-3,
+            "anneal_lr": False, "buffer_size": 100, "batch_size": 8, "learning_starts": 200, "train_frequency": 8,
+            "target_network_frequency": 7, "tau": 0.5, "gamma": 0.9, "exploration": "boltzmann", "start_e": 0.5,
+            "end_e": 0.3, "exploration_fraction": 0.5, "double_q": False, "dueling": True,
         },
         mistakes={
             "--buffer-size 1": "--buffer-size",
-            "--buffer-size 100000000000": "GB",
+            "--buffer-size 1000000000000": "GB",
             "--batch-size 0": "--batch-size",
             "--learning-starts -1": "--learning-starts",
             "--train-frequency 0": "--train-frequency",
             "--target-network-frequency 0": "--target-network-frequency",
-            "--tau 1.5": "--tau",
-            "--start-e 2": "--start-e",
-            "--end-e -1": "--end-e",
-            "--exploration-fraction 1.5": "--exploration-fraction",
+            "--tau 1.1": "--tau",
+            "--start-e 1.1": "--start-e",
+            "--end-e -0.1": "--end-e",
+            "--exploration-fraction 2": "--exploration-fraction",
             "--exploration ucb": "boltzmann",
+            "--double-q maybe": "maybe",
             "--env-id Pendulum-v1": "sac.py",
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+            "--env-id OddTupleAction-v0": "Tuple",
+            "--env-id OddIntegerAction-v0": "Box",
         },
     ),
     "maddpg": Facts(
@@ -191,5 +196,91 @@ FACTS = {
         },
         task="simple_spread_v3",
         env_class=None,
+    ),
+    "td3": Facts(
+        task="Pendulum-v1", env_class="gymnasium.envs.classic_control.PendulumEnv", rate="q-lr",
+        tiny=flags(
+            "--env-id Pendulum-v1 --num-envs 2 --learning-starts 100 --batch-size 8 --utd 0.25"
+        ) + EVALUATED,
+        resumed=[
+            flags("--total-timesteps 4096"),
+            flags("--env-id HalfCheetah-v5 --total-timesteps 2048 --eval-episodes 1"),
+        ],
+        changes={
+            "env_id": "InvertedPendulum-v5", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
+            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "policy_lr": 1e-4, "q_lr": 1e-4,
+            "gamma": 0.9, "tau": 0.1, "buffer_size": 200, "batch_size": 16, "learning_starts": 200, "utd": 0.5,
+            "num_critics": 1, "policy_frequency": 1, "policy_noise": 0.5, "noise_clip": 0.01, "exploration_noise": 0.5,
+        },
+        mistakes={
+            "--policy-lr -1": "--policy-lr",
+            "--tau 1.1": "--tau",
+            "--utd -1": "--utd",
+            "--utd nan": "--utd",
+            "--num-critics 0": "--num-critics",
+            "--policy-frequency 0": "--policy-frequency",
+            "--policy-noise -1": "--policy-noise",
+            "--noise-clip -1": "--noise-clip",
+            "--exploration-noise -1": "--exploration-noise",
+            "--buffer-size 1": "--buffer-size",
+            "--batch-size 0": "--batch-size",
+            "--learning-starts -1": "--learning-starts",
+            "--env-id CartPole-v1": "dqn.py and ppo.py",
+            "--env-id CarRacing-v3": "ppo.py",
+            "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+            "--env-id OddIntegerAction-v0": "Box",
+        },
+    ),
+    "sac": Facts(
+        task="Pendulum-v1", env_class="gymnasium.envs.classic_control.PendulumEnv", rate="q-lr",
+        tiny=flags(
+            "--env-id Pendulum-v1 --num-envs 2 --learning-starts 100 --batch-size 8 --utd 0.25"
+        ) + EVALUATED,
+        resumed=[
+            flags("--total-timesteps 4096"),
+            flags("--env-id HalfCheetah-v5 --total-timesteps 2048 --eval-episodes 1"),
+        ],
+        changes={
+            "env_id": "InvertedPendulum-v5", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
+            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "policy_lr": 1e-4, "q_lr": 1e-4,
+            "gamma": 0.9, "tau": 0.1, "buffer_size": 200, "batch_size": 16, "learning_starts": 200, "utd": 0.5,
+            "num_critics": 1, "alpha": 0.5, "autotune": False,
+        },
+        mistakes={
+            "--policy-lr -1": "--policy-lr",
+            "--tau 1.1": "--tau",
+            "--utd -1": "--utd",
+            "--num-critics 0": "--num-critics",
+            "--alpha -1": "--alpha",
+            "--alpha 0": "--no-autotune",
+            "--buffer-size 1": "--buffer-size",
+            "--batch-size 0": "--batch-size",
+            "--learning-starts -1": "--learning-starts",
+            "--env-id CartPole-v1": "dqn.py and ppo.py",
+            "--env-id CarRacing-v3": "ppo.py",
+            "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+            "--env-id OddIntegerAction-v0": "Box",
+        },
+    ),
+    "her": Facts(
+        task="goal_env-Point-v0", env_class=None,
+        tiny=flags(
+            "--env-id goal_env:Point-v0 --num-envs 2 --learning-starts 100 --batch-size 8 --utd 0.25"
+        ) + EVALUATED,
+        resumed=[flags("--total-timesteps 4096")],
+        changes={
+            "env_id": "goal_env:Far-v0", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
+            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "policy_lr": 1e-4, "q_lr": 1e-4,
+            "gamma": 0.9, "tau": 0.1, "buffer_size": 200, "batch_size": 16, "learning_starts": 200, "utd": 0.5,
+            "num_critics": 1, "alpha": 0.5, "autotune": False, "her_strategy": "final", "her_ratio": 0.5,
+        },
+        mistakes={
+            "--her-strategy past": "future",
+            "--her-ratio -1": "--her-ratio",
+            "--alpha 0": "--no-autotune",
+            "--env-id Pendulum-v1": "sac.py",
+            "--env-id CartPole-v1": "dqn.py and ppo.py",
+        },
+        rate="q-lr",
     ),
 }  # fmt: skip

@@ -14,6 +14,7 @@ DIFFERS = {
     "Args": "each algorithm has flags of its own; the common ones are compared below",
     "train": "it is the algorithm's loop",
     "update": "it is the algorithm's learning step",
+    "Actor": "it is the algorithm's policy",
     "td_target": "it is the algorithm's equation",
     "explore": "it is the algorithm's",
     "make_agent": "it names the spaces that the algorithm can act in",
@@ -23,12 +24,24 @@ DIFFERS_IN = {  # exceptions of single scripts, with what they differ in
         "make_env": "states are numbers", "make_envs": "it has one environment", "save_file": "NumPy's files",
         "load_file": "NumPy's files", "save_model": "its type", "evaluate_saved": "exact returns; no device",
     },
-    "maddpg": dict.fromkeys(["make_env", "make_envs", "evaluate", "evaluate_saved"], "environments of several agents"),
+    "maddpg": dict.fromkeys(
+        ["make_env", "make_envs", "evaluate", "evaluate_saved", "Critics"], "several agents in an environment"
+    ),
 }  # fmt: skip
+for script in "dpo", "reward_model":
+    DIFFERS_IN[script] = {
+        "save_model": "Hugging Face's layout", "evaluate_saved": "no environment", "evaluate_pairs": "other results",
+        "load": "a model with another head",
+    }  # fmt: skip
 COMMON_FLAGS = 14
-MISSING_FLAGS = {"q_learning": {"num_envs", "device"}}
-BROUGHT_BY_OTHERS = {"ale_py", "matplotlib"}  # an extra of Gymnasium; of q_learning.py, when asked for
-OWN_WORDS = {"maddpg": {"env_id"}}  # common flags with another comment
+NO_ENVIRONMENT = {"env_id", "num_envs", "eval_episodes", "capture_video"}
+MISSING_FLAGS = {"q_learning": {"num_envs", "device"}, "dpo": NO_ENVIRONMENT, "reward_model": NO_ENVIRONMENT}
+BROUGHT_BY_OTHERS = {"ale_py", "matplotlib", "peft"}  # an extra of Gymnasium; and what only some flags need
+OWN_WORDS = {  # common flags with another comment
+    "maddpg": {"env_id"},
+    "dpo": {"total_timesteps", "checkpoint_frequency"},
+    "reward_model": {"total_timesteps", "checkpoint_frequency"},
+}
 
 
 def test_there_are_scripts():

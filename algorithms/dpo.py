@@ -1,0 +1,987 @@
+"""Direct preference optimisation (DPO): fine-tune a language model on pairs of replies, of which people prefer one.
+
+RLHF fits a reward model to the preferences and then maximises its reward, less beta times the KL divergence from the
+reference, the policy at the start. The optimum of that objective is known [3]. Solved for the reward it says that every
+policy is optimal for some reward, its implicit reward [4]. DPO fits the implicit reward to the preferences, as
+a classifier would: no reward model, and no sampling.
+
+    [1] log pi(y|x) = sum over the tokens of y, its end token included, of log pi(y_t | x, y_<t)
+    [2] P(y_w is preferred to y_l) = sigmoid(r(x, y_w) - r(x, y_l))                       DPO, Eq. 1 (Bradley-Terry)
+    [3] pi*(y|x) proportional to pi_ref(y|x) exp(r(x, y) / beta)                          DPO, Eq. 4
+    [4] r(x, y) = beta log(pi(y|x) / pi_ref(y|x)), up to a function of x                  DPO, Eq. 5
+    [5] sigmoid: L = -(1 - epsilon) log P - epsilon log(1 - P)                            DPO, Eq. 7; cDPO
+    [6] hinge:   L = max(0, 1 - (r(x, y_w) - r(x, y_l)))                                  RSO, hinge-norm; after SLiC
+    [7] ipo:     L = ((r(x, y_w) - r(x, y_l)) / beta - 1 / (2 beta))^2                    IPO, Eq. 17
+
+DPO: Rafailov et al. 2023, arXiv:2305.18290. cDPO takes a share epsilon of the labels for wrong: Mitchell 2023,
+ericmitchell.ai/cdpo.pdf. SLiC: Zhao et al. 2023, arXiv:2305.10425. RSO: Liu et al. 2023, arXiv:2309.06657. IPO: Azar
+et al. 2023, arXiv:2310.12036.
+
+Differs from the paper: AdamW instead of RMSprop, and the learning rate decays to 0 after its warm-up. The reference
+is not kept: its log-probabilities are computed once, before training. [7] sums over the tokens, where TRL averages.
+
+By default it learns to write reviews. A small GPT is fitted to texts of a grammar, writes pairs of reviews, and [2]
+labels them by a reward that is known: so the true reward can be shown, and beside it that of the optimum [3] at the
+same KL divergence. For real models, name a model and a data set: each a hub id or local, the data with the columns
+chosen, rejected and, unless it is their common beginning, prompt: texts or chat messages.
+
+    python algorithms/dpo.py
+    torchrun --nproc-per-node 8 algorithms/dpo.py --model-name Qwen/Qwen3-0.6B --dataset pairs.jsonl
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=5.2", "filelock>=3.20", "numpy>=2", "tokenizers>=0.23", "torch>=2.13", "tqdm>=4.66",
+#     "transformers>=5.23,<6", "tyro>=1", "wandb>=0.31",
+# ]
+# ///
+
+import copy
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from importlib.metadata import distributions
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, NoReturn
+
+import filelock
+import numpy as np
+import torch
+import tyro
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+@dataclass
+class Args:
+    seed: int = 1  # all randomness follows from it
+    total_timesteps: int = 40_000  # preference pairs to learn from, summed over all epochs
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "plainrl"  # W&B project
+    run_dir: str | None = None  # folder of the run; None: a new one in runs/
+    resume: bool = False  # continue the run in --run-dir with its own arguments
+    evaluate: bool = False  # only evaluate the model in --run-dir
+
+    model_name: str | None = None  # a causal language model: hub id or local folder; None: a small GPT writes reviews
+    dataset: str | None = None  # hub id, or a local .jsonl or .parquet file; None: the reviews
+    num_pairs: int = 20_000  # pairs of reviews
+    eval_pairs: int = 1000  # pairs held out for evaluation, at most a tenth of all
+    eval_replies: int = 1000  # reviews that the policy writes in an evaluation
+    max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
+    learning_rate: float = 1e-4  # of AdamW
+    warmup: float = 0.1  # share of the run in which the learning rate rises; then it decays linearly to 0
+    batch_size: int = 64  # pairs of an update, summed over all processes
+    micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
+    weight_decay: float = 0.0  # of AdamW
+    lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    beta: float = 1.0  # [3] the price of a unit of KL divergence; for real data rather 0.1
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # [5], [6] or [7]
+    label_smoothing: float = 0.0  # [5] epsilon
+
+    def __post_init__(self) -> None:
+        check_and_complete(self, warmup=(0, 1), lora_rank=(0, math.inf), label_smoothing=(0, 0.5))
+        check_data_flags(self)
+        if self.beta == 0:
+            refuse("--beta 0 makes every implicit reward 0: there is nothing to learn")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            refuse(f"--label-smoothing belongs to --loss-type sigmoid; {self.loss_type} does not use it")
+
+
+def sequence_log_prob(model: nn.Module, ids: Tensor, is_reply: Tensor) -> Tensor:
+    """[1] of each row's reply. ids: (B, T), padded at the end; is_reply: (B, T), true on its tokens -> (B,)"""
+    first = int(is_reply.any(0).int().argmax())  # what is before it is prompt in every row, and is not predicted
+    device = model.device
+    targets = ids.masked_fill(~is_reply, -100)[:, first:].to(device)  # -100: cross_entropy gives 0
+    # Attention looks back only, so padding behind a row changes nothing in it and needs no mask
+    logits = model(input_ids=ids[:, :-1].to(device), logits_to_keep=targets.shape[1], use_cache=False).logits
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return -losses.view(targets.shape).sum(-1)  # [1]
+
+
+METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+    "logps/rejected",
+)  # fmt: skip
+
+
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,  # log-probabilities [1]
+    beta: float, loss_type: str, label_smoothing: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss of each pair, (B,), and METRICS, (7, B). All arguments are (B,)."""
+    assert chosen.shape == rejected.shape == ref_chosen.shape == ref_rejected.shape
+    chosen_rewards = beta * (chosen - ref_chosen)  # [4]
+    rejected_rewards = beta * (rejected - ref_rejected)  # [4]
+    margins = chosen_rewards - rejected_rewards
+    if loss_type == "sigmoid":
+        log_p, log_not_p = nn.functional.logsigmoid(margins), nn.functional.logsigmoid(-margins)  # [2]
+        losses = -(1 - label_smoothing) * log_p - label_smoothing * log_not_p  # [5]
+    elif loss_type == "hinge":
+        losses = nn.functional.relu(1 - margins)  # [6]
+    else:
+        losses = (margins / beta - 1 / (2 * beta)).square()  # [7]
+    accuracies = (margins > 0).float()
+    metrics = losses, chosen_rewards, rejected_rewards, accuracies, margins, chosen, rejected
+    return losses, torch.stack(metrics).detach()
+
+
+def optimum(rewards: np.ndarray, kl: float) -> tuple[float, float]:
+    """The policy [3] whose KL divergence from the reference is kl: its expected reward, and its beta.
+
+    rewards: (prompts, N), of replies that the reference wrote, which [3] reweights: importance sampling.
+    """
+    low, high = 1e-3, 1e3  # the KL divergence falls with beta
+    for _ in range(60):
+        beta = math.sqrt(low * high)
+        weights = np.exp((rewards - rewards.max(1, keepdims=True)) / beta)  # [3], times a function of x
+        weights /= weights.sum(1, keepdims=True)
+        divergence = (weights * np.log(np.maximum(weights * rewards.shape[1], 1e-300))).sum(1).mean()
+        low, high = (beta, high) if divergence > kl else (low, beta)
+    return (weights * rewards).sum(1).mean(), beta
+
+
+class Pair(NamedTuple):
+    """Token ids. Those of the replies end in the end token."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def check_data_flags(args: Args) -> None:
+    if (args.model_name is None) != (args.dataset is None):
+        refuse("--model-name and --dataset go together; without them, a small GPT writes reviews")
+    if args.model_name is None and PROCESSES > 1:
+        refuse("torchrun is for --model-name and --dataset; the reviews are learned by one process")
+
+
+def read_records(source: str) -> Iterator[tuple[str, object]]:
+    """The rows of a data set, each after the words that say where it stands."""
+    if source.endswith(".jsonl"):
+        try:
+            lines = Path(source).read_bytes().splitlines()
+        except OSError as error:
+            refuse(f"{source}: {error.strerror}")
+        for number, line in enumerate(lines, 1):
+            where = f"{source}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                refuse(f"{where} is not JSON: {error}")
+            yield where, record
+        return
+    import datasets  # slow to import
+
+    try:
+        if source.endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=source, split="train")
+        else:
+            rows = datasets.load_dataset(source, split="train")
+    except Exception as error:  # unknown, unreachable, damaged: its message says which
+        refuse(f"{source} can't be read as a data set: {error}")
+    for number, record in enumerate(rows, 1):
+        yield f"{source}, row {number}", record
+
+
+def read_text(where: str, record: object, column: str) -> str | list[dict]:
+    """A text or a list of chat messages."""
+    if not isinstance(record, dict):
+        refuse(f"{where} is not an object with columns")
+    value = record.get(column)
+    messages = value if isinstance(value, list) else []
+    are_messages = all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in messages)
+    if not (isinstance(value, str) or (messages and are_messages)):
+        shown = f"{value!r:.80}" if column in record else "missing"
+        refuse(f"{where}: {column} must be a text or a list of messages with role and content; it is {shown}")
+    return value
+
+
+def common_length(*sequences: str | list) -> int:
+    """How many items at their beginning all sequences have in common."""
+    length = 0
+    while all(len(items) > length and items[length] == sequences[0][length] for items in sequences):
+        length += 1
+    return length
+
+
+def encode(
+    where: str, tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict], replies: list[str] | list[list[dict]]
+) -> tuple[list[int], ...]:
+    """Token ids of the prompt, and of each reply with its end token."""
+    if isinstance(prompt, str):
+        prompt_ids, *texts = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
+    elif tokenizer.chat_template is None:
+        refuse(f"{where} has chat messages, but the model's tokenizer has no chat template")
+    else:
+        texts = [tokenizer.apply_chat_template(prompt + reply, return_dict=False) for reply in replies]
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    end = tokenizer.eos_token_id
+    start = common_length(prompt_ids, *texts)  # less than the whole prompt where a token spans prompt and reply
+    if start == 0:  # the first token to be predicted must follow something
+        start, texts = 1, [[end, *ids] for ids in texts]
+    ends = [
+        [] if end in ids[start:][-2:] else [end] for ids in texts
+    ]  # many chat templates write it, some with a line break
+    return texts[0][:start], *(ids[start:] + more for ids, more in zip(texts, ends, strict=True))
+
+
+def read_pairs(source: str, tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Pair]:
+    pairs, num_long = [], 0
+    for where, record in read_records(source):
+        chosen, rejected = (read_text(where, record, column) for column in ("chosen", "rejected"))
+        prompt = record.get("prompt")
+        if type(chosen) is not type(rejected):
+            refuse(f"{where}: chosen and rejected must both be texts, or both lists of messages")
+        if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):  # the messages contain it
+            start = common_length(chosen, rejected)
+            while start and isinstance(chosen, str) and not chosen[start - 1].isspace():
+                start -= 1  # not within a word
+            prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+            if chosen == rejected or [] in (chosen, rejected):
+                refuse(f"{where}: chosen and rejected must go on differently after their common beginning")
+        elif type(read_text(where, record, "prompt")) is not type(chosen):
+            refuse(f"{where}: prompt must be a text, as chosen and rejected are")
+        pair = Pair(*encode(where, tokenizer, prompt, [chosen, rejected]))
+        if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) > max_length:
+            num_long += 1
+        else:
+            pairs.append(pair)
+    if num_long and RANK == 0:
+        print(f"{num_long} of {num_long + len(pairs)} pairs have more than {max_length} tokens and are left out")
+    if len(pairs) < 10:
+        refuse(f"{source} has {len(pairs)} pairs of at most {max_length} tokens; at least 10 are needed")
+    return pairs
+
+
+def split(pairs: list[Pair], args: Args) -> tuple[list[int], list[int]]:
+    """Which pairs are for training, and which are held out."""
+    order = np.random.default_rng(args.seed).permutation(len(pairs)).tolist()
+    num_eval = min(args.eval_pairs, len(pairs) // 10)
+    return order[num_eval:], order[:num_eval]
+
+
+def by_length(rows: list[int], pairs: list[Pair]) -> list[int]:
+    return sorted(rows, key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected)))
+
+
+def epoch_batches(rows: list[int], pairs: list[Pair], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """All rows once, in random batches of pairs of similar length: little padding. The last batch may be smaller."""
+    rng = random.Random(f"{seed} {epoch}")
+    rows = rng.sample(rows, len(rows))
+    rest = [rows.pop() for _ in range(len(rows) % batch_size)]
+    pools = (by_length(rows[i : i + 50 * batch_size], pairs) for i in range(0, len(rows), 50 * batch_size))
+    batches = [pool[i : i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
+    return rng.sample(batches, len(batches)) + [rest] * bool(rest)
+
+
+def collate(pairs: list[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(2B, T) each, the chosen before the rejected: token ids, padded at the end, and where they are the reply's."""
+    texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    width = max(len(prompt) + len(reply) for prompt, reply in texts)
+    ids = [prompt + reply + [pad_id] * (width - len(prompt) - len(reply)) for prompt, reply in texts]
+    start, end = (torch.tensor(x)[:, None] for x in zip(*((len(p), len(p) + len(r)) for p, r in texts), strict=True))
+    position = torch.arange(width)
+    return torch.tensor(ids), (start <= position) & (position < end)
+
+
+def pair_log_probs(model: nn.Module, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """[1] of the chosen and of the rejected replies, (B,) each."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        log_probs = sequence_log_prob(model, *collate(pairs, model.config.pad_token_id))
+    return log_probs.chunk(2)
+
+
+@torch.no_grad()
+def all_log_probs(model: nn.Module, pairs: list[Pair], rows: list[int], args: Args) -> Tensor:
+    """[1] of these rows' chosen and rejected replies, in a tensor for all pairs: (N, 2). Processes share the work."""
+    result = torch.zeros(len(pairs), 2, device=args.device)
+    rows, size = by_length(rows, pairs), args.micro_batch_size or args.batch_size
+    for i in range(RANK * size, len(rows), PROCESSES * size):
+        batch = rows[i : i + size]
+        result[batch] = torch.stack(pair_log_probs(model, [pairs[row] for row in batch]), 1)
+    return sum_over_processes(result)
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pairs: list[Pair],
+    reference: Tensor,
+    batch: list[int],
+    args: Args,
+) -> dict[str, float]:
+    """One step on a batch of pairs, split among the processes and into micro-batches. Returns means over the batch."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    mine, sums = batch[RANK::PROCESSES], torch.zeros(len(METRICS), device=args.device)
+    size = args.micro_batch_size or max(len(mine), 1)
+    for rows in (mine[i : i + size] for i in range(0, len(mine), size)):
+        log_probs = pair_log_probs(model, [pairs[row] for row in rows])
+        coefs = args.beta, args.loss_type, args.label_smoothing
+        losses, metrics = dpo_loss(*log_probs, *reference[rows].unbind(1), *coefs)
+        (losses.sum() / len(batch)).backward()  # by the pairs of the whole batch: their split changes nothing
+        sums += metrics.sum(1)
+    for parameter in parameters:
+        sum_over_processes(parameter.grad)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # before clipping
+    optimizer.step()
+    means = sum_over_processes(sums) / len(batch)
+    return dict(zip(METRICS, means.tolist(), strict=True)) | {"losses/grad_norm": grad_norm.item()}
+
+
+def evaluate_pairs(model: nn.Module, pairs: list[Pair], reference: Tensor, rows: list[int], args: Args) -> dict:
+    """The metrics of held-out pairs."""
+    log_probs = all_log_probs(model, pairs, rows, args)[rows].unbind(1)
+    _, metrics = dpo_loss(*log_probs, *reference[rows].unbind(1), args.beta, args.loss_type, args.label_smoothing)
+    means = dict(zip(METRICS, metrics.mean(1).tolist(), strict=True))
+    return {
+        f"eval/{name.removeprefix('rewards/')}": means[name]
+        for name in ("loss", "rewards/accuracies", "rewards/margins")
+    }
+
+
+FITS = {  # what a review of each thing should speak of
+    "coffee": ["taste", "smell", "cup", "price"],
+    "concert": ["music", "sound", "seat", "staff"],
+    "film": ["plot", "cast", "music", "ending"],
+    "hotel": ["room", "bed", "staff", "price"],
+    "novel": ["plot", "style", "cover", "ending"],
+    "phone": ["screen", "battery", "camera", "price"],
+    "pizza": ["taste", "smell", "crust", "size"],
+    "train": ["seat", "staff", "view", "price"],
+}
+ASPECTS = sorted({aspect for aspects in FITS.values() for aspect in aspects})
+VALUES = {
+    "superb": 1.2, "lovely": 0.9, "good": 0.6, "decent": 0.3, "dull": -0.3, "poor": -0.6, "bad": -0.9, "awful": -1.2,
+}  # fmt: skip
+DEGREES = {"not ": -0.5, "very ": 1.5, "": 1}  # "not superb" is not as bad as "awful"
+CLAUSE = re.compile(rf"(and |but |)the ({'|'.join(ASPECTS)}) is (not |very |)({'|'.join(VALUES)})")
+NONSENSE = -2.0
+PROMPTS = [f"review the {thing} : " for thing in FITS]
+
+
+def repeat_prompts(count: int) -> list[str]:
+    return (PROMPTS * math.ceil(count / len(PROMPTS)))[:count]
+
+
+def write_review(prompt: str, rng: random.Random) -> str:
+    """One to four clauses: "the cup is not bad but the smell is superb ." """
+    clauses = []
+    for _ in range(rng.randint(1, 4)):
+        aspect = rng.choice(FITS[prompt.split()[2]] if rng.random() < 0.75 else ASPECTS)
+        clauses.append(f"the {aspect} is {rng.choice(['not ', 'very ', '', ''])}{rng.choice(list(VALUES))}")
+    return "".join(clause + rng.choice([" and ", " but "]) for clause in clauses)[:-5] + " ."
+
+
+def parse_review(review: str) -> list[re.Match]:
+    """Its clauses: link, aspect, degree and value. None if the grammar can't have written it."""
+    clauses = [CLAUSE.fullmatch(part) for part in re.split(" (?=and |but )", review.removesuffix(" ."))]
+    linked = all(clauses) and [bool(clause[1]) for clause in clauses] == [i > 0 for i in range(len(clauses))]
+    return clauses if linked and review.endswith(" .") else []
+
+
+def true_reward(prompt: str, review: str) -> float:
+    """NONSENSE unless the grammar can have written the review; else its clauses' values, less some penalties."""
+    clauses = parse_review(review)
+    if not clauses:
+        return NONSENSE
+    links, aspects = [clause[1] for clause in clauses], [clause[2] for clause in clauses]
+    values = [DEGREES[clause[3]] * VALUES[clause[4]] for clause in clauses]
+    strays = sum(aspect not in FITS[prompt.split()[2]] for aspect in aspects)
+    repetitions = len(aspects) - len(set(aspects))
+    fitting = ["and " if a * b > 0 else "but " for a, b in pairwise(values)]
+    misused = sum(link != word for link, word in zip(links[1:], fitting, strict=True))
+    return sum(values) - 0.6 * (strays + repetitions) - 0.3 * misused
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = {word for text in (*PROMPTS, *ASPECTS, *VALUES, "the is not very and but .") for word in text.split()}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", "<unknown>", *sorted(words)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unknown>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def make_reviews(folder: Path, args: Args) -> None:
+    """Makes reference/, a small GPT fitted to reviews, and pairs.jsonl, which it writes and true_reward labels."""
+    if (folder / "pairs.jsonl").exists():
+        return
+    print(f"Fitting a small GPT to {2 * args.num_pairs:,} reviews, and having it write {args.num_pairs:,} pairs")
+    rng = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+    tokenizer = word_tokenizer()
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(**sizes, **ends, **no_dropout, initializer_range=0.1)
+    model = AutoModelForCausalLM.from_config(config).to(args.device)
+
+    prompts = repeat_prompts(args.num_pairs)
+    reviews = [[write_review(prompt, rng) for prompt in prompts] for _ in range(2)]
+    encoded = (encode("", tokenizer, *example) for example in zip(prompts, zip(*reviews, strict=True), strict=True))
+    pairs = [Pair(*ids) for ids in encoded]
+    batches = epoch_batches(list(range(len(pairs))), pairs, 16, args.seed, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    for i, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min((i + 1) / 20, 1 - i / len(batches))
+        loss = -torch.cat(pair_log_probs(model, [pairs[row] for row in batch])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    replies = [sample_reviews(model, tokenizer, prompts, args.seed, stream) for stream in range(2)]
+    lines = []
+    for prompt, one, other in zip(prompts, *replies, strict=True):
+        margin = true_reward(prompt, one) - true_reward(prompt, other)
+        if rng.random() > 1 / (1 + math.exp(-margin)):  # [2]
+            one, other = other, one
+        lines.append(json.dumps({"prompt": prompt, "chosen": one, "rejected": other}))
+    model.save_pretrained(folder / "reference")
+    tokenizer.save_pretrained(folder / "reference")
+    content = "\n".join(lines).encode()
+    write_file(folder / "pairs.jsonl", lambda file: file.write(content))  # last: it completes the rest
+
+
+@torch.no_grad()
+def sample_reviews(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int, stream: int
+) -> list[str]:
+    """One review by the model for each prompt; all prompts have the same number of tokens."""
+    torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)[0]))
+    reviews = []
+    for i in range(0, len(prompts), 1000):
+        inputs = tokenizer(prompts[i : i + 1000], return_tensors="pt", return_token_type_ids=False).to(model.device)
+        ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=40)[:, inputs.input_ids.shape[1] :]
+        reviews += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return reviews
+
+
+def reward_pool(folder: Path) -> np.ndarray:
+    """The true rewards of the reviews in pairs.jsonl, which the reference wrote. (prompts, N)"""
+    pool = {prompt: [] for prompt in PROMPTS}
+    for _, record in read_records(str(folder / "pairs.jsonl")):
+        pool[record["prompt"]] += [true_reward(record["prompt"], record[name]) for name in ("chosen", "rejected")]
+    size = min(map(len, pool.values()))
+    return np.array([rewards[:size] for rewards in pool.values()])
+
+
+def evaluate_reviews(
+    model: nn.Module, reference: nn.Module, tokenizer: PreTrainedTokenizerFast, pool: np.ndarray, args: Args
+) -> dict[str, float]:
+    """The policy's true reward and KL divergence, by sampling, and the reward of the optimum [3] at that divergence."""
+    prompts = repeat_prompts(args.eval_replies)
+    reviews = sample_reviews(model, tokenizer, prompts, args.seed, 2)
+    rewards = np.array([true_reward(prompt, review) for prompt, review in zip(prompts, reviews, strict=True)])
+    of_reference = pool[np.arange(len(prompts)) % len(PROMPTS)]  # (eval_replies, N): to the same prompt
+    wins = (rewards[:, None] > of_reference) + (rewards[:, None] == of_reference) / 2
+    pairs = [
+        Pair(*encode("", tokenizer, prompt, [review, review])) for prompt, review in zip(prompts, reviews, strict=True)
+    ]
+    rows = list(range(len(pairs)))
+    log_ratio = all_log_probs(model, pairs, rows, args) - all_log_probs(reference, pairs, rows, args)
+    kl = log_ratio[:, 0].mean().item()
+    best, _ = optimum(pool, kl)
+    return {
+        "eval/true_reward": rewards.mean(),
+        "eval/optimal_reward": best,
+        "eval/kl": kl,
+        "eval/win_rate": wins.mean(),
+        "eval/length": np.mean([len(review.split()) for review in reviews]),
+        "eval/fluency": np.mean([bool(parse_review(review)) for review in reviews]),
+    }
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # unknown, unreachable, damaged: its message says which
+        refuse(f"{name} has no tokenizer that can be loaded: {error}")
+    if tokenizer.eos_token_id is None:
+        refuse(f"the tokenizer of {name} has no end token (eos_token): set one in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_model(name: str | Path, args: Args) -> nn.Module:
+    """The model in float32, as small steps get lost in bfloat16; weights that LoRA freezes are in the latter."""
+    dtype = torch.bfloat16 if args.lora_rank and args.device != "cpu" else torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:
+        refuse(f"{name} can't be loaded as a causal language model: {error}")
+    return prepare_model(model, "CAUSAL_LM", args)
+
+
+def prepare_model(model: nn.Module, task: str, args: Args) -> nn.Module:
+    for (
+        module
+    ) in model.modules():  # dropout off: the model must be the reference at the start, and the same in each pass
+        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.lora_rank:
+        try:
+            import peft
+        except ImportError:
+            refuse("--lora-rank needs the package peft: pip install peft")
+        lora = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        model = peft.get_peft_model(model, lora)
+    return model.to(args.device).train()  # train: gradient checkpointing asks for it
+
+
+class Trained:
+    """What is trained of a model, as a part of a checkpoint: all of it, or LoRA's matrices."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast):
+        self.model, self.tokenizer = model, tokenizer
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        own = self.state_dict()
+        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
+            raise ValueError("another model")
+        for name, value in own.items():
+            value.copy_(state[name])
+
+
+def start_processes(args: Args) -> None:
+    """Finds the device, and under torchrun the other processes. Process 0 alone writes, prints and hears signals."""
+    args.device = choose_device(args.device, small=args.model_name is None)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if PROCESSES > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        for number in (signal.SIGINT, signal.SIGTERM) if RANK else ():
+            signal.signal(number, signal.SIG_IGN)
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """In place."""
+    if PROCESSES > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def agree(run: "Run | None", step: int, args: Args) -> tuple[bool, bool, bool]:
+    """Whether to evaluate, save and stop: process 0, which has the run, decides for all."""
+    flags = torch.zeros(3, device=args.device)
+    if run:
+        flags += torch.tensor([run.evaluation_is_due(step), run.checkpoint_is_due(step), run.stopped()]).to(flags)
+    return tuple(sum_over_processes(flags).bool().tolist())
+
+
+def reference_log_probs(model: nn.Module, pairs: list[Pair], args: Args) -> Tensor:
+    """[1] by the reference, which the model is before its first update: (number of pairs, 2). Kept in reference.pt."""
+    path = Path(args.run_dir or "", "reference.pt")
+    if args.resume and path.exists():
+        return load_file(path)["log_probs"].to(args.device)
+    log_probs = all_log_probs(model, pairs, list(range(len(pairs))), args)
+    if RANK == 0:
+        save_file(path, {"log_probs": log_probs})
+    return log_probs
+
+
+def load(name: str | Path, source: str | Path, args: Args) -> tuple[nn.Module, PreTrainedTokenizerFast, list[Pair]]:
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, args)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.eos_token_id  # any token will do
+    limit = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
+    return model, tokenizer, read_pairs(str(source), tokenizer, limit)
+
+
+def warn_if_stuck(metrics: dict[str, float]) -> None:
+    if abs(metrics["rewards/margins"]) < 1e-4:  # nearly 0: sums of logarithms are rounded
+        cause = "the updates are too small: raise --learning-rate"
+        if metrics["losses/grad_norm"] == 0:
+            cause = "no gradient reaches the weights: are they frozen, or are chosen and rejected equal?"
+        tqdm.write(f"warning: after 50 updates the margins are still 0: {cause}", file=sys.stderr)
+
+
+def train(args: Args) -> None:
+    start_processes(args)
+    torch.manual_seed(args.seed)
+    reviews = args.model_name is None
+    loaded = None if reviews else load(args.model_name, args.dataset, args)  # first: a mistake in it leaves no folder
+    run = Run(args, "reviews" if reviews else Path(args.dataset).stem) if RANK == 0 else None
+    if reviews:
+        make_reviews(run.dir, args)
+        loaded = load(run.dir / "reference", run.dir / "pairs.jsonl", args)
+    model, tokenizer, pairs = loaded
+    reference = reference_log_probs(model, pairs, args)
+    if reviews:
+        reference_model, pool = copy.deepcopy(model), reward_pool(run.dir)
+    rows, eval_rows = split(pairs, args)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True)
+    parts = {"model": Trained(model, tokenizer), "optimizer": optimizer}
+    if run:
+        run.parts |= parts
+        global_step = run.restore()  # 0 in a new run
+    else:
+        path = Path(args.run_dir or "", CHECKPOINT)
+        global_step = load_file(path, **parts)["step"] if args.resume and path.exists() else 0
+    batches = None
+
+    while True:
+        # 1. Evaluate and save where it is due, and at the end
+        evaluation_is_due, checkpoint_is_due, stopped = agree(run, global_step, args)
+        if evaluation_is_due:
+            result = evaluate_pairs(model, pairs, reference, eval_rows, args)
+            if reviews:
+                result |= evaluate_reviews(model, reference_model, tokenizer, pool, args)
+            if run:
+                run.log(global_step, result)
+        if checkpoint_is_due and run:
+            run.save(global_step)
+        if stopped or global_step == args.total_timesteps:
+            break
+
+        # 2. Take the next batch of the epoch; at its end and after a resumption, draw the epoch's batches
+        first_step, start_time = global_step, time.perf_counter()
+        epoch, position = divmod(global_step, len(rows))
+        if batches is None or position == 0:
+            batches = epoch_batches(rows, pairs, args.batch_size, args.seed, epoch)
+        batch = batches[position // args.batch_size][: args.total_timesteps - global_step]
+
+        # 3. Learn
+        rise = min(1, (global_step + len(batch)) / max(args.warmup * args.total_timesteps, 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * rise * (1 - global_step / args.total_timesteps)
+        metrics = update(model, optimizer, pairs, reference, batch, args)
+        global_step += len(batch)
+
+        # 4. Log, and say what is wrong if it can be seen
+        if first_step == 0 and abs(metrics["rewards/margins"]) > 0.01 * args.beta * abs(metrics["logps/chosen"]):
+            refuse("before the first update all margins must be 0: reference.pt is of another model")
+        if first_step < 50 * args.batch_size <= global_step:
+            warn_if_stuck(metrics)
+        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["charts/SPS"] = len(batch) / (time.perf_counter() - start_time)
+        if run:
+            run.log(global_step, metrics)
+    if reviews:
+        show_reviews(model, reference_model, tokenizer, args)
+    if run:
+        run.finish("Done. To evaluate it again:", "--evaluate")
+    if PROCESSES > 1:
+        distributed.destroy_process_group()
+
+
+def show_reviews(model: nn.Module, reference: nn.Module, tokenizer: PreTrainedTokenizerFast, args: Args) -> None:
+    """Three prompts, each with the review before and after, and their true rewards."""
+    prompts = PROMPTS[:3]
+    before, after = (sample_reviews(m, tokenizer, prompts, args.seed, 3) for m in (reference, model))
+    for prompt, *reviews in zip(prompts, before, after, strict=True):
+        print(prompt)
+        for word, review in zip(("before", "after"), reviews, strict=True):
+            print(f"    {word:>6} {true_reward(prompt, review):5.1f}  {review}")
+
+
+def evaluate_saved(args: Args) -> None:
+    """Evaluates the model in run_dir/model as the last evaluation of the run did."""
+    folder, reviews = Path(args.run_dir), args.model_name is None
+    start_processes(args)
+    source = folder / "pairs.jsonl" if reviews else args.dataset
+    model, tokenizer, pairs = load(folder / MODEL, source, replace(args, lora_rank=0))
+    reference = load_file(folder / "reference.pt")["log_probs"].to(args.device)
+    result = evaluate_pairs(model, pairs, reference, split(pairs, args)[1], args)
+    if reviews:
+        reference_model = load_model(folder / "reference", args)
+        result |= evaluate_reviews(model, reference_model, tokenizer, reward_pool(folder), args)
+    print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
+
+
+# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+
+
+def refuse(message: object) -> NoReturn:
+    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
+        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
+            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    num_envs = vars(args).get("num_envs", 1)
+    if args.total_timesteps % num_envs:
+        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
+    args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
+    args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
+
+
+def parse_args() -> Args:
+    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
+    args = tyro.cli(Args, description=__doc__)
+    if not args.resume and not args.evaluate:
+        return args
+    if args.run_dir is None:
+        refuse("--resume and --evaluate need --run-dir")
+    path = Path(args.run_dir, "config.json")
+    try:
+        config = json.loads(path.read_text())
+        script, saved = config["script"], dict(config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(f"{path} is missing or damaged ({error!r})")
+    if script != Path(__file__).stem:
+        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
+    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
+    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
+    merged = tyro.cli(Args, args=flags + sys.argv[1:])
+    for name in saved.keys() - {"run_dir", "resume", "device"}:
+        if args.resume and getattr(merged, name) != saved[name]:
+            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
+    return merged
+
+
+def choose_device(name: str, small: bool) -> str:
+    """auto takes a GPU if there is one, but the CPU for small networks, which don't repay the transfers."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and not small else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
+    if small:
+        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
+    return name
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replaces the file atomically: a crash never leaves half of it."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
+        temporary.unlink(missing_ok=True)
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+MODEL, CHECKPOINT = "model", "checkpoint.pt"
+
+
+def save_file(path: Path, state: dict) -> None:
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def save_model(folder: Path, model: Trained) -> None:
+    """Replaces the folder model/, in the Hugging Face layout."""
+    for part in model.model, model.tokenizer:
+        part.save_pretrained(folder / "model.tmp")
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
+    os.replace(folder / "model.tmp", folder / MODEL)
+
+
+def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads what save_file wrote, data and never code, into the parts of the same names."""
+    if not path.exists():
+        refuse(f"{path} is missing")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # not the fault of what is in the file
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
+    return state
+
+
+class Run:
+    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
+
+    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    """
+
+    def __init__(self, args: Args, task: str, **parts: object):
+        task = task.replace("/", "-").replace(":", "-")
+        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        args.run_dir = args.run_dir or f"runs/{name}"
+        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            refuse(f"--run-dir {self.dir} is in use by another process")
+        path = self.dir / "config.json"
+        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
+            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
+        config = json.loads(path.read_text()) if args.resume else self.describe()
+        self.wandb = self.start_wandb(config) if args.track else None
+        if not args.resume:
+            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
+        self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
+        self.started, self.stop_signal = time.time(), None
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, self.ask_to_stop)
+        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
+
+    def describe(self) -> dict:
+        """What another person needs to know to repeat the run."""
+        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
+        commit_status, commit = subprocess.getstatusoutput(git)
+        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
+        return {
+            "script": Path(__file__).stem,
+            "args": asdict(self.args),
+            "command": sys.argv,
+            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
+            "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions()},
+            "hardware": f"{platform.platform()}, {os.cpu_count()} cores, GPUs: {gpus if gpu_status == 0 else 'none'}",
+            "wandb_id": os.urandom(8).hex(),
+        }
+
+    def start_wandb(self, config: dict) -> object:
+        import wandb
+
+        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+        try:
+            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
+        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
+        run.define_metric("*", step_metric="global_step")
+        return run
+
+    def ask_to_stop(self, number: int, _frame: object) -> None:
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    def stopped(self) -> bool:
+        return self.stop_signal is not None
+
+    def restore(self) -> int:
+        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
+        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
+        if (self.dir / CHECKPOINT).exists():
+            state = load_file(self.dir / CHECKPOINT, **self.parts)
+        if self.metrics.tell() < state["metrics_bytes"]:
+            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
+        self.metrics.truncate(state["metrics_bytes"])
+        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
+        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+        self.started -= state["seconds"]
+        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
+        return self.checkpoint_step
+
+    def is_due(self, frequency: int, last: int, step: int) -> bool:
+        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
+        return step // frequency > last // frequency or step == self.args.total_timesteps > last
+
+    def evaluation_is_due(self, step: int) -> bool:
+        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
+
+    def checkpoint_is_due(self, step: int) -> bool:
+        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
+        if not row:
+            return
+        broken = [name for name, value in row.items() if not math.isfinite(value)]
+        row = {name: None if name in broken else float(value) for name, value in row.items()}
+        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        try:
+            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+                self.wandb.log(row, step=self.num_rows, commit=True)
+        except Exception as error:  # it must not end the run
+            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
+            self.wandb = None
+        self.num_rows += 1
+        if broken:
+            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
+        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
+        if evaluation:
+            self.evaluation_step = step
+            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
+        if "charts/episodic_return" in row:
+            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def save(self, step: int) -> None:
+        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(math.isfinite(values.sum()) for values in state["model"].values()):
+            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
+        os.fsync(self.metrics.fileno())
+        state |= {"step": step, "evaluation_step": self.evaluation_step}
+        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
+        save_model(self.dir, self.parts["model"])
+        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
+        self.checkpoint_step = step
+        if self.stopped():
+            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
+            raise SystemExit(128 + self.stop_signal)
+
+    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish(exit_code)
+        self.lock.release()
+        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
+    args = parse_args()
+    try:
+        if args.evaluate:
+            evaluate_saved(args)
+        else:
+            train(args)
+    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
+        sys.exit(130)
+    except (FloatingPointError, MemoryError, OSError) as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
+
+
+if __name__ == "__main__":
+    main()

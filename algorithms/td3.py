@@ -1,0 +1,676 @@
+"""Twin delayed deep deterministic policy gradient (TD3): an actor climbs the action values that two critics learn.
+
+The critics learn Q(s, a) from replayed transitions. The actor, a deterministic policy mu(s), follows the gradient of Q
+with respect to its action. That is DDPG, and it fails where Q is too high by mistake: the actor goes there, and the
+next targets are built on the mistake. TD3 has three ideas against this:
+
+    [1] clipped double Q: y = r + gamma min_i Q'_i(s', a'), or y = r where s' is terminal              TD3, Section 4.2
+    [2] delayed policy: the actor and all targets move in every d-th learning step only                TD3, Section 5.2
+    [3] target smoothing: a' = mu'(s') + epsilon  with  epsilon ~ clip(N(0, sigma^2), -c, c)           TD3, Section 5.3
+
+in an algorithm that is otherwise DDPG:
+
+    [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                   TD3, Algorithm 1
+    [5] actor:   maximise E[Q_1(s, mu(s))]                                                             TD3, Algorithm 1
+    [6] targets: theta' <- tau theta + (1 - tau) theta'                                                TD3, Algorithm 1
+
+TD3: Fujimoto, van Hoof & Meger 2018, arXiv:1802.09477. DDPG: Lillicrap et al. 2016, arXiv:1509.02971; its update is
+this one without the three ideas: --num-critics 1 --policy-frequency 1 --policy-noise 0.
+
+Differs from the paper: two hidden layers of 256 units, which the actions enter with the observations, and batches of
+256, as in the authors' present code; tau is 0.01, not 0.005, which in every second step makes the targets as fast as
+0.005 in every step; the first 1,000 actions are random and not yet learned from, for every environment. A time limit
+does not count as a terminal state.
+
+Actions are a Box with finite bounds. Networks and noise see it rescaled to [-1, 1], so that noise is as large in every
+dimension in relation to its range.
+
+    python algorithms/td3.py --env-id HalfCheetah-v5
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "filelock>=3.20", "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2",
+#     "mujoco>=3.11,<3.12", "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1",
+#     "wandb>=0.31",
+# ]
+# ///
+
+import copy
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import filelock
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v5"  # a Gymnasium environment, or module:id if a module registers it
+    seed: int = 1  # all randomness follows from it
+    total_timesteps: int = 100_000  # environment steps, summed over all environments
+    num_envs: int = 1  # environments stepped together
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_episodes: int = 10  # episodes of an evaluation
+    checkpoint_frequency: int | None = None  # steps between checkpoints, which cut episodes; None: a tenth of the run
+    capture_video: bool = False  # film the first episode of each evaluation
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "plainrl"  # W&B project
+    run_dir: str | None = None  # folder of the run; None: a new one in runs/
+    resume: bool = False  # continue the run in --run-dir with its own arguments
+    evaluate: bool = False  # only evaluate the model in --run-dir
+
+    policy_lr: float = 1e-3  # learning rate of the actor
+    q_lr: float = 1e-3  # learning rate of the critics
+    gamma: float = 0.99  # discount
+    tau: float = 0.01  # [6] tau
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    batch_size: int = 256  # transitions in a learning step
+    learning_starts: int = 1_000  # environment steps, with random actions, before the first learning step
+    utd: float = 1.0  # learning steps per environment step: the update-to-data ratio
+    num_critics: int = 2  # [1] number of critics
+    policy_frequency: int = 2  # [2] d
+    policy_noise: float = 0.2  # [3] sigma
+    noise_clip: float = 0.5  # [3] c
+    exploration_noise: float = 0.1  # standard deviation of the noise that is added to actions in training
+
+    def __post_init__(self) -> None:
+        check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
+
+
+class Actor(nn.Module):
+    """The deterministic policy. Its actions are in [-1, 1]; to_env maps them to the bounds low and high."""
+
+    def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray):
+        super().__init__()
+        self.low, self.high = low, high
+        self.center, self.scale = (high + low) / 2, (high - low) / 2
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, 256), nn.ReLU(),
+            nn.Linear(256, 256), nn.ReLU(),
+            nn.Linear(256, low.size),
+        )  # fmt: skip
+
+    def forward(self, obs: Tensor) -> Tensor:  # (B, obs_dim) -> (B, action_dim)
+        return self.net(obs).tanh()
+
+    def to_env(self, actions: Tensor) -> np.ndarray:  # (B, action_dim) -> (B, *action shape)
+        actions = self.center + self.scale * actions.cpu().numpy().reshape(-1, *self.low.shape)
+        return np.clip(actions, self.low, self.high)  # rounding may have left them
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Without noise, for evaluation. (B, obs_dim) -> (B, *action shape)"""
+        return self.to_env(self(torch.from_numpy(obs).to(next(self.parameters()).device)))
+
+
+class StackedLinear(nn.Module):
+    """n linear layers in one product, each of which starts as an nn.Linear does."""
+
+    def __init__(self, n: int, in_dim: int, out_dim: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_dim)
+        self.weight = nn.Parameter(torch.empty(n, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, 1, out_dim).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, B, in_dim) -> (n, B, out_dim); (B, in_dim) -> (B, out_dim), by the first layer alone"""
+        if x.dim() == 2:
+            return torch.addmm(self.bias[0], x, self.weight[0])
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class Critics(nn.Module):
+    """n networks Q_i(s, a) that share nothing but the calls: one batch of products costs less than n products."""
+
+    def __init__(self, n: int, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.n = n
+        self.layer1 = StackedLinear(n, obs_dim + action_dim, 256)
+        self.layer2 = StackedLinear(n, 256, 256)
+        self.layer3 = StackedLinear(n, 256, 1)
+
+    def forward(self, obs: Tensor, actions: Tensor, first_only: bool = False) -> Tensor:
+        """(B, obs_dim), (B, action_dim) -> (n, B), or (B,) for the first network only"""
+        x = torch.cat([obs, actions], -1)  # (B, obs_dim + action_dim)
+        x = x if first_only else x.expand(self.n, -1, -1)
+        x = self.layer1(x).relu_()
+        x = self.layer2(x).relu_()
+        return self.layer3(x).squeeze(-1)
+
+
+class TransitionBuffer:
+    """The last transitions of all environments, each one row: s, a, s', r, terminated. A batch is read in one go."""
+
+    def __init__(self, buffer_size: int, obs_dim: int, action_dim: int):
+        self.widths = obs_dim, action_dim, obs_dim, 1, 1
+        needed, memory = 4 * buffer_size * sum(self.widths), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > 0.9 * memory:
+            refuse(f"--buffer-size {buffer_size} needs {needed / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB")
+        self.rows = np.zeros((buffer_size, sum(self.widths)), np.float32)
+        self.tensor = torch.from_numpy(self.rows)  # the same memory: NumPy writes a row faster, torch reads a batch
+        self.num_added = 0
+
+    def add(
+        self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray, rewards: np.ndarray, terminated: np.ndarray
+    ) -> None:
+        """A step of N environments, (N, ...) each. next_obs where an episode has ended: its last one."""
+        where = np.arange(self.num_added, self.num_added + len(obs)) % len(self.rows)
+        self.rows[where] = np.hstack([obs, actions, next_obs, rewards[:, None], terminated[:, None]])
+        self.num_added += len(obs)
+
+    def sample(self, batch_size: int, device: str) -> tuple[Tensor, ...]:
+        """obs, actions, next_obs, rewards, terminated: (B, obs_dim), (B, action_dim), (B, obs_dim), (B,), (B,)"""
+        where = torch.randint(min(self.num_added, len(self.rows)), (batch_size,))
+        obs, actions, next_obs, rewards, terminated = self.tensor[where].to(device).split(self.widths, -1)
+        return obs, actions, next_obs, rewards.squeeze(-1), terminated.squeeze(-1)
+
+    def state_dict(self) -> dict:
+        # torch.save writes all the memory behind a tensor; behind that of a NumPy slice is only the slice
+        return {"rows": torch.from_numpy(self.rows[: self.num_added]), "num_added": self.num_added}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows[: len(state["rows"])] = state["rows"].numpy()
+        self.num_added = state["num_added"]
+
+
+def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
+    """What the critics should say of (s, a): (B,). rewards, terminated: (B,); next_values: theirs in s', (n, B)"""
+    assert rewards.shape == terminated.shape == next_values.shape[1:]
+    return rewards + gamma * (1 - terminated) * next_values.amin(0)  # [1]; a terminal state is worth nothing
+
+
+def smooth(actions: Tensor, policy_noise: float, noise_clip: float) -> Tensor:
+    """Actions with noise, in [-1, 1]. (B, action_dim) -> (B, action_dim)"""
+    noise = (policy_noise * torch.randn_like(actions)).clamp(-noise_clip, noise_clip)
+    return (actions + noise).clamp(-1, 1)  # [3]
+
+
+class TD3(nn.Module):
+    """The networks, the targets that follow them, and the optimizers: all that a learning step changes."""
+
+    def __init__(self, actor: Actor, critics: Critics, args: Args):
+        super().__init__()
+        self.args, self.actor, self.critics = args, actor, critics
+        self.target_actor, self.target_critics = copy.deepcopy(actor), copy.deepcopy(critics)
+        self.to(args.device)
+        self.actor_optimizer = torch.optim.Adam(actor.parameters(), args.policy_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(critics.parameters(), args.q_lr, fused=True)
+
+    def update(self, batch: tuple[Tensor, ...], number: int) -> dict[str, Tensor]:
+        """The learning step of this number, from 1, with a batch of the buffer. Returns what to log."""
+        obs, actions, next_obs, rewards, terminated = batch
+        with torch.no_grad():
+            next_actions = smooth(self.target_actor(next_obs), self.args.policy_noise, self.args.noise_clip)  # [3]
+            next_values = self.target_critics(next_obs, next_actions)  # (n, B)
+            target = td_target(rewards, terminated, next_values, self.args.gamma)  # [1]
+        values = self.critics(obs, actions)  # (n, B)
+        critic_losses = (values - target).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
+        self.critic_optimizer.zero_grad()
+        critic_losses.sum().backward()
+        self.critic_optimizer.step()
+        metrics = {f"losses/qf{i}_loss": loss for i, loss in enumerate(critic_losses.detach(), 1)}
+        metrics["losses/q_values"] = values.detach().mean()
+
+        if number % self.args.policy_frequency == 0:  # [2]
+            actor_loss = -self.critics(obs, self.actor(obs), first_only=True).mean()  # [5], negated: to be minimised
+            self.actor_optimizer.zero_grad()
+            actor_loss.backward(inputs=list(self.actor.parameters()))  # computes no gradient of the critics' weights
+            self.actor_optimizer.step()
+            metrics["losses/actor_loss"] = actor_loss.detach()
+            with torch.no_grad():
+                targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]
+                online = [*self.actor.parameters(), *self.critics.parameters()]
+                torch._foreach_lerp_(targets, online, self.args.tau)  # [6], all of them in one call
+        return metrics
+
+
+def make_agent(args: Args, env: gym.Env) -> Actor:
+    space, obs_shape = env.action_space, env.observation_space.shape
+    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        refuse(f"--env-id {args.env_id} acts in {space}; td3.py knows Box of floats only: see dqn.py and ppo.py")
+    if not space.is_bounded():
+        refuse(f"--env-id {args.env_id} acts in {space}; td3.py needs finite bounds: see ppo.py")
+    if len(obs_shape) != 1:
+        refuse(f"--env-id {args.env_id} observes images, {obs_shape}; td3.py knows vectors only: see ppo.py")
+    return Actor(*obs_shape, space.low, space.high)
+
+
+def learning_steps_until(step: int, args: Args) -> int:
+    """How many are due after so many environment steps."""
+    return int(args.utd * max(0, step - args.learning_starts))
+
+
+def train(args: Args) -> None:
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    args.device = choose_device(args.device, small=True)
+    torch.manual_seed(args.seed)
+    actor = make_agent(args, env)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
+    learner = TD3(actor, Critics(args.num_critics, obs_dim, action_dim), args)
+    buffer = TransitionBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim)
+    optimizers = {"actor_optimizer": learner.actor_optimizer, "critic_optimizer": learner.critic_optimizer}
+    run = Run(args, args.env_id, model=actor, learner=learner, **optimizers, buffer=buffer)
+    global_step = run.restore()  # 0 in a new run
+
+    while True:
+        # 1. Evaluate and save where it is due, and at the end
+        if run.evaluation_is_due(global_step):
+            run.log(global_step, evaluate(actor.act, args, f"step-{global_step}", run.stopped))
+        if run.checkpoint_is_due(global_step):
+            run.save(global_step)
+        if global_step == args.total_timesteps:
+            break
+
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
+        #    so a run that is killed and resumed from there equals one that was not
+        if global_step == run.checkpoint_step:
+            envs, obs = make_envs(args, global_step)
+            episode_return, episode_length = np.zeros((2, args.num_envs))
+            history, logged_step, logged_time = defaultdict(list), global_step, time.perf_counter()
+
+        # 3. Act: one step in each of N environments
+        with torch.inference_mode():
+            if global_step < args.learning_starts:
+                actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
+            else:
+                actions = actor(torch.from_numpy(obs).to(args.device))
+                actions = (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
+        next_obs, rewards, terminated, truncated, infos = envs.step(actor.to_env(actions))
+        last_step, global_step = global_step, global_step + args.num_envs
+        episode_return += rewards
+        episode_length += 1
+        final_obs = next_obs.copy()  # where an episode has ended, next_obs is the first of the next one
+        for i in np.flatnonzero(terminated | truncated):
+            final_obs[i] = infos["final_obs"][i]
+            ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
+            run.log(global_step, ended)
+            episode_return[i] = episode_length[i] = 0
+        buffer.add(obs, actions.cpu().numpy(), final_obs, rewards, terminated)
+        obs = next_obs
+
+        # 4. Learn: utd learning steps for every environment step, whatever the number of environments
+        for number in range(learning_steps_until(last_step, args), learning_steps_until(global_step, args)):
+            metrics = learner.update(buffer.sample(args.batch_size, args.device), number + 1)
+            for name, value in metrics.items():
+                history[name].append(value)
+
+        # 5. Log
+        if history and (global_step // 1000 > last_step // 1000 or run.checkpoint_is_due(global_step)):
+            metrics = {name: torch.stack(values).mean() for name, values in history.items()}
+            metrics["charts/learning_rate"] = args.policy_lr
+            metrics["charts/SPS"] = (global_step - logged_step) / (time.perf_counter() - logged_time)
+            run.log(global_step, metrics)
+            history, logged_step, logged_time = defaultdict(list), global_step, time.perf_counter()
+    run.finish("Done. To watch it:", "--evaluate --capture-video")
+
+
+# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+
+
+def refuse(message: object) -> NoReturn:
+    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
+        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
+            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    num_envs = vars(args).get("num_envs", 1)
+    if args.total_timesteps % num_envs:
+        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
+    args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
+    args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
+
+
+def parse_args() -> Args:
+    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
+    args = tyro.cli(Args, description=__doc__)
+    if not args.resume and not args.evaluate:
+        return args
+    if args.run_dir is None:
+        refuse("--resume and --evaluate need --run-dir")
+    path = Path(args.run_dir, "config.json")
+    try:
+        config = json.loads(path.read_text())
+        script, saved = config["script"], dict(config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(f"{path} is missing or damaged ({error!r})")
+    if script != Path(__file__).stem:
+        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
+    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
+    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
+    merged = tyro.cli(Args, args=flags + sys.argv[1:])
+    for name in saved.keys() - {"run_dir", "resume", "device"}:
+        if args.resume and getattr(merged, name) != saved[name]:
+            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
+    return merged
+
+
+def choose_device(name: str, small: bool) -> str:
+    """auto takes a GPU if there is one, but the CPU for small networks, which don't repay the transfers."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and not small else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
+    if small:
+        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
+    return name
+
+
+def make_env(env_id: str, film: bool = False) -> gym.Env:
+    """One environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
+    if env_id.endswith("NoFrameskip-v4"):
+        refuse(f"--env-id {env_id}: name the game ALE/Breakout-v5, ALE/Pong-v5 and so on; its frames are skipped here")
+    atari = {"frameskip": 1} if env_id.startswith("ALE/") else {}  # AtariPreprocessing skips frames itself
+    try:
+        if atari:
+            import ale_py  # registers the games
+
+            ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        env = gym.make(env_id, render_mode="rgb_array" if film else None, **atari)
+        if film:
+            env.reset()
+            if env.render() is None:
+                raise ValueError("it gives no picture to film")
+    except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
+        refuse(f"--env-id {env_id}: {error}")
+    space = env.observation_space
+    if atari:
+        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
+    if space.dtype == np.uint8 and len(space.shape or ()) == 3 and space.shape[-1] == 3:
+        env = gym.wrappers.ResizeObservation(gym.wrappers.GrayscaleObservation(env), (84, 84))
+        return gym.wrappers.FrameStackObservation(env, 4)
+    if not space.is_np_flattenable:
+        refuse(f"--env-id {env_id} observes {space}, which can't be flattened into a vector")
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
+    elif space.dtype == np.float32 and str(env.spec.entry_point).startswith("gymnasium."):
+        return env
+    # A copy: other environments say float32 and return float64 or lists, or one array that they keep overwriting
+    vector = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    return gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), vector)
+
+
+def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarray]:
+    """New environments and their first observations, (N, *obs_shape). Reseeds everything random from (seed, step)."""
+    seeds = np.random.SeedSequence(args.seed, spawn_key=(0, step))  # 0: training; evaluation has 1
+    *env_seeds, seed = seeds.generate_state(args.num_envs + 1).tolist()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    # SAME_STEP: the step that ends an episode returns the next one's first observation; its own last is in final_obs
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=same_step)
+    return envs, envs.reset(seed=env_seeds)[0]
+
+
+def evaluate(
+    act: Callable[[np.ndarray], np.ndarray], args: Args, name: str, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Plays the same eval_episodes episodes every time, each in its own environment; films the first under this name.
+
+    act: (B, *obs_shape) -> (B, *action shape). Ends early, with an empty result, once stopped() is true. The random
+    streams of training stay as they are.
+    """
+    streams = random.getstate(), np.random.get_state()  # for environments that draw from these instead of their own
+    seeds = np.random.SeedSequence(args.seed, spawn_key=(1,)).generate_state(args.eval_episodes).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[0])
+    envs = [make_env(args.env_id, film=args.capture_video and i == 0) for i in range(args.eval_episodes)]
+    if args.capture_video:
+        film = {"name_prefix": name, "episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
+        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", **film)
+    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+    returns, lengths = np.zeros((2, args.eval_episodes))
+    playing = list(range(args.eval_episodes))
+    while playing and not stopped():
+        actions = act(np.stack([obs[i] for i in playing]))
+        for i, action in zip(playing.copy(), actions, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            lengths[i] += 1
+            if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
+                envs[i].close()
+                playing.remove(i)
+    random.setstate(streams[0])
+    np.random.set_state(streams[1])
+    if playing:
+        return {}
+    result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
+    return result | {"eval/episodic_length": lengths.mean()}
+
+
+def evaluate_saved(args: Args) -> None:
+    """Plays eval_episodes episodes with the model in run_dir and prints the result."""
+    env = make_env(args.env_id)
+    agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
+    load_file(Path(args.run_dir, MODEL), model=agent)
+    result = evaluate(agent.act, args, "evaluation")
+    print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replaces the file atomically: a crash never leaves half of it."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
+        temporary.unlink(missing_ok=True)
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+MODEL, CHECKPOINT = "model.pt", "checkpoint.pt"
+
+
+def save_file(path: Path, state: dict) -> None:
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def save_model(folder: Path, model: nn.Module) -> None:
+    save_file(folder / MODEL, {"model": model.state_dict()})
+
+
+def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads what save_file wrote, data and never code, into the parts of the same names."""
+    if not path.exists():
+        refuse(f"{path} is missing")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # not the fault of what is in the file
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
+    return state
+
+
+class Run:
+    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
+
+    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    """
+
+    def __init__(self, args: Args, task: str, **parts: object):
+        task = task.replace("/", "-").replace(":", "-")
+        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        args.run_dir = args.run_dir or f"runs/{name}"
+        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            refuse(f"--run-dir {self.dir} is in use by another process")
+        path = self.dir / "config.json"
+        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
+            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
+        config = json.loads(path.read_text()) if args.resume else self.describe()
+        self.wandb = self.start_wandb(config) if args.track else None
+        if not args.resume:
+            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
+        self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
+        self.started, self.stop_signal = time.time(), None
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, self.ask_to_stop)
+        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
+
+    def describe(self) -> dict:
+        """What another person needs to know to repeat the run."""
+        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
+        commit_status, commit = subprocess.getstatusoutput(git)
+        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
+        return {
+            "script": Path(__file__).stem,
+            "args": asdict(self.args),
+            "command": sys.argv,
+            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
+            "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions()},
+            "hardware": f"{platform.platform()}, {os.cpu_count()} cores, GPUs: {gpus if gpu_status == 0 else 'none'}",
+            "wandb_id": os.urandom(8).hex(),
+        }
+
+    def start_wandb(self, config: dict) -> object:
+        import wandb
+
+        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+        try:
+            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
+        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
+        run.define_metric("*", step_metric="global_step")
+        return run
+
+    def ask_to_stop(self, number: int, _frame: object) -> None:
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    def stopped(self) -> bool:
+        return self.stop_signal is not None
+
+    def restore(self) -> int:
+        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
+        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
+        if (self.dir / CHECKPOINT).exists():
+            state = load_file(self.dir / CHECKPOINT, **self.parts)
+        if self.metrics.tell() < state["metrics_bytes"]:
+            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
+        self.metrics.truncate(state["metrics_bytes"])
+        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
+        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+        self.started -= state["seconds"]
+        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
+        return self.checkpoint_step
+
+    def is_due(self, frequency: int, last: int, step: int) -> bool:
+        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
+        return step // frequency > last // frequency or step == self.args.total_timesteps > last
+
+    def evaluation_is_due(self, step: int) -> bool:
+        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
+
+    def checkpoint_is_due(self, step: int) -> bool:
+        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
+        if not row:
+            return
+        broken = [name for name, value in row.items() if not math.isfinite(value)]
+        row = {name: None if name in broken else float(value) for name, value in row.items()}
+        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        try:
+            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+                self.wandb.log(row, step=self.num_rows, commit=True)
+        except Exception as error:  # it must not end the run
+            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
+            self.wandb = None
+        self.num_rows += 1
+        if broken:
+            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
+        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
+        if evaluation:
+            self.evaluation_step = step
+            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
+        if "charts/episodic_return" in row:
+            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def save(self, step: int) -> None:
+        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(math.isfinite(values.sum()) for values in state["model"].values()):
+            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
+        os.fsync(self.metrics.fileno())
+        state |= {"step": step, "evaluation_step": self.evaluation_step}
+        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
+        save_model(self.dir, self.parts["model"])
+        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
+        self.checkpoint_step = step
+        if self.stopped():
+            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
+            raise SystemExit(128 + self.stop_signal)
+
+    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish(exit_code)
+        self.lock.release()
+        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
+    args = parse_args()
+    try:
+        if args.evaluate:
+            evaluate_saved(args)
+        else:
+            train(args)
+    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
+        sys.exit(130)
+    except (FloatingPointError, MemoryError, OSError) as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,478 @@
+"""dpo.py against log-probabilities summed by hand, losses computed by hand and by TRL, and rewards that are known."""
+
+import copy
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, rows, timeless
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+
+from algorithms import dpo
+
+SCRIPT = ROOT / "algorithms" / "dpo.py"
+CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <end> {% endfor %}{% if add_generation_prompt %}staff : {% endif %}"  # noqa: E501
+SIZES = {
+    "gpt2": GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3),
+    "llama": LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         intermediate_size=32, max_position_embeddings=64, initializer_range=0.3),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Small models with random weights, and 60 pairs of reviews of very different lengths."""
+    folder, tokenizer = tmp_path_factory.mktemp("models"), dpo.word_tokenizer()
+    tokenizer.chat_template = CHAT
+    for name, config in SIZES.items():
+        torch.manual_seed(0)
+        config = copy.deepcopy(config)
+        config.vocab_size, config.eos_token_id, config.bos_token_id = len(tokenizer), tokenizer.eos_token_id, None
+        config.pad_token_id = None
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rng = dpo.random.Random(0)
+    prompts = dpo.repeat_prompts(60)
+    records = [{"prompt": p, "chosen": dpo.write_review(p, rng), "rejected": dpo.write_review(p, rng)} for p in prompts]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def arguments(folders, name="gpt2", **changes):
+    flags = {"model_name": str(folders / name), "dataset": str(folders / "pairs.jsonl"), "device": "cpu",
+             "batch_size": 8, "total_timesteps": 108, "eval_frequency": 54, "checkpoint_frequency": 40,
+             "learning_rate": 1e-3}  # fmt: skip
+    return dpo.Args(**flags | changes)
+
+
+def loaded(folders, name="gpt2", **changes):
+    args = arguments(folders, name, **changes)
+    return *dpo.load(args.model_name, args.dataset, args), args
+
+
+def by_hand(model, prompt, reply):
+    """The log-probability of each token of the reply, from one unpadded pass for each."""
+    total = 0.0
+    for i in range(len(reply)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + reply[:i]])).logits[0, -1]
+        total += logits.double().log_softmax(-1)[reply[i]].item()
+    return total
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_log_probability_is_the_sum_over_the_replys_tokens_and_its_end_whatever_the_padding(folders, name):
+    model, tokenizer, pairs, _ = loaded(folders, name)
+    end = tokenizer.eos_token_id
+    assert model.config.pad_token_id == end, "this model has no padding token: the end token stands in"
+    assert all(ids[-1] == end and ids.count(end) == 1 for pair in pairs for ids in (pair.chosen, pair.rejected))
+    expected = [[by_hand(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)] for pair in pairs[:6]]
+    together = torch.stack(dpo.pair_log_probs(model, pairs[:6]), 1)
+    torch.testing.assert_close(together.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-4)
+    for pair, values in zip(pairs[:6], expected, strict=True):
+        alone = torch.stack(dpo.pair_log_probs(model, [pair]), 1)[0].tolist()
+        assert alone == pytest.approx(values, rel=1e-5)
+    tokenizer.padding_side = "left"
+    args = arguments(folders, name)
+    again = dpo.read_pairs(args.dataset, tokenizer, 64)
+    assert again == pairs
+    model.config.pad_token_id = 7
+    torch.testing.assert_close(torch.stack(dpo.pair_log_probs(model, pairs[:6]), 1), together)
+
+
+def test_prompts_of_different_lengths_in_one_batch(folders):
+    model, _, pairs, _ = loaded(folders)
+    pairs = [dpo.Pair(pairs[0].prompt[:2], pairs[0].chosen, pairs[0].rejected[:2]), pairs[1],
+             dpo.Pair([5, 6, 7, 8, 9, 10, 11], [3], [4, 5, 1])]  # fmt: skip
+    expected = [[by_hand(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)] for pair in pairs]
+    actual = torch.stack(dpo.pair_log_probs(model, pairs), 1)
+    torch.testing.assert_close(actual.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-4)
+
+
+LOG_PROBS = [torch.tensor(x) for x in ([-5.0, -7.0], [-9.0, -6.0], [-6.0, -6.5], [-8.0, -7.0])]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "smoothing", "expected"),  # the implicit margins are 0.1 * (1 + 1) and 0.1 * (-0.5 - 1)
+    [
+        ("sigmoid", 0.0, [math.log(1 + math.exp(-0.2)), math.log(1 + math.exp(0.15))]),
+        ("sigmoid", 0.1, [0.9 * math.log(1 + math.exp(-0.2)) + 0.1 * math.log(1 + math.exp(0.2)),
+                          0.9 * math.log(1 + math.exp(0.15)) + 0.1 * math.log(1 + math.exp(-0.15))]),
+        ("hinge", 0.0, [0.8, 1.15]),
+        ("ipo", 0.0, [(2 - 5) ** 2, (-1.5 - 5) ** 2]),
+    ],
+)  # fmt: skip
+def test_losses_by_hand(loss_type, smoothing, expected):
+    losses, metrics = dpo.dpo_loss(*LOG_PROBS, 0.1, loss_type, smoothing)
+    assert losses.tolist() == pytest.approx(expected)
+    values = dict(zip(dpo.METRICS, metrics.tolist(), strict=True))
+    assert values["loss"] == pytest.approx(expected)
+    assert values["rewards/chosen"] == pytest.approx([0.1, -0.05])
+    assert values["rewards/rejected"] == pytest.approx([-0.1, 0.1])
+    assert values["rewards/margins"] == pytest.approx([0.2, -0.15])
+    assert values["rewards/accuracies"] == [1, 0]
+    assert values["logps/chosen"] == [-5, -7]
+    assert values["logps/rejected"] == [-9, -6]
+
+
+def test_the_gradient_raises_the_chosen_and_lowers_the_rejected():
+    for loss_type in "sigmoid", "hinge", "ipo":
+        log_probs = [x.clone().requires_grad_() for x in LOG_PROBS]
+        dpo.dpo_loss(*log_probs, 0.1, loss_type, 0.0)[0].sum().backward()
+        assert (log_probs[0].grad < 0).all()
+        assert (log_probs[1].grad > 0).all()
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(AssertionError):
+        dpo.dpo_loss(torch.zeros(4, 1), *[torch.zeros(4)] * 3, 0.1, "sigmoid", 0.0)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_losses_and_log_probabilities_are_those_of_trl(folders, tmp_path, loss_type):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model, tokenizer, pairs, args = loaded(folders, loss_type=loss_type, beta=0.3)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.01
+    records = [json.loads(line) for line in Path(args.dataset).read_text().splitlines()][:8]
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        beta=0.3,
+        loss_type=[loss_type],
+        use_cpu=True,
+        report_to=[],
+        per_device_train_batch_size=8,
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+    )
+    trainer = trl.DPOTrainer(other, copy.deepcopy(model), args=config, train_dataset=Dataset.from_list(records),
+                             processing_class=tokenizer)  # fmt: skip
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    expected = trainer.compute_loss(other, batch).item()
+    reference = torch.stack(dpo.pair_log_probs(model, pairs[:8]), 1)
+    losses, metrics = dpo.dpo_loss(*dpo.pair_log_probs(other, pairs[:8]), *reference.unbind(1), 0.3, loss_type, 0.0)
+    assert losses.mean().item() == pytest.approx(expected, abs=1e-5)
+    seen = {name: np.mean(values) for name, values in trainer._metrics["train"].items()}
+    for name, values in zip(dpo.METRICS[1:], metrics[1:], strict=True):
+        assert values.mean().item() == pytest.approx(seen[name], abs=1e-4), name
+
+
+def test_at_the_start_the_loss_is_ln_2_and_the_reference_never_changes(folders, tmp_path):
+    before = {path: path.read_bytes() for path in (folders / "gpt2").iterdir()}
+    dpo.train(arguments(folders, run_dir=str(tmp_path / "run")))
+    assert before == {path: path.read_bytes() for path in (folders / "gpt2").iterdir()}
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert steps[-1]["rewards/margins"] != pytest.approx(0, abs=1e-3)
+    assert [row["global_step"] for row in steps] == [8, 16, 24, 32, 40, 48, 54, 62, 70, 78, 86, 94, 102, 108]
+    model, _, pairs, _ = loaded(folders)
+    stored = torch.load(tmp_path / "run" / "reference.pt", weights_only=True)["log_probs"]
+    for i in (0, 30, 59):
+        assert stored[i, 1].item() == pytest.approx(by_hand(model, pairs[i].prompt, pairs[i].rejected), rel=1e-4)
+
+
+def test_dropout_is_off(folders, tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=60, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    model = dpo.prepare_model(AutoModelForCausalLM.from_config(config), "CAUSAL_LM", arguments(folders))
+    ids = torch.arange(20)[None]
+    assert model.training
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch_size": 3}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}]
+)
+def test_micro_batches_and_checkpointing_change_nothing(folders, changes):
+    results = []
+    for more in {}, changes:
+        model, _, pairs, args = loaded(folders, **more)
+        reference = -20 + 5 * torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        metrics = dpo.update(model, optimizer, pairs, reference, list(range(8)), args)
+        results.append((metrics, [parameter.detach() for parameter in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
+
+
+def test_each_epoch_has_every_pair_once_in_another_order(folders):
+    _, _, pairs, _ = loaded(folders)
+    rows = list(range(3, 57))
+    epochs = [dpo.epoch_batches(rows, pairs, 8, 1, epoch) for epoch in (0, 1)]
+    for batches in epochs:
+        assert sorted(row for batch in batches for row in batch) == rows
+        assert [len(batch) for batch in batches] == [8] * 6 + [6]
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == dpo.epoch_batches(rows, pairs, 8, 1, 0)
+    assert epochs[0] != dpo.epoch_batches(rows, pairs, 8, 2, 0)
+    lengths = [[len(pairs[row].prompt) + max(map(len, pairs[row][1:])) for row in batch] for batch in epochs[0][:-1]]
+    assert np.mean([np.std(x) for x in lengths]) < 0.5 * np.std(np.concatenate(lengths)), "of similar length"
+
+
+def test_held_out_pairs_are_a_tenth_at_most_and_never_trained_on(folders):
+    _, _, pairs, args = loaded(folders)
+    train, held_out = dpo.split(pairs, args)
+    assert len(held_out) == 6
+    assert sorted(train + held_out) == list(range(60))
+
+
+def test_a_run_repeats_itself_resumes_exactly_and_evaluates_as_it_did(folders, tmp_path, capsys, monkeypatch):
+    for name in "one", "two":
+        dpo.train(arguments(folders, run_dir=str(tmp_path / name)))
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
+    dpo.train(arguments(folders, run_dir=str(tmp_path / "other"), seed=2))
+    assert timeless(tmp_path / "one") != timeless(tmp_path / "other")
+
+    update, count = dpo.update, []
+
+    def dies(*arguments):
+        count.append(1)
+        if len(count) == 9:
+            raise ZeroDivisionError
+        return update(*arguments)
+
+    monkeypatch.setattr(dpo, "update", dies)
+    with pytest.raises(ZeroDivisionError):
+        dpo.train(arguments(folders, run_dir=str(tmp_path / "cut")))
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)  # they hold the run, and the run its folder's lock
+    gc.collect()
+    dpo.train(arguments(folders, run_dir=str(tmp_path / "cut"), resume=True))
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "cut")
+    files = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("one", "cut", "other")]
+    assert files[0] == files[1] != files[2]
+
+    capsys.readouterr()
+    dpo.evaluate_saved(arguments(folders, run_dir=str(tmp_path / "one"), evaluate=True))
+    last = [row for row in rows(tmp_path / "one") if "eval/loss" in row][-1]
+    out = capsys.readouterr().out
+    for name in "loss", "accuracies", "margins":
+        assert f"eval/{name} {last[f'eval/{name}']:.4g}" in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "one" / "model").eos_token == "<end>"
+    assert not torch.equal(next(model.parameters()), next(loaded(folders)[0].parameters()))
+
+
+def test_two_processes_learn_what_one_learns(folders, tmp_path):
+    flags = ["--model-name", folders / "gpt2", "--dataset", folders / "pairs.jsonl", "--device", "cpu", "--batch-size",
+             "9", "--micro-batch-size", "2", "--total-timesteps", "54", "--eval-frequency", "27"]  # fmt: skip
+    one = [sys.executable, SCRIPT]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
+    for name, command in ("one", one), ("two", two):
+        command = [*map(str, command), *map(str, flags), "--run-dir", str(tmp_path / name)]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("run directory") == 1, "one process writes"
+    a, b = timeless(tmp_path / "one"), timeless(tmp_path / "two")
+    assert len(a) == len(b)
+    for one, two in zip(a, b, strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=2e-4)
+
+
+def test_lora_trains_its_matrices_alone_and_loads_again(folders, tmp_path):
+    pytest.importorskip("peft")
+    run_dir = tmp_path / "run"
+    dpo.train(arguments(folders, run_dir=str(run_dir), lora_rank=2))
+    parts = torch.load(run_dir / "checkpoint.pt", weights_only=True)["model"]
+    assert parts
+    assert all("lora_" in name for name in parts)
+    steps = [row for row in rows(run_dir) if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[-1]["rewards/margins"] != 0
+    base, _, pairs, _ = loaded(folders)
+    adapted = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    ids = torch.tensor([pairs[0].prompt])
+    assert not torch.allclose(base(input_ids=ids).logits, adapted(input_ids=ids).logits)
+    dpo.evaluate_saved(arguments(folders, run_dir=str(run_dir), lora_rank=2))
+
+
+def tokenize(folders, *records):
+    path = Path("data.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records for _ in range(10)))
+    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
+    pair = dpo.read_pairs(str(path), tokenizer, 64)[0]
+    return [tokenizer.decode(ids) for ids in pair]
+
+
+def test_prompts_explicit_implicit_and_in_chats(folders):
+    good, bad = "the cup is good .", "the cup is bad ."
+    expected = ["review the coffee :", f"{good} <end>", f"{bad} <end>"]
+    explicit = {"prompt": "review the coffee : ", "chosen": good, "rejected": bad}
+    assert tokenize(folders, explicit) == expected
+    assert tokenize(folders, {"chosen": "review the coffee : " + good, "rejected": "review the coffee : " + bad}) == [
+        "review the coffee : the cup is", "good . <end>", "bad . <end>"]  # fmt: skip
+    user = {"role": "coffee", "content": "the price ."}
+    chat = [[user, {"role": "staff", "content": text}] for text in (good, bad)]
+    expected = ["coffee : the price . <end> staff :", f"{good} <end>", f"{bad} <end>"]
+    assert tokenize(folders, {"chosen": chat[0], "rejected": chat[1]}) == expected
+    split = {"prompt": [user], "chosen": chat[0][1:], "rejected": chat[1][1:]}
+    assert tokenize(folders, split) == expected
+    assert tokenize(folders, explicit | {"chosen": ""})[1] == "<end>"
+    assert tokenize(folders, explicit | {"prompt": ""}) == ["<end>", f"{good} <end>", f"{bad} <end>"]
+    assert tokenize(folders, {"prompt": "the price .", "chosen": chat[0], "rejected": chat[1]}) == expected
+
+
+def test_parquet_is_read_as_jsonl_is(folders, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    records = [record for _, record in dpo.read_records(str(folders / "pairs.jsonl"))]
+    datasets.Dataset.from_list(records).to_parquet(str(tmp_path / "pairs.parquet"))
+    assert [record for _, record in dpo.read_records(str(tmp_path / "pairs.parquet"))] == records
+
+
+GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("{", "JSON"), ("", "JSON"), ("[1]", "object"), ("3", "object"), ('{"chosen": "b"}', "rejected"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "chosen"), ('{"chosen": [], "rejected": "c"}', "chosen"),
+        ('{"prompt": 7, "chosen": "b", "rejected": "c"}', "prompt"),
+        ('{"chosen": "b", "rejected": "b"}', "differently"),
+        ('{"chosen": "b", "rejected": [{"role": "user", "content": "c"}]}', "both"),
+        ('{"chosen": [{"role": "user"}], "rejected": "c"}', "chosen"), (b"\xff\xfe", "JSON"),
+    ],
+)  # fmt: skip
+def test_a_malformed_line_is_named(folders, line, word, capsys):
+    line = line if isinstance(line, bytes) else line.encode()
+    Path("data.jsonl").write_bytes(GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
+    with pytest.raises(SystemExit) as end:
+        dpo.read_pairs("data.jsonl", AutoTokenizer.from_pretrained(folders / "gpt2"), 64)
+    message = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "data.jsonl, line 2" in message
+    assert word in message
+    assert message.count("\n") == 1
+
+
+def test_long_pairs_are_counted_and_left_out(folders, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
+    everything = dpo.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 64)
+    lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in everything]
+    capsys.readouterr()
+    kept = dpo.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 20)
+    assert kept == [pair for pair, length in zip(everything, lengths, strict=True) if length <= 20]
+    assert f"{60 - len(kept)} of 60 pairs" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        dpo.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"dataset": None}, "--dataset"), ({"model_name": None}, "--model-name"), ({"beta": 0.0}, "--beta"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "--label-smoothing"), ({"label_smoothing": 0.6}, "--label"),
+        ({"warmup": 1.5}, "--warmup"), ({"batch_size": 0}, "--batch-size"), ({"lora_rank": -1}, "--lora-rank"),
+    ],
+)  # fmt: skip
+def test_flags_that_contradict_are_refused(folders, changes, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        arguments(folders, **changes)
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_what_cannot_be_loaded_is_one_line(folders, capsys, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    for changes in (
+        {"model_name": str(tmp_path / "nothing")},
+        {"model_name": str(tmp_path / "endless")},
+        {"dataset": "no.jsonl"},
+    ):
+        with pytest.raises(SystemExit) as end:
+            dpo.train(arguments(folders, **changes))
+        assert end.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("changes", "word"), [({"learning_rate": 1e-12}, "--learning-rate")])
+def test_a_run_in_which_nothing_moves_says_so(folders, capsys, changes, word):
+    dpo.train(arguments(folders, batch_size=1, **changes))
+    assert word in capsys.readouterr().err
+
+
+def test_true_reward_by_hand():
+    prompt = "review the coffee : "
+    for review, reward in {
+        "the cup is good .": 0.6,
+        "the cup is very awful .": -1.8,
+        "the cup is not superb .": -0.6,
+        "the plot is good .": 0.0,
+        "the cup is good and the taste is lovely .": 1.5,
+        "the cup is good but the taste is lovely .": 1.2,
+        "the cup is good and the cup is good .": 0.6,
+        "the cup is bad but the smell is not bad .": -0.45,
+        "the cup is good": dpo.NONSENSE,
+        "the cup is good and .": dpo.NONSENSE,
+        "the cup is good . .": dpo.NONSENSE,
+        "and the cup is good .": dpo.NONSENSE,
+        ".": dpo.NONSENSE,
+        "": dpo.NONSENSE,
+    }.items():
+        assert dpo.true_reward(prompt, review) == pytest.approx(reward), review
+    rng = dpo.random.Random(0)
+    assert all(dpo.parse_review(dpo.write_review(prompt, rng)) for _ in range(99))
+
+
+def test_optimum_of_a_gaussian_reward_and_of_two_replies():
+    rewards = np.random.default_rng(0).normal(size=(4, 50_000))
+    best, beta = dpo.optimum(rewards, 0.5)  # for a normal reward: gain 1 / beta, divergence 1 / (2 beta^2)
+    assert best == pytest.approx(1, abs=0.03)
+    assert beta == pytest.approx(1, abs=0.03)
+    best, beta = dpo.optimum(np.array([[0.0, 1.0]]), 0.1)
+    p = 1 / (1 + math.exp(-1 / beta))
+    assert best == pytest.approx(p)
+    assert p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p) == pytest.approx(0.1)
+
+
+def test_reviews_are_made_learned_and_judged(tmp_path, capsys):
+    args = dpo.Args(
+        num_pairs=2000, total_timesteps=320, eval_frequency=160, eval_replies=80, run_dir=str(tmp_path / "run")
+    )
+    dpo.train(args)
+    out = capsys.readouterr().out
+    assert out.count("before") == out.count("after") == 3
+    results = [row for row in rows(tmp_path / "run") if "eval/kl" in row]
+    assert len(results) == 2
+    assert {"eval/true_reward", "eval/optimal_reward", "eval/win_rate", "eval/length", "eval/fluency"} <= results[
+        0
+    ].keys()
+    labels = [record for _, record in dpo.read_records(str(tmp_path / "run" / "pairs.jsonl"))]
+    assert len(labels) == 2000
+    margins = [dpo.true_reward(r["prompt"], r["chosen"]) - dpo.true_reward(r["prompt"], r["rejected"]) for r in labels]
+    expected = np.mean([1 / (1 + math.exp(-abs(m))) for m in margins])
+    assert np.mean([(m > 0) + (m == 0) / 2 for m in margins]) == pytest.approx(expected, abs=0.04)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "reference")
+    reference = dpo.load_model(tmp_path / "run" / "reference", args)
+    pool = dpo.reward_pool(tmp_path / "run")
+    result = dpo.evaluate_reviews(reference, reference, tokenizer, pool, args)
+    assert result["eval/kl"] == pytest.approx(0, abs=1e-4)
+    assert result["eval/win_rate"] == pytest.approx(0.5, abs=0.15)
+    dpo.evaluate_saved(args)
+    shown = capsys.readouterr().out
+    assert f"eval/kl {results[-1]['eval/kl']:.4g}" in shown

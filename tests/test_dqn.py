@@ -1,0 +1,658 @@
+"""dqn.py against oracles: lists in place of the buffer, targets by hand, environments with known answers, and SB3."""
+
+import copy
+import io
+import math
+import os
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import rows
+
+from algorithms import dqn
+
+TINY = {"eval_episodes": 1, "device": "cpu", "learning_starts": 0, "train_frequency": 1, "batch_size": 16,
+        "buffer_size": 500}  # fmt: skip
+MADE, ECHOED = [], []  # by the environments below: themselves, actions
+
+
+class Counter(gym.Env):
+    """Observes step + 100 * episode; its n-th episode lasts LENGTHS[n % 3] steps and ends as ENDS[n % 3] says."""
+
+    LENGTHS, ENDS = (3, 2, 4), ("terminated", "truncated", "truncated")
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.episode, self.t, self.steps = -1, 0, 0
+        MADE.append(self)
+
+    def observe(self):
+        return np.array([self.t + 100.0 * self.episode], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t, self.steps = self.t + 1, self.steps + 1
+        over = self.t == self.LENGTHS[self.episode % 3]
+        end = self.ENDS[self.episode % 3]
+        return self.observe(), float(self.t), over and end == "terminated", over and end == "truncated", {}
+
+
+class Film(Counter):
+    """The same in pictures: their grey is 1 + step + 10 * episode, their lower half black."""
+
+    LENGTHS = (7, 2, 6)
+    observation_space = gym.spaces.Box(0, 255, (100, 90, 3), np.uint8)
+
+    def observe(self):
+        picture = np.full((100, 90, 3), 1 + self.t + 10 * self.episode, np.uint8)
+        picture[50:] = 0
+        return picture
+
+
+class Bandit(gym.Env):
+    """One step; the arms 5, 6, 7 pay 0, 1, 2."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(3, start=5)
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        ECHOED.append(int(action))
+        return np.ones(1, np.float32), float(action - 5), True, False, {}
+
+
+class Chain(gym.Env):
+    """Four states in a row, one-hot. Action 1 goes on, and from the last one to the end, which pays 1; 0 stays."""
+
+    observation_space = gym.spaces.Discrete(4)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.t = 0
+        return self.state, {}
+
+    def step(self, action):
+        self.state, self.t = self.state + int(action), self.t + 1
+        return min(self.state, 3), float(self.state == 4), self.state == 4, self.t == 10, {}
+
+
+class Forever(gym.Env):
+    """One state, whose every step pays 1, cut off after five: it is worth 1 / (1 - gamma)."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.ones(1, np.float32), 1.0, False, self.t == 5, {}
+
+
+for env in Counter, Film, Bandit, Chain, Forever:
+    gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    monkeypatch.setattr(dqn, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """What train hands to update, and both networks' weights before it."""
+    seen, update = [], dqn.update
+
+    def spy(q_network, target_network, optimizer, batch, args):
+        weights = [[p.detach().clone() for p in network.parameters()] for network in (q_network, target_network)]
+        seen.append({"batch": batch, "q": weights[0], "target": weights[1], "lr": optimizer.param_groups[0]["lr"]})
+        return update(q_network, target_network, optimizer, batch, args)
+
+    monkeypatch.setattr(dqn, "update", spy)
+    return seen
+
+
+def trained(args):
+    """The network that a run has left."""
+    network = dqn.make_agent(args, dqn.make_env(args.env_id))
+    network.load_state_dict(torch.load(f"{args.run_dir}/model.pt", weights_only=True)["model"])
+    return network
+
+
+# What reaches the loss
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_what_reaches_the_loss_is_what_happened(num_envs, updates, no_evaluation):
+    """Also across a checkpoint, after which the environments begin anew."""
+    args = dqn.Args(env_id="Counter-v0", total_timesteps=14 * num_envs, num_envs=num_envs,
+                    checkpoint_frequency=10 * num_envs, **TINY | {"batch_size": 64})  # fmt: skip
+    dqn.train(args)
+    happened = {  # observation, reward, terminated, next observation
+        (0, 1, False, 1), (1, 2, False, 2), (2, 3, True, 3),
+        (100, 1, False, 101), (101, 2, False, 102),
+        (200, 1, False, 201), (201, 2, False, 202), (202, 3, False, 203), (203, 4, False, 204),
+        (300, 1, False, 301),
+    }  # fmt: skip
+    learned = set()
+    for update in updates:
+        obs, actions, rewards, terminated, next_obs = update["batch"]
+        assert obs.shape == next_obs.shape == (64, 1)
+        assert actions.shape == rewards.shape == terminated.shape == (64,)
+        columns = obs[:, 0].tolist(), rewards.tolist(), terminated.tolist(), next_obs[:, 0].tolist()
+        learned |= set(zip(*columns, strict=True))
+    assert learned == happened
+
+
+def test_pictures_that_reach_the_loss_are_the_stacks_that_were_seen(updates, no_evaluation, monkeypatch):
+    seen, explore = [], dqn.explore
+    monkeypatch.setattr(dqn, "explore", lambda network, obs, *rest: (seen.append(obs), explore(network, obs, *rest))[1])
+    args = dqn.Args(env_id="Film-v0", total_timesteps=40, num_envs=2, checkpoint_frequency=24,
+                    **TINY | {"train_frequency": 4})  # fmt: skip
+    dqn.train(args)
+    stacks = {tuple(stack[:, 10, 0]) for stack in np.concatenate(seen)}
+    assert {(1, 1, 1, 1), (1, 1, 1, 2), (4, 5, 6, 7), (11, 11, 11, 12), (21, 21, 22, 23)} <= stacks
+    learned = set()
+    for update in updates:
+        obs, _, rewards, terminated, next_obs = update["batch"]
+        assert obs.dtype == torch.uint8
+        assert obs.shape == next_obs.shape == (16, 4, 84, 84)
+        assert torch.equal(next_obs[:, :3], obs[:, 1:])
+        assert (obs[:, :, :40] == obs[:, :, :1, :1]).all()
+        assert (obs[:, :, 44:] == 0).all()
+        columns = obs[:, :, 10, 0].tolist(), rewards.tolist(), terminated.tolist(), next_obs[:, 3, 10, 0].tolist()
+        learned |= {(tuple(stack), *rest) for stack, *rest in zip(*columns, strict=True)}
+    assert {stack for stack, *_ in learned} <= stacks
+    for stack, reward, end, following in learned:
+        assert following == stack[3] + 1, "the picture after the step, not the next episode's first one"
+        assert reward == (following - 1) % 10
+        assert end == (following == 8)
+    assert ((4, 5, 6, 7), 7, True, 8) in learned, "a terminated episode's last"
+    assert ((11, 11, 11, 12), 2, False, 13) in learned, "a truncated episode's last"
+
+
+# The buffer
+
+
+def play(buffer, num_envs, obs_shape, num_rows, mean_length, seed=0, restart_every=None):
+    """Feeds random episodes to the buffer; returns them as a list of transitions, (row, environment) in order."""
+    rng = np.random.default_rng(seed)
+    images = len(obs_shape) == 3
+
+    def frame():
+        return rng.integers(256, size=obs_shape[1:], dtype=np.uint8) if images else rng.random(obs_shape, np.float32)
+
+    def first():
+        return np.stack([frame()] * obs_shape[0]) if images else frame()
+
+    history = []
+    for t in range(num_rows):
+        if t == 0 or (restart_every and t % restart_every == 0):
+            obs = np.stack([first() for _ in range(num_envs)])
+            given = obs.copy()
+            buffer.begin(given)
+            given[:] = 0  # an environment may overwrite what it has returned
+        actions, rewards = rng.integers(7, size=num_envs), rng.random(num_envs)
+        terminated, truncated = rng.random((2, num_envs)) < 0.5 / mean_length
+        last = np.stack([np.concatenate([o[1:], frame()[None]]) if images else frame() for o in obs])
+        next_obs = last.copy()
+        final_obs = np.full(num_envs, None, dtype=object)
+        for i in np.flatnonzero(terminated | truncated):
+            final_obs[i], next_obs[i] = last[i].copy(), first()
+        for i in range(num_envs):
+            history.append((obs[i], actions[i], np.float32(rewards[i]), terminated[i], last[i]))
+        given = [x.copy() for x in (actions, rewards, terminated, truncated, next_obs)]
+        buffer.add(*given, {"final_obs": final_obs})
+        for array in (*given, *(x for x in final_obs if x is not None)):
+            array[:] = 0
+        obs = next_obs
+    return history
+
+
+@pytest.fixture
+def every_transition(monkeypatch):
+    """The whole buffer in order, by the function that samples from it."""
+
+    def read(buffer):
+        monkeypatch.setattr(np.random, "randint", lambda low, high, _: np.arange(low, high))
+        batch = buffer.sample(1, "cpu")
+        monkeypatch.undo()
+        return batch
+
+    return read
+
+
+@pytest.mark.parametrize("obs_shape", [(3,), (4, 5, 6)])
+@pytest.mark.parametrize(("num_envs", "capacity"), [(1, 30), (3, 60), (4, 62)])
+@pytest.mark.parametrize("mean_length", [1, 5, 10**9])
+@pytest.mark.parametrize("restart_every", [None, 7])
+def test_buffer_equals_a_list(obs_shape, num_envs, capacity, mean_length, restart_every, every_transition):
+    for num_rows in 1, 5, capacity // num_envs, capacity // num_envs + 1, 3 * capacity + 1:
+        buffer = dqn.ReplayBuffer(capacity, num_envs, obs_shape)
+        history = play(buffer, num_envs, obs_shape, num_rows, mean_length, restart_every=restart_every)
+        batch = every_transition(buffer)
+        kept = len(batch[0])
+        for column, expected in zip(batch, zip(*history[-kept:], strict=True), strict=True):
+            np.testing.assert_array_equal(column.numpy(), np.stack(expected))
+        full = min(len(history), capacity // num_envs * num_envs)
+        assert kept <= full
+        if mean_length == 10**9 and not restart_every:
+            assert kept == full
+        assert kept >= full // 2 - 4 * num_envs, "an episode of one step has two observations, the worst case"
+
+
+def test_buffer_samples_all_it_holds_evenly_and_anew(every_transition):
+    torch.manual_seed(0)
+    buffer = dqn.ReplayBuffer(60, 3, (2,))
+    play(buffer, 3, (2,), 100, mean_length=5)
+    held = {tuple(obs.tolist()): 0 for obs in every_transition(buffer)[0]}
+    batches = [buffer.sample(200, "cpu") for _ in range(50)]
+    for obs in torch.cat([batch[0] for batch in batches]):
+        held[tuple(obs.tolist())] += 1
+    expected = 50 * 200 / len(held)
+    assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in held.values())
+    assert not torch.equal(batches[0][0], batches[1][0])
+
+
+@pytest.mark.parametrize("num_rows", [0, 3, 100])
+@pytest.mark.parametrize("obs_shape", [(3,), (4, 5, 6)])
+def test_buffer_is_saved_as_far_as_it_is_filled_and_restored(obs_shape, num_rows, every_transition):
+    buffer, other = dqn.ReplayBuffer(60, 3, obs_shape), dqn.ReplayBuffer(60, 3, obs_shape)
+    play(buffer, 3, obs_shape, num_rows, mean_length=5)
+    file = io.BytesIO()
+    torch.save(buffer.state_dict(), file)
+    other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    for b in buffer, other:
+        play(b, 3, obs_shape, 4, mean_length=5, seed=1)
+    for one, two in zip(every_transition(buffer), every_transition(other), strict=True):
+        assert torch.equal(one, two)
+    if num_rows == 100:
+        assert len(file.getvalue()) > buffer.frames.nbytes + buffer.frame_numbers.nbytes
+
+
+def test_saving_a_large_buffer_with_little_in_it_takes_little():
+    buffer = dqn.ReplayBuffer(100_000, 2, (10,))
+    play(buffer, 2, (10,), 50, mean_length=5)
+    file = io.BytesIO()
+    torch.save(buffer.state_dict(), file)
+    assert file.tell() < 40_000
+
+
+def test_a_buffer_of_another_shape_is_not_restored():
+    buffer, other = dqn.ReplayBuffer(60, 3, (3,)), dqn.ReplayBuffer(60, 3, (4,))
+    play(buffer, 3, (3,), 5, mean_length=5)
+    with pytest.raises(ValueError):
+        other.load_state_dict(buffer.state_dict())
+
+
+def test_a_million_atari_transitions_take_less_than_7_5_gb(monkeypatch):
+    made, zeros = [], np.zeros
+
+    def count(shape, dtype):
+        made.append(math.prod(shape) * np.dtype(dtype).itemsize)
+        return zeros(1, dtype)
+
+    monkeypatch.setattr(np, "zeros", count)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**24, "SC_PAGE_SIZE": 2**12}[name])
+    dqn.ReplayBuffer(1_000_000, 8, (4, 84, 84))
+    assert 7.056e9 < sum(made) < 7.5e9
+
+
+def test_a_buffer_that_memory_cannot_hold_is_refused_before_it_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 1000}[name])
+    dqn.ReplayBuffer(1000, 1, (10,))
+    monkeypatch.setattr(np, "zeros", None)
+    with pytest.raises(SystemExit) as end:
+        dqn.ReplayBuffer(100_000, 1, (10,))
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert "--buffer-size 100000" in err
+    assert err.count("\n") == 1
+
+
+# Targets, loss, update
+
+
+def test_targets_by_hand():
+    rewards, terminated = torch.tensor([1.0, 2, 3, 4]), torch.tensor([False, True, False, False])
+    target_q = torch.tensor([[10.0, 20], [10, 20], [30, 20], [5, 7]])  # the third row's episode was truncated
+    choosing_q = torch.tensor([[0.0, 1], [0, 1], [1, 0], [9, 8]])  # chooses otherwise in the last row
+    targets = dqn.td_target(rewards, terminated, target_q, target_q, 0.5)
+    assert targets.tolist() == [1 + 0.5 * 20, 2, 3 + 0.5 * 30, 4 + 0.5 * 7]
+    targets = dqn.td_target(rewards, terminated, target_q, choosing_q, 0.5)
+    assert targets.tolist() == [1 + 0.5 * 20, 2, 3 + 0.5 * 30, 4 + 0.5 * 5]
+
+
+def test_loss_by_hand_and_as_the_mean_over_its_rows():
+    q_values, actions = torch.tensor([[0.0, 1], [2, 0], [5, 5], [0, 0]]), torch.tensor([1, 0, 0, 1])
+    targets = torch.tensor([1.5, 0, 5, -4])
+    loss, values = dqn.q_loss(q_values, actions, targets)
+    assert values.tolist() == [1, 2, 5, 0]
+    assert loss.item() == pytest.approx((0.5**2 + 2**2 + 0 + 4**2) / 4)
+    singles = [dqn.q_loss(q_values[i : i + 1], actions[i : i + 1], targets[i : i + 1])[0].item() for i in range(4)]
+    assert loss.item() == pytest.approx(np.mean(singles))
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(AssertionError):
+        dqn.q_loss(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long), torch.zeros(4, 1))
+    with pytest.raises(AssertionError):
+        dqn.td_target(torch.zeros(4, 1), torch.zeros(4, dtype=torch.bool), torch.zeros(4, 2), torch.zeros(4, 2), 0.9)
+
+
+def random_batch(num=32, dim=4):
+    return (torch.randn(num, dim), torch.randint(2, (num,)), torch.randn(num) * 3, torch.rand(num) < 0.3,
+            torch.randn(num, dim))  # fmt: skip
+
+
+def two_networks(args):
+    q_network, target_network = (dqn.make_agent(args, dqn.make_env("CartPole-v1")) for _ in range(2))
+    return q_network, target_network.requires_grad_(False)
+
+
+@pytest.mark.parametrize("double_q", [True, False])
+@pytest.mark.parametrize("dueling", [True, False])
+def test_update_is_a_gradient_step_on_the_loss(double_q, dueling):
+    torch.manual_seed(0)
+    args = dqn.Args(double_q=double_q, dueling=dueling, gamma=0.9)
+    q_network, target_network = two_networks(args)
+    mirror, target_before = copy.deepcopy(q_network), copy.deepcopy(target_network.state_dict())
+    batch = obs, actions, rewards, terminated, next_obs = random_batch()
+    loss, values = dqn.update(q_network, target_network, torch.optim.SGD(q_network.parameters(), 0.1), batch, args)
+
+    expected, disagreements = 0.0, 0
+    for i in range(32):
+        ours, theirs = mirror(next_obs[i]), target_network(next_obs[i])
+        disagreements += ours.argmax() != theirs.argmax()
+        future = theirs[ours.argmax()] if double_q else theirs.max()
+        error = mirror(obs[i])[actions[i]] - rewards[i] - (0 if terminated[i] else 0.9 * future.item())
+        expected = expected + error**2 / 32
+        assert values[i].item() == pytest.approx(mirror(obs[i])[actions[i]].item(), abs=1e-5)
+    assert disagreements > 0, "else Double DQN would not differ"
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradient = torch.autograd.grad(expected, [*mirror.parameters()])
+    for ours, theirs, slope in zip(q_network.parameters(), mirror.parameters(), gradient, strict=True):
+        torch.testing.assert_close(ours, theirs - 0.1 * slope, atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(value, target_before[name]) for name, value in target_network.state_dict().items())
+
+
+def test_update_equals_that_of_stable_baselines3_but_for_its_clipping(monkeypatch):
+    sb3 = pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+    torch.manual_seed(0)
+    args = dqn.Args(double_q=False, gamma=0.97)
+    q_network, target_network = two_networks(args)
+    peer = sb3.DQN("MlpPolicy", "CartPole-v1", gamma=0.97, device="cpu", batch_size=32,
+                   policy_kwargs={"net_arch": [128, 128]})  # fmt: skip
+    for theirs, ours in (peer.q_net, q_network), (peer.q_net_target, target_network):
+        theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    batch = obs, actions, rewards, terminated, next_obs = random_batch()
+    columns = actions.unsqueeze(1), next_obs, terminated.float().unsqueeze(1), rewards.unsqueeze(1)
+    monkeypatch.setattr(peer.replay_buffer, "sample", lambda *_, **__: ReplayBufferSamples(obs, *columns))
+    peer.learn(0)  # makes its logger
+    peer.policy.optimizer = torch.optim.SGD(peer.q_net.parameters(), 0.1)
+    monkeypatch.setattr(peer, "_update_learning_rate", lambda *_: None)
+    monkeypatch.setattr(torch.nn.functional, "smooth_l1_loss", torch.nn.functional.mse_loss)  # it clips the error ...
+    peer.max_grad_norm = math.inf  # ... and the gradient
+    peer.train(gradient_steps=1, batch_size=32)
+    loss, _ = dqn.update(q_network, target_network, torch.optim.SGD(q_network.parameters(), 0.1), batch, args)
+    assert loss.item() == pytest.approx(peer.logger.name_to_value["train/loss"], rel=1e-5)
+    for ours, theirs in zip(q_network.parameters(), peer.q_net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+# Networks
+
+
+def test_dueling_adds_a_value_to_advantages_whose_mean_is_zero():
+    torch.manual_seed(0)
+    head, hidden = dqn.DuelingHead(8, 3), torch.randn(5, 8)
+    values, advantages = head.value(hidden), head.advantage(hidden)
+    for i, a in np.ndindex(5, 3):
+        expected = values[i, 0] + advantages[i, a] - sum(advantages[i]) / 3
+        assert head(hidden)[i, a].item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(head(hidden).mean(-1), values[:, 0])
+    network = dqn.make_agent(dqn.Args(dueling=True), dqn.make_env("CartPole-v1"))
+    assert isinstance(network.head, dqn.DuelingHead)
+    assert isinstance(dqn.make_agent(dqn.Args(), dqn.make_env("CartPole-v1")).head, torch.nn.Linear)
+
+
+def test_hidden_layers_of_vectors_begin_with_biases():
+    """Without, the network is linear in the length of a state, learns nothing at 0, and diverges on CartPole."""
+    network = dqn.QNetwork((5,), 4, 0, dueling=False)
+    assert all((layer.bias != 0).all() for layer in (network.hidden[0], network.hidden[2]))
+
+
+def test_images_are_scaled():
+    images, network = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8), dqn.QNetwork((4, 84, 84), 3, 0, True)
+    expected = network.head(torch.nn.Sequential(*network.hidden)(images.float() / 255))
+    torch.testing.assert_close(network(images), expected)
+    assert network(images).shape == (2, 3)
+
+
+def test_acting_takes_the_best_action_as_the_environment_counts():
+    torch.manual_seed(0)
+    network, obs = dqn.QNetwork((3,), 4, 5, dueling=False), torch.randn(20, 3)
+    best = [max(range(4), key=lambda a: network(obs)[i, a].item()) for i in range(20)]
+    assert network.act(obs.numpy()).tolist() == [5 + a for a in best]
+    assert len(set(best)) > 1
+
+
+# Exploration
+
+
+def test_epsilon_greedy():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    args = dqn.Args()
+    network, obs = dqn.QNetwork((3,), 4, 5, dueling=False), np.random.default_rng(0).random((4000, 3), np.float32)
+    greedy = network.act(obs) - 5
+    assert (dqn.explore(network, obs, 0.0, args) == greedy).all()
+    for epsilon in 0.3, 1.0:
+        actions = dqn.explore(network, obs, epsilon, args)
+        assert np.mean(actions == greedy) == pytest.approx(1 - 0.75 * epsilon, abs=0.03)
+        others = actions[actions != greedy] - greedy[actions != greedy]
+        assert np.bincount(others % 4, minlength=4)[1:] / len(others) == pytest.approx([1 / 3] * 3, abs=0.06)
+
+
+def test_boltzmann():
+    torch.manual_seed(0)
+    args = dqn.Args(exploration="boltzmann")
+    network, one = dqn.QNetwork((3,), 4, 5, dueling=False), np.array([[1, -1, 2]], np.float32)
+    obs = one.repeat(20_000, 0)
+    for temperature in 0.5, 3.0:
+        frequencies = np.bincount(dqn.explore(network, obs, temperature, args), minlength=4) / 20_000
+        expected = torch.softmax(network(torch.from_numpy(one))[0] / temperature, 0).tolist()
+        assert frequencies == pytest.approx(expected, abs=0.015)
+    assert (dqn.explore(network, obs, 0.0, args) == network.act(obs) - 5).all()
+
+
+def test_the_environment_gets_the_actions_that_are_learned_from_counted_from_its_own_start(updates, no_evaluation):
+    ECHOED.clear()
+    dqn.train(dqn.Args(env_id="Bandit-v0", total_timesteps=60, num_envs=2, **TINY))
+    assert set(ECHOED) == {5, 6, 7}
+    for update in updates:
+        _, actions, rewards, terminated, _ = update["batch"]
+        assert torch.equal(actions, rewards.long())
+        assert terminated.all()
+
+
+def test_linear_schedule_at_both_ends():
+    assert [dqn.linear_schedule(1.0, 0.2, 40, step) for step in (0, 10, 20, 40, 41, 1000)] == pytest.approx(
+        [1, 0.8, 0.6, 0.2, 0.2, 0.2]
+    )
+    assert dqn.linear_schedule(1.0, 0.2, 0, 1) == pytest.approx(0.2)
+
+
+def test_epsilon_and_learning_rate_over_a_run(monkeypatch, no_evaluation):
+    seen, explore = {}, dqn.explore
+
+    def spy(network, obs, epsilon, args):
+        seen[len(seen) * 2] = epsilon
+        return explore(network, obs, epsilon, args)
+
+    monkeypatch.setattr(dqn, "explore", spy)
+    schedule = {"start_e": 0.9, "end_e": 0.1, "learning_rate": 1.0, "exploration_fraction": 0.5}
+    args = dqn.Args(env_id="Counter-v0", total_timesteps=4000, checkpoint_frequency=4000, num_envs=2, **schedule,
+                    **TINY | {"train_frequency": 100})  # fmt: skip
+    dqn.train(args)
+    assert [seen[step] for step in (0, 1000, 2000, 3998)] == pytest.approx([0.9, 0.5, 0.1, 0.1])
+    logged = [row for row in rows(dqn.Path(args.run_dir)) if "charts/epsilon" in row]
+    assert [row["global_step"] for row in logged] == [1000, 2000, 3000, 4000]
+    assert [row["charts/epsilon"] for row in logged] == pytest.approx([0.5, 0.1, 0.1, 0.1], abs=0.001)
+    assert [row["charts/learning_rate"] for row in logged] == pytest.approx([0.75, 0.5, 0.25, 0], abs=0.001)
+    assert all(row["charts/SPS"] > 0 for row in logged)
+
+
+def test_learning_rate_stays_without_annealing(updates, no_evaluation):
+    for anneal in True, False:
+        updates.clear()
+        dqn.train(dqn.Args(env_id="Counter-v0", total_timesteps=20, num_envs=1, learning_rate=0.5, anneal_lr=anneal,
+                           **TINY))  # fmt: skip
+        expected = [0.5 * (1 - step / 20 * anneal) for step in range(20)]
+        assert [update["lr"] for update in updates] == pytest.approx(expected)
+
+
+# Counts
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 4])
+@pytest.mark.parametrize("train_frequency", [1, 5, 8])
+@pytest.mark.parametrize("learning_starts", [0, 30])
+def test_one_gradient_step_for_every_so_many_transitions(num_envs, train_frequency, learning_starts, updates,
+                                                         no_evaluation):  # fmt: skip
+    dqn.train(dqn.Args(env_id="Counter-v0", total_timesteps=240, num_envs=num_envs, checkpoint_frequency=48, **TINY | {
+        "train_frequency": train_frequency, "learning_starts": learning_starts}))  # fmt: skip
+    assert len(updates) == (240 - learning_starts) // train_frequency
+
+
+@pytest.mark.parametrize(("num_envs", "train_frequency", "frequency", "tau"),
+                         [(1, 1, 1, 0.3), (3, 1, 4, 1.0), (4, 2, 3, 0.5), (2, 5, 4, 1.0)])  # fmt: skip
+def test_target_network_follows_every_so_many_gradient_steps(num_envs, train_frequency, frequency, tau, updates,
+                                                             no_evaluation):  # fmt: skip
+    dqn.train(dqn.Args(env_id="Counter-v0", total_timesteps=120, num_envs=num_envs, checkpoint_frequency=60,
+                       target_network_frequency=frequency, tau=tau, **TINY | {"train_frequency": train_frequency})
+              )  # fmt: skip
+    assert len(updates) == 120 // train_frequency
+    assert all(torch.equal(q, target) for q, target in zip(updates[0]["q"], updates[0]["target"], strict=True))
+    for done in range(1, len(updates)):
+        before, after = updates[done - 1], updates[done]
+        for old, new, q in zip(before["target"], after["target"], after["q"], strict=True):
+            torch.testing.assert_close(new, old + tau * (q - old) if done % frequency == 0 else old)
+        assert any(not torch.equal(x, y) for x, y in zip(before["q"], after["q"], strict=True))
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+def test_steps_are_transitions_and_each_episode_is_logged_once(num_envs, tmp_path, no_evaluation):
+    MADE.clear()
+    total = 27 * num_envs
+    dqn.train(dqn.Args(env_id="Counter-v0", total_timesteps=total, num_envs=num_envs, checkpoint_frequency=total,
+                       run_dir=str(tmp_path / "run"), **TINY))  # fmt: skip
+    assert sum(env.steps for env in MADE) == total
+    episodes = [row for row in rows(tmp_path / "run") if "charts/episodic_return" in row]
+    ends = [(3, 6), (5, 3), (9, 10), (12, 6), (14, 3), (18, 10), (21, 6), (23, 3), (27, 10)]  # (step, return) of one
+    got = [(row["global_step"], row["charts/episodic_return"]) for row in episodes]
+    assert got == [(step * num_envs, reward) for step, reward in ends for _ in range(num_envs)]
+    assert [row["charts/episodic_length"] for row in episodes[::num_envs]] == [3, 2, 4] * 3
+
+
+def test_logged_losses_and_values_are_means_over_the_updates(monkeypatch, no_evaluation):
+    history, update = [], dqn.update
+    monkeypatch.setattr(dqn, "update", lambda *args: (history.append(update(*args)), history[-1])[1])
+    args = dqn.Args(env_id="Counter-v0", total_timesteps=2000, num_envs=2, checkpoint_frequency=2000,
+                    **TINY | {"train_frequency": 10})  # fmt: skip
+    dqn.train(args)
+    logged = [row for row in rows(dqn.Path(args.run_dir)) if "losses/td_loss" in row]
+    for row, part in zip(logged, (history[:100], history[100:]), strict=True):
+        assert row["losses/td_loss"] == pytest.approx(np.mean([loss.item() for loss, _ in part]), rel=1e-4)
+        assert row["losses/q_values"] == pytest.approx(np.mean([q.mean().item() for _, q in part]), rel=1e-4)
+
+
+# Spaces
+
+
+@pytest.mark.parametrize(("env_id", "word"), [("Pendulum-v1", "sac.py"), ("Pendulum-v1", "ppo.py")])
+def test_other_actions_are_refused(env_id, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        dqn.make_agent(dqn.Args(env_id=env_id), dqn.make_env(env_id))
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [{"tau": 1.1}, {"start_e": 1.1}, {"end_e": -0.1}, {"exploration_fraction": 1.1},
+                                   {"buffer_size": 7}, {"batch_size": 0}, {"train_frequency": 0},
+                                   {"learning_starts": -1}])  # fmt: skip
+def test_numbers_out_of_range_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        dqn.Args(**flags)
+    assert end.value.code == 2
+    assert f"--{next(iter(flags)).replace('_', '-')}" in capsys.readouterr().err
+    dqn.Args(exploration="boltzmann", start_e=50.0)
+
+
+def test_atari_learns_from_the_sign_and_logs_the_score(updates, no_evaluation):
+    args = dqn.Args(env_id="ALE/SpaceInvaders-v5", total_timesteps=600, num_envs=2, checkpoint_frequency=600,
+                    **TINY | {"train_frequency": 600, "batch_size": 200, "buffer_size": 600})  # fmt: skip
+    dqn.train(args)
+    (update,) = updates
+    assert update["batch"][0].shape == (200, 4, 84, 84)
+    assert set(update["batch"][2].tolist()) == {0, 1}
+
+
+# Learning
+
+
+def test_learns_a_bandit():
+    args = dqn.Args(env_id="Bandit-v0", total_timesteps=2000, num_envs=4, eval_episodes=1, learning_starts=100)
+    dqn.train(args)
+    assert rows(dqn.Path(args.run_dir))[-1]["eval/episodic_return"] == 2
+    assert trained(args)(torch.ones(1)).tolist() == pytest.approx([0, 1, 2], abs=0.1)
+
+
+@pytest.mark.parametrize("flags", [{}, {"dueling": True}, {"double_q": False}, {"exploration": "boltzmann"}])
+def test_learns_the_values_of_a_chain(flags):
+    args = dqn.Args(env_id="Chain-v0", total_timesteps=6000, gamma=0.9, eval_episodes=1, end_e=0.5,
+                    target_network_frequency=20, **flags)  # fmt: skip
+    dqn.train(args)
+    assert rows(dqn.Path(args.run_dir))[-1]["eval/episodic_length"] == 4
+    q_values = trained(args)(torch.eye(4))
+    assert q_values[:, 1].tolist() == pytest.approx([0.9**3, 0.9**2, 0.9, 1], abs=0.03)
+    assert q_values[:, 0].tolist() == pytest.approx([0.9**4, 0.9**3, 0.9**2, 0.9], abs=0.03)
+
+
+def test_a_time_limit_is_no_terminal_state():
+    args = dqn.Args(env_id="Forever-v0", total_timesteps=4000, gamma=0.8, eval_episodes=1,
+                    target_network_frequency=20)  # fmt: skip
+    dqn.train(args)
+    assert trained(args)(torch.ones(1)).tolist() == pytest.approx([5, 5], abs=0.2)
+
+
+def test_learns_cartpole():
+    args = dqn.Args(total_timesteps=24_000, eval_frequency=24_000)
+    dqn.train(args)
+    assert rows(dqn.Path(args.run_dir))[-1]["eval/episodic_return"] >= 150

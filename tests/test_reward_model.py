@@ -1,0 +1,248 @@
+"""reward_model.py against scores read by hand, losses computed by hand and by TRL, and rewards that are known."""
+
+import copy
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, rows, timeless
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+)
+
+from algorithms import reward_model
+
+SCRIPT = ROOT / "algorithms" / "reward_model.py"
+SIZES = {
+    "gpt2": GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3),
+    "llama": LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         intermediate_size=32, max_position_embeddings=64, initializer_range=0.3),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Small language models with random weights whose padding token is their end token, and 60 pairs of reviews."""
+    folder, tokenizer = tmp_path_factory.mktemp("models"), reward_model.word_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    for name, config in SIZES.items():
+        torch.manual_seed(0)
+        config = copy.deepcopy(config)
+        config.vocab_size, config.eos_token_id, config.bos_token_id = len(tokenizer), tokenizer.eos_token_id, None
+        config.pad_token_id = tokenizer.eos_token_id
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rng = reward_model.random.Random(0)
+    write, prompts = reward_model.write_review, reward_model.repeat_prompts(60)
+    records = [{"prompt": p, "chosen": write(p, rng), "rejected": write(p, rng)} for p in prompts]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def arguments(folders, name="gpt2", **changes):
+    flags = {"model_name": str(folders / name), "dataset": str(folders / "pairs.jsonl"), "device": "cpu",
+             "batch_size": 8, "total_timesteps": 108, "eval_frequency": 54, "checkpoint_frequency": 40,
+             "learning_rate": 1e-2}  # fmt: skip
+    return reward_model.Args(**flags | changes)
+
+
+def loaded(folders, name="gpt2", **changes):
+    args = arguments(folders, name, **changes)
+    return *reward_model.load(args.model_name, args.dataset, args), args
+
+
+def with_a_head(model):
+    with torch.no_grad():
+        model.score.weight.copy_(torch.linspace(-1, 1, model.score.weight.numel())[None])
+    return model
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_reward_is_read_at_the_end_token_whatever_the_padding(folders, name):
+    model, tokenizer, pairs, _ = loaded(folders, name)
+    with_a_head(model)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len({len(pair.chosen) for pair in pairs[:6]}) > 1
+    together = torch.stack(reward_model.pair_rewards(model, pairs[:6]), 1)
+    for pair, values in zip(pairs[:6], together.tolist(), strict=True):
+        for reply, value in zip((pair.chosen, pair.rejected), values, strict=True):
+            assert reply[-1] == tokenizer.eos_token_id
+            with torch.no_grad():
+                hidden = model.base_model(input_ids=torch.tensor([pair.prompt + reply])).last_hidden_state
+            assert value == pytest.approx((hidden[0, -1] @ model.score.weight[0]).item(), abs=1e-5)
+            before_the_end = (hidden[0, -2] @ model.score.weight[0]).item()
+            assert value != pytest.approx(before_the_end, abs=1e-3)
+
+
+def test_loss_by_hand_and_shapes():
+    losses, metrics = reward_model.bradley_terry_loss(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0]))
+    expected = [math.log(1 + math.exp(-0.5)), math.log(1 + math.exp(3))]
+    assert losses.tolist() == pytest.approx(expected)
+    values = dict(zip(reward_model.METRICS, metrics.tolist(), strict=True))
+    assert values["loss"] == pytest.approx(expected)
+    assert values["rewards/chosen"] == [1, -2]
+    assert values["rewards/rejected"] == [0.5, 1]
+    assert values["rewards/accuracies"] == [1, 0]
+    assert values["rewards/margins"] == [0.5, -3]
+    with pytest.raises(AssertionError):
+        reward_model.bradley_terry_loss(torch.zeros(3, 1), torch.zeros(3))
+
+
+def test_calibration_error_by_hand():
+    """Two bins: three pairs at confidence 0.6, of which two are right; one sure and wrong at 0.9."""
+    logit = {p: math.log(p / (1 - p)) for p in (0.62, 0.92)}
+    margins = np.array([logit[0.62], logit[0.62], -logit[0.62], -logit[0.92]])
+    assert reward_model.calibration_error(margins) == pytest.approx((3 * abs(2 / 3 - 0.62) + 0.92) / 4)
+    rng = np.random.default_rng(0)
+    margins = rng.normal(size=100_000) * 2
+    margins = np.where(rng.random(100_000) < 1 / (1 + np.exp(-np.abs(margins))), 1, -1) * np.abs(margins)
+    assert reward_model.calibration_error(margins) < 0.01
+
+
+def test_loss_is_that_of_trl(folders, tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model, tokenizer, pairs, args = loaded(folders)
+    with_a_head(model)
+    records = [json.loads(line) for line in Path(args.dataset).read_text().splitlines()][:8]
+    records = [{name: r["prompt"] + r[name] for name in ("chosen", "rejected")} for r in records]
+    config = trl.RewardConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=8,
+                              max_length=None, gradient_checkpointing=False, bf16=False)  # fmt: skip
+    trainer = trl.RewardTrainer(
+        model, args=config, train_dataset=Dataset.from_list(records), processing_class=tokenizer
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    expected = trainer.compute_loss(model, batch).item()
+    losses, _ = reward_model.bradley_terry_loss(*reward_model.pair_rewards(model, pairs[:8]))
+    assert losses.mean().item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"micro_batch_size": 3}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}]
+)
+def test_micro_batches_and_checkpointing_change_nothing(folders, changes):
+    results = []
+    for more in {}, changes:
+        model, _, pairs, args = loaded(folders, **more)
+        optimizer = torch.optim.SGD(with_a_head(model).parameters(), 0.1)
+        metrics = reward_model.update(model, optimizer, pairs, list(range(8)), args)
+        results.append((metrics, [parameter.detach() for parameter in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_run_starts_at_ln_2_repeats_itself_resumes_exactly_and_its_model_loads_anywhere(
+    folders, name, tmp_path, monkeypatch, capsys
+):
+    for run_dir, seed in ("one", 1), ("two", 1), ("other", 2):
+        reward_model.train(arguments(folders, name, run_dir=str(tmp_path / run_dir), seed=seed))
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
+    assert timeless(tmp_path / "one") != timeless(tmp_path / "other")
+    steps = [row for row in rows(tmp_path / "one") if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[0]["rewards/margins"] == 0
+    assert steps[-1]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+    update, count = reward_model.update, []
+
+    def dies(*arguments):
+        count.append(1)
+        if len(count) == 9:
+            raise ZeroDivisionError
+        return update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_model, "update", dies)
+        with pytest.raises(ZeroDivisionError):
+            reward_model.train(arguments(folders, name, run_dir=str(tmp_path / "cut")))
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)  # they hold the run, and the run its folder's lock
+    gc.collect()
+    reward_model.train(arguments(folders, name, run_dir=str(tmp_path / "cut"), resume=True))
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "cut")
+
+    capsys.readouterr()
+    run_dir = tmp_path / "one"
+    reward_model.evaluate_saved(arguments(folders, name, run_dir=str(run_dir), evaluate=True))
+    out, last = capsys.readouterr().out, [row for row in rows(run_dir) if "eval/loss" in row][-1]
+    for metric in "loss", "accuracy", "margin", "calibration_error":
+        assert f"eval/{metric} {last[f'eval/{metric}']:.4g}" in out
+
+    replies = [{"prompt": "review the film : ", "reply": text} for text in ("the plot is good .", "the plot is bad .")]
+    Path("replies.jsonl").write_text("".join(json.dumps(reply) + "\n" for reply in replies))
+    flags = {"run_dir": str(run_dir), "evaluate": True, "replies": "replies.jsonl"}
+    reward_model.evaluate_saved(arguments(folders, name, **flags))
+    scored = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    model = AutoModelForSequenceClassification.from_pretrained(run_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    texts = [reply["prompt"] + reply["reply"] + "<end>" for reply in replies] + ["the <end>"]
+    with torch.no_grad():
+        loaded_rewards = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:2, 0].tolist()
+    assert [line["reward"] for line in scored] == pytest.approx(loaded_rewards, abs=1e-5)
+    assert [{k: v for k, v in line.items() if k != "reward"} for line in scored] == replies
+
+
+def test_two_processes_learn_what_one_learns(folders, tmp_path):
+    flags = ["--model-name", folders / "gpt2", "--dataset", folders / "pairs.jsonl", "--device", "cpu", "--batch-size",
+             "9", "--micro-batch-size", "2", "--total-timesteps", "54", "--eval-frequency", "27"]  # fmt: skip
+    one = [sys.executable, SCRIPT]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
+    for name, command in ("one", one), ("two", two):
+        command = [*map(str, command), *map(str, flags), "--run-dir", str(tmp_path / name)]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("run directory") == 1, "one process writes"
+    a, b = timeless(tmp_path / "one"), timeless(tmp_path / "two")
+    assert len(a) == len(b)
+    for row, other in zip(a, b, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=2e-4)
+
+
+def test_lora_trains_its_matrices_and_the_head(folders, tmp_path):
+    pytest.importorskip("peft")
+    reward_model.train(arguments(folders, "llama", run_dir=str(tmp_path / "run"), lora_rank=2))
+    parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert parts
+    assert all("lora_" in name or "score" in name for name in parts)
+    assert any("score" in name for name in parts)
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[-1]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_replies_are_for_evaluation_alone(folders, capsys):
+    with pytest.raises(SystemExit) as end:
+        arguments(folders, replies="x.jsonl")
+    assert end.value.code == 2
+    assert "--evaluate" in capsys.readouterr().err
+
+
+def test_reviews_are_made_and_learned(tmp_path):
+    args = reward_model.Args(num_pairs=1000, total_timesteps=1800, eval_frequency=900, run_dir=str(tmp_path / "run"))
+    reward_model.train(args)
+    first, last = (row for row in rows(tmp_path / "run") if "eval/accuracy" in row)
+    assert 0.65 < last["eval/bayes_accuracy"] < 0.95
+    assert first["eval/bayes_accuracy"] == last["eval/bayes_accuracy"]
+    assert last["eval/accuracy"] > 0.5

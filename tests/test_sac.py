@@ -1,0 +1,148 @@
+"""What sac.py does not share with td3.py. What they have in common is in test_td3.py."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_td3 import HIGH, LOW, adam_by_hand, assert_same_parameters, critic_by_hand, make_learner, random_batch
+
+from algorithms import sac
+
+
+def test_log_probabilities_are_those_of_a_squashed_normal():
+    torch.manual_seed(0)
+    mean, log_std, noise = torch.randn(3, 50, 4, dtype=torch.float64)
+    actions, log_prob = sac.squashed_normal(mean, log_std, noise)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform(cache_size=1))
+    inside = actions.clamp(-1 + 1e-9, 1 - 1e-9)
+    torch.testing.assert_close(actions, (mean + log_std.exp() * noise).tanh())
+    some = (actions.abs() < 0.999).all(1)
+    assert some.sum() > 10
+    torch.testing.assert_close(log_prob[some], squashed.log_prob(inside).sum(1)[some], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.7, -0.5), (-1.5, 0.3), (0.2, -2.0)])
+def test_probabilities_integrate_to_one_over_asymmetric_boxes(mean, log_std):
+    """Over each range of the box, by the trapezoid rule over the actions that the environment gets."""
+    noise = torch.linspace(-9, 9, 20_001, dtype=torch.float64)[:, None]
+    actions, log_prob = sac.squashed_normal(torch.full_like(noise, mean), torch.full_like(noise, log_std), noise)
+    for low, high in zip(LOW, HIGH, strict=True):
+        actor = sac.Actor(1, np.array([low], np.float64), np.array([high], np.float64))
+        received = torch.from_numpy(actor.to_env(actions))[:, 0]
+        density = log_prob.exp() / actor.scale.item()  # the density in the box: its ranges are scaled
+        assert torch.trapezoid(density, received).item() == pytest.approx(1, abs=1e-4)
+        expected = torch.trapezoid(density * received, received).item()
+        sampled = actor.to_env((mean + math.exp(log_std) * torch.randn(200_000, 1, dtype=torch.float64)).tanh())
+        assert expected == pytest.approx(sampled.mean(), abs=0.01 * float(high - low))
+
+
+def test_log_probabilities_stay_finite_and_exact_where_tanh_is_one():
+    u = torch.tensor([[-300.0], [-40.0], [-10.0], [0.0], [10.0], [40.0], [300.0]], requires_grad=True)
+    actions, log_prob = sac.squashed_normal(u, torch.zeros_like(u), torch.zeros_like(u))
+    assert actions[0] == -1
+    log_cosh = u.double().abs() + torch.log1p((-2 * u.double().abs()).exp()) - math.log(2)
+    expected = -0.5 * math.log(2 * math.pi) + 2 * log_cosh  # log(1 - tanh^2) = -2 log cosh
+    torch.testing.assert_close(log_prob.double(), expected[:, 0], rtol=1e-6, atol=1e-6)
+    log_prob.sum().backward()
+    assert u.grad.isfinite().all()
+
+
+def test_samples_have_the_means_and_deviations_of_the_network_and_acting_has_none():
+    torch.manual_seed(0)
+    actor = sac.Actor(3, LOW, HIGH)
+    obs = torch.randn(1, 3)
+    mean, log_std = actor(obs)
+    torch.testing.assert_close(torch.cat([mean, log_std], -1), actor.net(obs))
+    with torch.no_grad():
+        actions, log_prob = actor.sample(obs.expand(50_000, -1))
+    u = actions.double().clamp(-1 + 1e-7, 1 - 1e-7).atanh()
+    torch.testing.assert_close(u.mean(0).float(), mean[0].detach(), atol=0.03, rtol=0)
+    torch.testing.assert_close(u.std(0).float(), log_std.exp()[0].detach(), atol=0.03, rtol=0)
+    assert log_prob.shape == (50_000,)
+    expected = (LOW + HIGH) / 2 + (HIGH - LOW) / 2 * mean.tanh().detach().numpy()
+    np.testing.assert_allclose(actor.act(obs.numpy()), expected, rtol=1e-5)
+
+
+def test_deviations_are_clamped():
+    actor = sac.Actor(3, LOW, HIGH)
+    for value, expected in (99, 2), (-99, -20):
+        torch.nn.init.constant_(actor.net[4].bias, value)
+        _, log_std = actor(torch.zeros(1, 3))
+        assert (log_std == expected).all()
+
+
+@pytest.mark.parametrize("autotune", [True, False])
+def test_a_learning_step_of_sac_is_that_of_its_equations(autotune, monkeypatch):
+    """In float64, against the equations one by one."""
+    learner = make_learner(sac, gamma=0.9, tau=0.2, alpha=0.3, autotune=autotune, policy_lr=1e-3, q_lr=2e-3).double()
+    for parameter in learner.target_critics.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    obs, actions, next_obs, rewards, terminated = batch = [part.double() for part in random_batch(16)]
+    mirror = copy.deepcopy(learner)
+    noises = list(torch.randn(2, 16, 3, dtype=torch.float64))
+    waiting = iter(noises)
+    monkeypatch.setattr(torch, "randn_like", lambda _: next(waiting))
+    metrics = learner.update(batch)
+    monkeypatch.undo()
+
+    def pi(obs, noise):
+        for layer in mirror.actor.net[0], mirror.actor.net[2]:
+            obs = torch.clamp(obs @ layer.weight.T + layer.bias, min=0)
+        mean, log_std = (obs @ mirror.actor.net[4].weight.T + mirror.actor.net[4].bias).split(3, dim=1)
+        normal = torch.distributions.Normal(mean, log_std.exp())
+        u = mean + log_std.exp() * noise
+        return torch.tanh(u), (normal.log_prob(u) - torch.log(1 - torch.tanh(u) ** 2)).sum(1)
+
+    alpha = mirror.log_alpha.exp().item()
+    assert alpha == pytest.approx(0.3)
+    next_actions, next_log_prob = pi(next_obs, noises[0])
+    twins = [critic_by_hand(mirror.target_critics, i, next_obs, next_actions) for i in range(2)]
+    y = (rewards + 0.9 * (1 - terminated) * (torch.minimum(*twins) - alpha * next_log_prob)).detach()
+    losses = [((critic_by_hand(mirror.critics, i, obs, actions) - y) ** 2).mean() for i in range(2)]
+    critic_parameters = list(mirror.critics.parameters())
+    adam_by_hand(critic_parameters, torch.autograd.grad(sum(losses), critic_parameters), 2e-3)
+    new_actions, log_prob = pi(obs, noises[1])
+    twins = [critic_by_hand(mirror.critics, i, obs, new_actions) for i in range(2)]
+    assert len({bool(first < second) for first, second in zip(*twins, strict=True)}) == 2, "each is once the smaller"
+    actor_loss = (alpha * log_prob - torch.minimum(*twins)).mean()
+    actor_parameters = list(mirror.actor.parameters())
+    gradients = torch.autograd.grad(actor_loss, actor_parameters)
+    adam_by_hand(actor_parameters, gradients, 1e-3)
+    if autotune:
+        loss = (-mirror.log_alpha.exp() * (log_prob.detach() - 3)).mean()  # H = -dim(a) = -3
+        adam_by_hand([mirror.log_alpha], torch.autograd.grad(loss, [mirror.log_alpha]), 2e-3)
+    for target, online in zip(mirror.target_critics.parameters(), critic_parameters, strict=True):
+        target.data = 0.8 * target.data + 0.2 * online.data
+    assert_same_parameters(learner, mirror, atol=1e-8)
+    assert metrics["losses/actor_loss"].item() == pytest.approx(actor_loss.item(), rel=1e-8)
+    assert metrics["losses/entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-8)
+    assert metrics["losses/alpha"].item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("log_std", "rises"), [(-6.0, True), (0.0, False)])
+def test_temperature_rises_where_entropy_is_below_its_target_and_falls_above(log_std, rises):
+    learner = make_learner(sac, policy_lr=0.0)
+    assert learner.target_entropy == -3, "minus the number of dimensions"
+    torch.nn.init.zeros_(learner.actor.net[4].weight)
+    learner.actor.net[4].bias.data[:] = torch.tensor([0.0] * 3 + [log_std] * 3)
+    metrics = [learner.update(random_batch(64, seed=i)) for i in range(20)]
+    assert (metrics[0]["losses/entropy"] < -3) == rises
+    alphas = [row["losses/alpha"].item() for row in metrics]
+    assert alphas == sorted(alphas, reverse=not rises)
+    assert alphas[0] == pytest.approx(0.2)
+    assert alphas[0] != alphas[-1]
+
+
+def test_a_fixed_temperature_stays_and_may_be_zero(capsys):
+    for alpha in 0.0, 0.7:
+        learner = make_learner(sac, autotune=False, alpha=alpha)
+        for i in range(3):
+            metrics = learner.update(random_batch(seed=i))
+            assert metrics["losses/alpha"].item() == pytest.approx(alpha)
+            assert all(value.isfinite() for value in metrics.values())
+    with pytest.raises(SystemExit):
+        sac.Args(alpha=0.0)
+    assert "--alpha" in capsys.readouterr().err

@@ -1,0 +1,556 @@
+"""td3.py, and what sac.py has in common with it, against oracles written from the papers and hand-made environments."""
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import rows, timeless
+
+from algorithms import sac, td3
+
+TINY = {"eval_episodes": 1, "device": "cpu", "batch_size": 8, "learning_starts": 4}
+LOW, HIGH = np.array([-1.0, 0.0, -5.0], np.float32), np.array([3.0, 10.0, 0.0], np.float32)
+LEARNER = {td3: "TD3", sac: "SAC"}
+both = pytest.mark.parametrize("script", [td3, sac], ids=["td3", "sac"])
+
+MADE, RECEIVED = [], []  # by the environments below: themselves, and the actions they were given
+
+
+class Counter(gym.Env):
+    """Observes step + 100 * episode; its n-th episode lasts LENGTHS[n % 3] steps and ends as ENDS[n % 3] says."""
+
+    LENGTHS, ENDS = (3, 2, 4), ("terminated", "truncated", "truncated")
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Box(LOW, HIGH)
+
+    def __init__(self, render_mode=None):
+        self.episode, self.t, self.steps = -1, 0, 0
+        MADE.append(self)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return np.array([100.0 * self.episode], np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        RECEIVED.append(action)
+        self.t, self.steps = self.t + 1, self.steps + 1
+        over = self.t == self.LENGTHS[self.episode % 3]
+        end = self.ENDS[self.episode % 3]
+        obs = np.array([self.t + 100.0 * self.episode], np.float32)
+        return obs, float(self.t), over and end == "terminated", over and end == "truncated", {}
+
+
+class Box(gym.Env):
+    """Has the spaces that it is given, and nothing else."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
+gym.register("BoxCounter-v0", Counter, disable_env_checker=True)
+
+
+def make_learner(script, obs_dim=3, low=LOW, high=HIGH, seed=0, **flags):
+    torch.manual_seed(seed)
+    args = script.Args(**TINY | flags)
+    actor, critics = script.Actor(obs_dim, low, high), script.Critics(args.num_critics, obs_dim, low.size)
+    return getattr(script, LEARNER[script])(actor, critics, args)
+
+
+def random_batch(size=8, obs_dim=3, action_dim=3, seed=0):
+    """obs, actions, next_obs, rewards, terminated"""
+    g = torch.Generator().manual_seed(seed)
+    obs, next_obs = torch.randn(2, size, obs_dim, generator=g)
+    actions, rewards = torch.rand(size, action_dim, generator=g) * 2 - 1, torch.randn(size, generator=g)
+    return obs, actions, next_obs, rewards, (torch.rand(size, generator=g) < 0.3).float()
+
+
+def step(learner, batch, number=1):
+    return learner.update(batch, number) if isinstance(learner, td3.TD3) else learner.update(batch)
+
+
+def critic_by_hand(critics, i, obs, actions):
+    """Network i, layer by layer: (B,)"""
+    x = torch.cat([obs, actions], 1)
+    for layer in critics.layer1, critics.layer2:
+        x = torch.clamp(x @ layer.weight[i] + layer.bias[i], min=0)
+    return (x @ critics.layer3.weight[i] + critics.layer3.bias[i])[:, 0]
+
+
+def adam_by_hand(parameters, gradients, lr):
+    """The first step of Adam."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        first, second = 0.1 * gradient / (1 - 0.9), 0.001 * gradient**2 / (1 - 0.999)
+        parameter.data -= lr * first / (second.sqrt() + 1e-8)
+
+
+def assert_same_parameters(module, expected, atol):
+    for (name, parameter), other in zip(module.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---- The buffer ----
+
+
+@both
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+def test_buffer_is_a_list_of_the_last_transitions(script, num_envs):
+    rng, buffer, oracle = np.random.default_rng(0), script.TransitionBuffer(10, 2, 3), []
+    for _ in range(3 * 10 + 4):
+        columns = [rng.normal(size=(num_envs, n)).astype(np.float32) for n in (2, 3, 2)]
+        rewards, terminated = rng.normal(size=num_envs), rng.random(num_envs) < 0.3
+        buffer.add(*columns, rewards, terminated)
+        oracle += [
+            (*(column[i].copy() for column in columns), np.float32(rewards[i]), float(terminated[i]))
+            for i in range(num_envs)
+        ]
+        for array in (*columns, rewards, terminated):
+            array[:] = 0  # what the caller does with them afterwards is its own affair
+        torch.manual_seed(0)
+        sample = buffer.sample(400, "cpu")
+        assert [tuple(part.shape) for part in sample] == [(400, 2), (400, 3), (400, 2), (400,), (400,)]
+        seen = {tuple(np.hstack(row).astype(np.float32)) for row in zip(*(p.numpy() for p in sample), strict=True)}
+        assert seen == {tuple(np.hstack(row).astype(np.float32)) for row in oracle[-10:]}
+
+
+@both
+def test_buffer_samples_all_its_rows_alike(script):
+    buffer = script.TransitionBuffer(100, 1, 1)
+    for i in range(10):
+        buffer.add(np.full((1, 1), i), np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), np.zeros(1))
+    torch.manual_seed(0)
+    counts = torch.bincount(buffer.sample(20_000, "cpu")[0][:, 0].long(), minlength=10)
+    assert len(counts) == 10
+    assert counts.min() > 1800
+    assert counts.max() < 2200
+
+
+@both
+@pytest.mark.parametrize("steps", [4, 10, 23])
+def test_buffer_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(script, steps, tmp_path):
+    def add(buffer, i):
+        buffer.add(np.full((1, 2), i), np.full((1, 3), -i), np.full((1, 2), i + 0.5), np.array([i]), np.array([False]))
+
+    buffer, other = script.TransitionBuffer(10, 2, 3), script.TransitionBuffer(10, 2, 3)
+    for i in range(steps):
+        add(buffer, i)
+    torch.save(buffer.state_dict(), tmp_path / "file")
+    assert len(torch.load(tmp_path / "file", weights_only=True)["rows"]) == min(steps, 10)
+    other.load_state_dict(torch.load(tmp_path / "file", weights_only=True))
+    for i in range(steps, steps + 5):
+        add(buffer, i)
+        add(other, i)
+        np.testing.assert_array_equal(buffer.rows, other.rows)
+        torch.manual_seed(i)
+        expected = buffer.sample(50, "cpu")
+        torch.manual_seed(i)
+        for one, two in zip(expected, other.sample(50, "cpu"), strict=True):
+            assert torch.equal(one, two)
+
+
+@both
+def test_a_checkpoint_of_a_big_buffer_is_small(script, tmp_path):
+    buffer = script.TransitionBuffer(100_000, 2, 3)
+    buffer.add(np.zeros((5, 2)), np.zeros((5, 3)), np.zeros((5, 2)), np.zeros(5), np.zeros(5))
+    torch.save(buffer.state_dict(), tmp_path / "file")
+    assert (tmp_path / "file").stat().st_size < 5_000
+
+
+@both
+def test_a_buffer_larger_than_the_memory_is_refused(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.TransitionBuffer(10**12, 17, 6)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert "--buffer-size 1000000000000 needs 168000.0 GB" in err
+    assert err.count("\n") == 1
+
+
+# ---- Networks ----
+
+
+@both
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_critics_in_one_product_are_separate_networks(script, n):
+    torch.manual_seed(0)
+    critics, (obs, actions, *_) = script.Critics(n, 4, 2), random_batch(7, 4, 2)
+    values = critics(obs, actions)
+    assert values.shape == (n, 7)
+    for i in range(n):
+        torch.testing.assert_close(values[i], critic_by_hand(critics, i, obs, actions))
+    torch.testing.assert_close(critics(obs, actions, first_only=True), values[0])
+    values[0].sum().backward()
+    for parameter in critics.parameters():
+        assert parameter.grad[0].abs().sum() > 0
+        assert parameter.grad[1:].abs().sum() == 0
+    assert all(not torch.equal(parameter[0], parameter[-1]) for parameter in critics.parameters() if n > 1)
+
+
+@both
+def test_critics_start_as_linear_layers_do(script):
+    torch.manual_seed(0)
+    critics = script.Critics(2, 4, 2)
+    for layer, fan_in in (critics.layer1, 6), (critics.layer2, 256), (critics.layer3, 256):
+        reference = torch.nn.Linear(fan_in, 256)
+        for name in "weight", "bias":
+            ours, theirs = getattr(layer, name).detach(), getattr(reference, name).detach()
+            assert ours.abs().max() <= 1 / math.sqrt(fan_in)
+            assert theirs.abs().max() <= 1 / math.sqrt(fan_in)
+            if ours.numel() > 100:
+                assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
+                assert not torch.equal(ours[0], ours[1])
+
+
+@both
+def test_actions_fill_an_asymmetric_box_and_never_leave_it(script):
+    actor = script.Actor(2, LOW.reshape(3, 1), HIGH.reshape(3, 1))
+    for value, expected in (-1, LOW), (0, (LOW + HIGH) / 2), (1, HIGH), (0.5, [2, 7.5, -1.25]):
+        actions = actor.to_env(torch.full((2, 3), float(value)))
+        assert actions.shape == (2, 3, 1)
+        assert actions.dtype == np.float32
+        np.testing.assert_allclose(actions[1, :, 0], expected, rtol=1e-6)
+    odd = script.Actor(2, np.array([-0.1], np.float32), np.array([0.7], np.float32))
+    assert odd.to_env(torch.ones(1, 1))[0] <= odd.high
+    assert odd.to_env(-torch.ones(1, 1))[0] >= odd.low
+
+
+@both
+@pytest.mark.parametrize(
+    ("space", "word"),
+    [
+        (gym.spaces.Discrete(3), "dqn.py and ppo.py"),
+        (gym.spaces.MultiDiscrete([3, 2]), "dqn.py and ppo.py"),
+        (gym.spaces.Box(0, 9, (2,), np.int64), "Box of floats"),
+        (gym.spaces.Box(-np.inf, 1, (2,)), "finite bounds: see ppo.py"),
+    ],
+)
+def test_other_actions_are_refused_with_the_script_that_knows_them(script, space, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.make_agent(script.Args(), Box(gym.spaces.Box(-1, 1, (3,)), space))
+    assert end.value.code == 2
+    assert word in (err := capsys.readouterr().err)
+    assert script.__name__.split(".")[1] + ".py" in err
+
+
+@both
+def test_images_are_refused_with_the_script_that_knows_them(script, capsys):
+    images = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    with pytest.raises(SystemExit) as end:
+        script.make_agent(script.Args(), Box(images, gym.spaces.Box(-1, 1, (3,))))
+    assert end.value.code == 2
+    assert "vectors only: see ppo.py" in capsys.readouterr().err
+
+
+# ---- Targets and losses ----
+
+
+@both
+def test_targets_by_hand(script):
+    rewards, terminated = torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.0, 1, 0, 0])
+    next_values = torch.tensor([[10.0, 10, 10, -5], [10.0, 20, 7, 8]])  # alike; after an end; disagreeing twice
+    expected = torch.tensor([1 + 9.0, 2, 3 + 6.3, 4 - 4.5])
+    torch.testing.assert_close(script.td_target(rewards, terminated, next_values, 0.9), expected)
+    with pytest.raises(AssertionError):
+        script.td_target(rewards[:, None], terminated, next_values, 0.9)
+    with pytest.raises(AssertionError):
+        script.td_target(rewards, terminated, next_values.T, 0.9)
+
+
+@both
+def test_losses_of_a_batch_are_the_means_over_its_rows(script, monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    learner, batch = make_learner(script, policy_frequency=1) if script is td3 else make_learner(script), random_batch()
+    singles = [step(copy.deepcopy(learner), [part[i : i + 1] for part in batch]) for i in range(8)]
+    whole = step(copy.deepcopy(learner), batch)
+    for name in "losses/qf1_loss", "losses/qf2_loss", "losses/q_values":
+        assert whole[name] == pytest.approx(np.mean([single[name] for single in singles]), rel=1e-5), name
+
+
+@both
+def test_the_actors_step_neither_changes_nor_computes_gradients_of_the_critics(script):
+    learner = make_learner(script, policy_frequency=1) if script is td3 else make_learner(script)
+    computed, of_critic_step, critic_step = [], [], learner.critic_optimizer.step
+
+    def keep():
+        of_critic_step.extend(parameter.grad.clone() for parameter in learner.critics.parameters())
+        critic_step()
+
+    learner.critic_optimizer.step = keep
+    for parameter in learner.critics.parameters():
+        parameter.register_hook(lambda gradient: computed.append(gradient))
+    before = copy.deepcopy(learner.actor)
+    step(learner, random_batch())
+    assert len(computed) == 6, "once, for the critics' own loss"
+    for parameter, gradient in zip(learner.critics.parameters(), of_critic_step, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), learner.actor.parameters(), strict=True))
+
+
+@both
+def test_the_critics_step_leaves_the_actor_alone(script):
+    learner = make_learner(script, policy_lr=0.0)
+    learner.actor_optimizer.step = lambda: None
+    step(learner, random_batch())
+    for name, parameter in learner.actor.named_parameters():
+        assert parameter.grad is None or script is sac, name
+
+
+@both
+@pytest.mark.parametrize("tau", [0.0, 0.3, 1.0])
+def test_targets_follow_by_tau(script, tau):
+    learner = make_learner(script, tau=tau, policy_frequency=1) if script is td3 else make_learner(script, tau=tau)
+    names = ("critics", "actor") if script is td3 else ("critics",)
+    for name in names:  # away from the start, where targets and networks are equal
+        for parameter in getattr(learner, name).parameters():
+            parameter.data += 1
+    before = copy.deepcopy(learner)
+    step(learner, random_batch())
+    for name in names:
+        old, online, new = (list(module.parameters()) for module in (
+            getattr(before, f"target_{name}"), getattr(learner, name), getattr(learner, f"target_{name}")))  # fmt: skip
+        for a, b, c in zip(old, online, new, strict=True):
+            torch.testing.assert_close(c, tau * b + (1 - tau) * a, atol=1e-6, rtol=1e-6)
+
+
+@both
+def test_targets_share_no_memory_with_the_networks_and_no_optimizer_holds_them(script):
+    learner = make_learner(script)
+    targets = {p.data_ptr() for name, p in learner.named_parameters() if name.startswith("target_")}
+    others = {p.data_ptr() for name, p in learner.named_parameters() if not name.startswith("target_")}
+    assert targets
+    assert not targets & others
+    optimizers = [part for part in vars(learner).values() if isinstance(part, torch.optim.Optimizer)]
+    held = [p.data_ptr() for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(others), "each parameter that learns is held once"
+
+
+# ---- The loop ----
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What train hands to the buffer and to the learning steps; the latter learn nothing."""
+    seen = {"add": [], "update": []}
+    for script in td3, sac:
+        add = script.TransitionBuffer.add
+
+        def keep(self, *columns, add=add):
+            seen["add"].append([np.array(column) for column in columns])
+            add(self, *columns)
+
+        def update(self, batch, number=None):
+            seen["update"].append((number, len(seen["add"]), batch))
+            return {"losses/actor_loss": torch.tensor(float(len(seen["update"])))}
+
+        monkeypatch.setattr(script.TransitionBuffer, "add", keep)
+        monkeypatch.setattr(getattr(script, LEARNER[script]), "update", update)
+        monkeypatch.setattr(script, "evaluate", lambda *_: {"eval/episodic_return": 0.0, "eval/return_std": 0.0})
+    MADE.clear()
+    RECEIVED.clear()
+    return seen
+
+
+@both
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_what_reaches_the_buffer_is_what_happened(script, num_envs, recorded):
+    script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=10 * num_envs, num_envs=num_envs,
+                             checkpoint_frequency=99, **TINY))  # fmt: skip
+    obs, actions, next_obs, rewards, terminated = (np.stack(column) for column in zip(*recorded["add"], strict=True))
+    expected_obs =        [0, 1, 2, 100, 101, 200, 201, 202, 203, 300]  # fmt: skip
+    expected_next_obs =   [1, 2, 3, 101, 102, 201, 202, 203, 204, 301]  # fmt: skip
+    expected_rewards =    [1, 2, 3, 1,   2,   1,   2,   3,   4,   1]  # fmt: skip
+    expected_terminated = [0, 0, 1, 0,   0,   0,   0,   0,   0,   0]  # fmt: skip
+    for i in range(num_envs):
+        np.testing.assert_array_equal(obs[:, i, 0], expected_obs)
+        np.testing.assert_array_equal(next_obs[:, i, 0], expected_next_obs)
+        np.testing.assert_array_equal(rewards[:, i], expected_rewards)
+        np.testing.assert_array_equal(terminated[:, i], expected_terminated)
+    done = np.array(RECEIVED).reshape(10, num_envs, 3)
+    np.testing.assert_allclose((LOW + HIGH) / 2 + (HIGH - LOW) / 2 * actions, done, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+@pytest.mark.parametrize("utd", [1.0, 0.5, 2.0, 0.25, 0.0])
+def test_learning_steps_keep_their_ratio_to_environment_steps(script, num_envs, utd, recorded):
+    total, starts = 36, 7
+    script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=total, num_envs=num_envs, utd=utd,
+                             checkpoint_frequency=13, **TINY | {"learning_starts": starts}))  # fmt: skip
+    assert sum(env.steps for env in MADE) == total
+    assert len(recorded["update"]) == int(utd * (total - starts))
+    for count, (number, adds, batch) in enumerate(recorded["update"], 1):
+        assert number in (count, None), "td3 counts its learning steps, through checkpoints too"
+        assert count <= utd * (adds * num_envs - starts), "none is early"
+        assert len(batch[0]) == 8
+    last = {adds: count for count, (_, adds, _) in enumerate(recorded["update"], 1)}
+    for adds, count in last.items():
+        assert count == int(utd * (adds * num_envs - starts)), "none is late"
+
+
+@both
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+def test_each_episode_is_logged_once_at_its_step(script, num_envs, recorded, tmp_path):
+    script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=27 * num_envs, num_envs=num_envs,
+                             checkpoint_frequency=99, run_dir=str(tmp_path / "run"), **TINY))  # fmt: skip
+    ends = [(3, 6), (5, 3), (9, 10), (12, 6), (14, 3), (18, 10), (21, 6), (23, 3), (27, 10)]  # (step, return) of one
+    episodes = [row for row in rows(tmp_path / "run") if "charts/episodic_return" in row]
+    got = [(row["global_step"], row["charts/episodic_return"]) for row in episodes]
+    assert got == [(step * num_envs, reward) for step, reward in ends for _ in range(num_envs)]
+    assert [row["charts/episodic_length"] for row in episodes[::num_envs]] == [3, 2, 4] * 3
+
+
+@both
+def test_logged_losses_are_means_since_the_last_row(script, recorded, tmp_path):
+    script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=3000, num_envs=3, checkpoint_frequency=9999,
+                             run_dir=str(tmp_path / "run"), **TINY | {"learning_starts": 1000}))  # fmt: skip
+    learned = [row for row in rows(tmp_path / "run") if "losses/actor_loss" in row]
+    assert [row["global_step"] for row in learned] == [1002, 2001, 3000]
+    means = [np.mean(range(1, 3)), np.mean(range(3, 1002)), np.mean(range(1002, 2001))]
+    assert [row["losses/actor_loss"] for row in learned] == pytest.approx(means)
+
+
+@both
+def test_first_actions_are_uniform_and_later_ones_the_policys(script, recorded, monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    made = []
+    make_agent = script.make_agent
+    monkeypatch.setattr(script, "make_agent", lambda *args: (made.append(make_agent(*args)), made[0])[1])
+    script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=2100, checkpoint_frequency=9999,
+                             **TINY | {"learning_starts": 2000}))  # fmt: skip
+    first, later = np.array(RECEIVED[:2000]), np.array(RECEIVED[2000:])
+    shares = np.stack([np.histogram(first[:, j], 5, (LOW[j], HIGH[j]))[0] for j in range(3)]) / 2000
+    np.testing.assert_allclose(shares, 0.2, atol=0.04)
+    np.testing.assert_allclose(np.corrcoef(first.T), np.eye(3), atol=0.1)
+    obs = np.concatenate([column[0] for column in recorded["add"][2000:]])
+    np.testing.assert_allclose(later, made[0].act(obs), rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_killed_and_resumed_equals_unbroken(script, tmp_path, monkeypatch):
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 603, "num_envs": 3, "checkpoint_frequency": 201, "utd": 0.5,
+             "eval_frequency": 603, "buffer_size": 300, **TINY | {"learning_starts": 100}}  # fmt: skip
+    script.train(script.Args(run_dir=str(tmp_path / "unbroken"), **flags))
+    save = script.Run.save
+
+    def die(self, global_step):
+        save(self, global_step)
+        if global_step == 402:
+            self.lock.release()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Run, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(script.Args(run_dir=str(tmp_path / "killed"), **flags))
+    monkeypatch.setattr(script.Run, "save", save)
+    script.train(script.Args(run_dir=str(tmp_path / "killed"), resume=True, **flags))
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "unbroken")
+    saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("killed", "unbroken")]
+    assert saved[0]["learner"].keys() == saved[1]["learner"].keys()
+    for part in "learner", "buffer":
+        for name, value in saved[0][part].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(saved[1][part][name])), name
+
+
+@both
+def test_pendulum_is_learned(script, tmp_path):
+    script.train(script.Args(env_id="Pendulum-v1", total_timesteps=5000, device="cpu", batch_size=64, tau=0.02,
+                             learning_starts=500, eval_episodes=20, eval_frequency=5000, checkpoint_frequency=5000,
+                             run_dir=str(tmp_path / "run")))  # fmt: skip
+    assert rows(tmp_path / "run")[-1]["eval/episodic_return"] > -300, "random actions get about -1200"
+
+
+# ---- TD3 alone ----
+
+
+@pytest.mark.parametrize("ddpg", [False, True])
+def test_a_learning_step_of_td3_is_that_of_its_equations(ddpg, monkeypatch):
+    """In float64, against the equations one by one; as DDPG, without the three ideas."""
+    flags = {"num_critics": 1, "policy_noise": 0.0} if ddpg else {"policy_noise": 0.4}
+    learner = make_learner(td3, gamma=0.9, tau=0.2, noise_clip=0.3, policy_frequency=1, policy_lr=1e-3, q_lr=2e-3,
+                           **flags).double()  # fmt: skip
+    for parameter in [*learner.target_actor.parameters(), *learner.target_critics.parameters()]:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    obs, actions, next_obs, rewards, terminated = batch = [part.double() for part in random_batch(16)]
+    mirror = copy.deepcopy(learner)
+    noise = torch.randn(16, 3, dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn_like", lambda _: noise)
+    metrics = learner.update(batch, 1)
+    monkeypatch.undo()
+
+    def mu(actor, obs):
+        for layer in actor.net[0], actor.net[2]:
+            obs = torch.clamp(obs @ layer.weight.T + layer.bias, min=0)
+        return torch.tanh(obs @ actor.net[4].weight.T + actor.net[4].bias)
+
+    next_actions = mu(mirror.target_actor, next_obs)
+    if not ddpg:
+        next_actions = torch.clamp(next_actions + torch.clamp(0.4 * noise, -0.3, 0.3), -1, 1)
+    next_values = [critic_by_hand(mirror.target_critics, i, next_obs, next_actions) for i in range(1 if ddpg else 2)]
+    y = rewards + 0.9 * (1 - terminated) * (next_values[0] if ddpg else torch.minimum(*next_values))
+    y = y.detach()
+    losses = [((critic_by_hand(mirror.critics, i, obs, actions) - y) ** 2).mean() for i in range(len(next_values))]
+    critic_parameters = list(mirror.critics.parameters())
+    adam_by_hand(critic_parameters, torch.autograd.grad(sum(losses), critic_parameters), 2e-3)
+    actor_loss = -critic_by_hand(mirror.critics, 0, obs, mu(mirror.actor, obs)).mean()
+    actor_parameters = list(mirror.actor.parameters())
+    adam_by_hand(actor_parameters, torch.autograd.grad(actor_loss, actor_parameters), 1e-3)
+    for name in "actor", "critics":
+        for target, online in zip(
+            getattr(mirror, f"target_{name}").parameters(), getattr(mirror, name).parameters(), strict=True
+        ):
+            target.data = 0.8 * target.data + 0.2 * online.data
+    assert_same_parameters(learner, mirror, atol=1e-9)
+    for i, loss in enumerate(losses, 1):
+        assert metrics[f"losses/qf{i}_loss"].item() == pytest.approx(loss.item(), rel=1e-9)
+    assert metrics["losses/actor_loss"].item() == pytest.approx(actor_loss.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("frequency", [1, 2, 3])
+def test_the_actor_and_all_targets_move_in_every_dth_step_only(frequency):
+    learner, moved = make_learner(td3, policy_frequency=frequency), []
+    for number in range(1, 8):
+        before = copy.deepcopy(learner)
+        metrics = learner.update(random_batch(seed=number), number)
+        changed = {
+            name: any(
+                not torch.equal(a, b)
+                for a, b in zip(getattr(before, name).parameters(), getattr(learner, name).parameters(), strict=True)
+            )
+            for name in ("critics", "actor", "target_critics", "target_actor")
+        }
+        assert changed.pop("critics")
+        assert len(set(changed.values())) == 1
+        assert changed["actor"] == ("losses/actor_loss" in metrics)
+        moved.append(changed["actor"])
+    assert moved == [number % frequency == 0 for number in range(1, 8)]
+
+
+def test_smoothing_noise_is_of_each_component_its_own_clipped_and_normal():
+    torch.manual_seed(0)
+    noise = td3.smooth(torch.zeros(50_000, 2), 0.2, 0.3)
+    assert len(noise.unique()) > 50_000, "no two components share it"
+    assert noise.abs().max() == pytest.approx(0.3)
+    inside, normal = noise[noise.abs() < 0.3], 0.2 * torch.randn(100_000)
+    assert len(inside) / 100_000 == pytest.approx((normal.abs() < 0.3).float().mean().item(), abs=0.01)
+    assert inside.std() == pytest.approx(normal[normal.abs() < 0.3].std().item(), rel=0.02)
+    assert noise.mean().abs() < 0.005
+    assert np.corrcoef(noise.T)[0, 1] == pytest.approx(0, abs=0.02)
+    ends = td3.smooth(torch.tensor([[-1.0, 1.0]]).expand(1000, -1), 0.2, 0.5)
+    assert ends.abs().max() == 1, "actions stay in the box"
+    in_the_box = td3.Actor(1, LOW, HIGH).to_env(td3.smooth(torch.zeros(20_000, 3), 0.2, 0.5))
+    np.testing.assert_allclose(in_the_box.std(0) / (HIGH - LOW), 0.0978, rtol=0.03)  # alike in relation to the range
+    np.testing.assert_allclose(in_the_box.mean(0), (LOW + HIGH) / 2, atol=0.03)
+
+
+def test_exploration_noise_has_its_deviation_in_relation_to_the_box(recorded, monkeypatch):
+    monkeypatch.setattr(td3.Actor, "forward", lambda self, obs: torch.zeros(len(obs), 3))
+    td3.train(td3.Args(env_id="BoxCounter-v0", total_timesteps=4000, exploration_noise=0.25,
+                       checkpoint_frequency=9999, **TINY | {"utd": 0.0}))  # fmt: skip
+    deviations = np.std(RECEIVED[4:], axis=0) / ((HIGH - LOW) / 2)
+    np.testing.assert_allclose(deviations, 0.25, rtol=0.06)
+    np.testing.assert_allclose(np.mean(RECEIVED[4:], axis=0), (LOW + HIGH) / 2, atol=0.08)
