@@ -270,7 +270,7 @@ FACTS = {
         resumed=[flags("--total-timesteps 4096")],
         changes={
             "env_id": "goal_env:Far-v0", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
-            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "policy_lr": 1e-4, "q_lr": 1e-4,
+            "eval_episodes": 40, "checkpoint_frequency": 1024, "capture_video": True, "policy_lr": 1e-4, "q_lr": 1e-4,
             "gamma": 0.9, "tau": 0.1, "buffer_size": 200, "batch_size": 16, "learning_starts": 200, "utd": 0.5,
             "num_critics": 1, "alpha": 0.5, "autotune": False, "her_strategy": "final", "her_ratio": 0.5,
         },

@@ -114,7 +114,7 @@ class Forever(gym.Env):
 
 
 for env in Counter, Film, Bandit, Chain, Forever:
-    gym.register(f"{env.__name__}-v0", env, disable_env_checker=True)
+    gym.register(f"Dqn{env.__name__}-v0", env, disable_env_checker=True)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def trained(args):
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_what_reaches_the_loss_is_what_happened(num_envs, updates, no_evaluation):
     """Also across a checkpoint, after which the environments begin anew."""
-    args = dqn.Args(env_id="Counter-v0", total_timesteps=14 * num_envs, num_envs=num_envs,
+    args = dqn.Args(env_id="DqnCounter-v0", total_timesteps=14 * num_envs, num_envs=num_envs,
                     checkpoint_frequency=10 * num_envs, **TINY | {"batch_size": 64})  # fmt: skip
     dqn.train(args)
     happened = {  # observation, reward, terminated, next observation
@@ -171,7 +171,7 @@ def test_what_reaches_the_loss_is_what_happened(num_envs, updates, no_evaluation
 def test_pictures_that_reach_the_loss_are_the_stacks_that_were_seen(updates, no_evaluation, monkeypatch):
     seen, explore = [], dqn.explore
     monkeypatch.setattr(dqn, "explore", lambda network, obs, *rest: (seen.append(obs), explore(network, obs, *rest))[1])
-    args = dqn.Args(env_id="Film-v0", total_timesteps=40, num_envs=2, checkpoint_frequency=24,
+    args = dqn.Args(env_id="DqnFilm-v0", total_timesteps=40, num_envs=2, checkpoint_frequency=24,
                     **TINY | {"train_frequency": 4})  # fmt: skip
     dqn.train(args)
     stacks = {tuple(stack[:, 10, 0]) for stack in np.concatenate(seen)}
@@ -494,7 +494,7 @@ def test_boltzmann():
 
 def test_the_environment_gets_the_actions_that_are_learned_from_counted_from_its_own_start(updates, no_evaluation):
     ECHOED.clear()
-    dqn.train(dqn.Args(env_id="Bandit-v0", total_timesteps=60, num_envs=2, **TINY))
+    dqn.train(dqn.Args(env_id="DqnBandit-v0", total_timesteps=60, num_envs=2, **TINY))
     assert set(ECHOED) == {5, 6, 7}
     for update in updates:
         _, actions, rewards, terminated, _ = update["batch"]
@@ -518,7 +518,7 @@ def test_epsilon_and_learning_rate_over_a_run(monkeypatch, no_evaluation):
 
     monkeypatch.setattr(dqn, "explore", spy)
     schedule = {"start_e": 0.9, "end_e": 0.1, "learning_rate": 1.0, "exploration_fraction": 0.5}
-    args = dqn.Args(env_id="Counter-v0", total_timesteps=4000, checkpoint_frequency=4000, num_envs=2, **schedule,
+    args = dqn.Args(env_id="DqnCounter-v0", total_timesteps=4000, checkpoint_frequency=4000, num_envs=2, **schedule,
                     **TINY | {"train_frequency": 100})  # fmt: skip
     dqn.train(args)
     assert [seen[step] for step in (0, 1000, 2000, 3998)] == pytest.approx([0.9, 0.5, 0.1, 0.1])
@@ -532,7 +532,7 @@ def test_epsilon_and_learning_rate_over_a_run(monkeypatch, no_evaluation):
 def test_learning_rate_stays_without_annealing(updates, no_evaluation):
     for anneal in True, False:
         updates.clear()
-        dqn.train(dqn.Args(env_id="Counter-v0", total_timesteps=20, num_envs=1, learning_rate=0.5, anneal_lr=anneal,
+        dqn.train(dqn.Args(env_id="DqnCounter-v0", total_timesteps=20, num_envs=1, learning_rate=0.5, anneal_lr=anneal,
                            **TINY))  # fmt: skip
         expected = [0.5 * (1 - step / 20 * anneal) for step in range(20)]
         assert [update["lr"] for update in updates] == pytest.approx(expected)
@@ -546,8 +546,8 @@ def test_learning_rate_stays_without_annealing(updates, no_evaluation):
 @pytest.mark.parametrize("learning_starts", [0, 30])
 def test_one_gradient_step_for_every_so_many_transitions(num_envs, train_frequency, learning_starts, updates,
                                                          no_evaluation):  # fmt: skip
-    dqn.train(dqn.Args(env_id="Counter-v0", total_timesteps=240, num_envs=num_envs, checkpoint_frequency=48, **TINY | {
-        "train_frequency": train_frequency, "learning_starts": learning_starts}))  # fmt: skip
+    flags = TINY | {"train_frequency": train_frequency, "learning_starts": learning_starts, "checkpoint_frequency": 48}
+    dqn.train(dqn.Args(env_id="DqnCounter-v0", total_timesteps=240, num_envs=num_envs, **flags))
     assert len(updates) == (240 - learning_starts) // train_frequency
 
 
@@ -555,7 +555,7 @@ def test_one_gradient_step_for_every_so_many_transitions(num_envs, train_frequen
                          [(1, 1, 1, 0.3), (3, 1, 4, 1.0), (4, 2, 3, 0.5), (2, 5, 4, 1.0)])  # fmt: skip
 def test_target_network_follows_every_so_many_gradient_steps(num_envs, train_frequency, frequency, tau, updates,
                                                              no_evaluation):  # fmt: skip
-    dqn.train(dqn.Args(env_id="Counter-v0", total_timesteps=120, num_envs=num_envs, checkpoint_frequency=60,
+    dqn.train(dqn.Args(env_id="DqnCounter-v0", total_timesteps=120, num_envs=num_envs, checkpoint_frequency=60,
                        target_network_frequency=frequency, tau=tau, **TINY | {"train_frequency": train_frequency})
               )  # fmt: skip
     assert len(updates) == 120 // train_frequency
@@ -571,7 +571,7 @@ def test_target_network_follows_every_so_many_gradient_steps(num_envs, train_fre
 def test_steps_are_transitions_and_each_episode_is_logged_once(num_envs, tmp_path, no_evaluation):
     MADE.clear()
     total = 27 * num_envs
-    dqn.train(dqn.Args(env_id="Counter-v0", total_timesteps=total, num_envs=num_envs, checkpoint_frequency=total,
+    dqn.train(dqn.Args(env_id="DqnCounter-v0", total_timesteps=total, num_envs=num_envs, checkpoint_frequency=total,
                        run_dir=str(tmp_path / "run"), **TINY))  # fmt: skip
     assert sum(env.steps for env in MADE) == total
     episodes = [row for row in rows(tmp_path / "run") if "charts/episodic_return" in row]
@@ -584,7 +584,7 @@ def test_steps_are_transitions_and_each_episode_is_logged_once(num_envs, tmp_pat
 def test_logged_losses_and_values_are_means_over_the_updates(monkeypatch, no_evaluation):
     history, update = [], dqn.update
     monkeypatch.setattr(dqn, "update", lambda *args: (history.append(update(*args)), history[-1])[1])
-    args = dqn.Args(env_id="Counter-v0", total_timesteps=2000, num_envs=2, checkpoint_frequency=2000,
+    args = dqn.Args(env_id="DqnCounter-v0", total_timesteps=2000, num_envs=2, checkpoint_frequency=2000,
                     **TINY | {"train_frequency": 10})  # fmt: skip
     dqn.train(args)
     logged = [row for row in rows(dqn.Path(args.run_dir)) if "losses/td_loss" in row]
@@ -628,7 +628,7 @@ def test_atari_learns_from_the_sign_and_logs_the_score(updates, no_evaluation):
 
 
 def test_learns_a_bandit():
-    args = dqn.Args(env_id="Bandit-v0", total_timesteps=2000, num_envs=4, eval_episodes=1, learning_starts=100)
+    args = dqn.Args(env_id="DqnBandit-v0", total_timesteps=2000, num_envs=4, eval_episodes=1, learning_starts=100)
     dqn.train(args)
     assert rows(dqn.Path(args.run_dir))[-1]["eval/episodic_return"] == 2
     assert trained(args)(torch.ones(1)).tolist() == pytest.approx([0, 1, 2], abs=0.1)
@@ -636,7 +636,7 @@ def test_learns_a_bandit():
 
 @pytest.mark.parametrize("flags", [{}, {"dueling": True}, {"double_q": False}, {"exploration": "boltzmann"}])
 def test_learns_the_values_of_a_chain(flags):
-    args = dqn.Args(env_id="Chain-v0", total_timesteps=6000, gamma=0.9, eval_episodes=1, end_e=0.5,
+    args = dqn.Args(env_id="DqnChain-v0", total_timesteps=6000, gamma=0.9, eval_episodes=1, end_e=0.5,
                     target_network_frequency=20, **flags)  # fmt: skip
     dqn.train(args)
     assert rows(dqn.Path(args.run_dir))[-1]["eval/episodic_length"] == 4
@@ -646,7 +646,7 @@ def test_learns_the_values_of_a_chain(flags):
 
 
 def test_a_time_limit_is_no_terminal_state():
-    args = dqn.Args(env_id="Forever-v0", total_timesteps=4000, gamma=0.8, eval_episodes=1,
+    args = dqn.Args(env_id="DqnForever-v0", total_timesteps=4000, gamma=0.8, eval_episodes=1,
                     target_network_frequency=20)  # fmt: skip
     dqn.train(args)
     assert trained(args)(torch.ones(1)).tolist() == pytest.approx([5, 5], abs=0.2)
