@@ -15,15 +15,14 @@ DQN: Mnih et al. 2015, doi:10.1038/nature14236, first in arXiv:1312.5602. Double
 arXiv:1509.06461. Dueling networks: Wang et al. 2016, arXiv:1511.06581.
 
 Differs from the papers: Adam in place of RMSprop, with a learning rate annealed to 0; the error in [3] is not clipped
-to [-1, 1], for the large ones, at the ends of episodes, teach most; the dueling streams part after the last hidden
-layer, not before it. The target network is copied, as in DQN, or follows a little at each step (--tau 0.005
---target-network-frequency 1). A time limit does not count as a terminal state. Prioritised replay and n-step returns
-are left to another script.
+to [-1, 1]; the dueling streams part after the last hidden layer, not before it. The target network follows a little at
+each gradient step; with --tau 1 it is copied every --target-network-frequency of them, as in DQN. A time limit does not
+count as a terminal state. Prioritised replay and n-step returns are left to another script.
 
 Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each action held for four, four stacked, up to 30 no-ops,
 sticky actions, the sign of the reward; an episode is a game, not a life. Its settings are, about, --total-timesteps
 10000000 --buffer-size 1000000 --learning-starts 80000 --train-frequency 4 --batch-size 32 --learning-rate 1e-4
---target-network-frequency 2000 --end-e 0.01.
+--tau 1 --target-network-frequency 2000 --end-e 0.01.
 
     python algorithms/dqn.py --env-id CartPole-v1
 """
@@ -81,14 +80,14 @@ class Args:
     resume: bool = False  # continue the run in --run-dir with its own arguments
     evaluate: bool = False  # only evaluate the model in --run-dir
 
-    learning_rate: float = 1e-3  # of Adam
+    learning_rate: float = 5e-4  # of Adam
     anneal_lr: bool = True  # anneal it linearly to 0
     buffer_size: int = 100_000  # transitions in the replay buffer
     batch_size: int = 128  # transitions in a gradient step
     learning_starts: int = 1_000  # environment steps before the first gradient step
-    train_frequency: int = 2  # environment steps, summed over all environments, between gradient steps
-    target_network_frequency: int = 100  # gradient steps, not environment steps, between updates of the target network
-    tau: float = 1.0  # share of the new weights in such an update; 1: a copy
+    train_frequency: int = 1  # environment steps, summed over all environments, between gradient steps
+    target_network_frequency: int = 1  # gradient steps, not environment steps, between updates of the target network
+    tau: float = 0.01  # share of the new weights in such an update; 1: a copy
     gamma: float = 0.99  # discount
     exploration: Literal["epsilon-greedy", "boltzmann"] = "epsilon-greedy"  # [5]
     start_e: float = 1.0  # [5] epsilon, or temperature, at the start

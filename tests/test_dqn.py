@@ -627,6 +627,9 @@ def test_atari_learns_from_the_sign_and_logs_the_score(updates, no_evaluation):
 # Learning
 
 
+COPIED = {"tau": 1.0, "target_network_frequency": 20, "learning_rate": 1e-3, "train_frequency": 2}  # a quick target
+
+
 def test_learns_a_bandit():
     args = dqn.Args(env_id="DqnBandit-v0", total_timesteps=2000, num_envs=4, eval_episodes=1, learning_starts=100)
     dqn.train(args)
@@ -637,7 +640,7 @@ def test_learns_a_bandit():
 @pytest.mark.parametrize("flags", [{}, {"dueling": True}, {"double_q": False}, {"exploration": "boltzmann"}])
 def test_learns_the_values_of_a_chain(flags):
     args = dqn.Args(env_id="DqnChain-v0", total_timesteps=6000, gamma=0.9, eval_episodes=1, end_e=0.5,
-                    target_network_frequency=20, **flags)  # fmt: skip
+                    **COPIED, **flags)  # fmt: skip
     dqn.train(args)
     assert rows(dqn.Path(args.run_dir))[-1]["eval/episodic_length"] == 4
     q_values = trained(args)(torch.eye(4))
@@ -647,7 +650,7 @@ def test_learns_the_values_of_a_chain(flags):
 
 def test_a_time_limit_is_no_terminal_state():
     args = dqn.Args(env_id="DqnForever-v0", total_timesteps=4000, gamma=0.8, eval_episodes=1,
-                    target_network_frequency=20)  # fmt: skip
+                    **COPIED)  # fmt: skip
     dqn.train(args)
     assert trained(args)(torch.ones(1)).tolist() == pytest.approx([5, 5], abs=0.2)
 
