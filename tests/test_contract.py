@@ -267,7 +267,7 @@ def test_killed_and_resumed_equals_unbroken(script, flags, tmp_path):
             process = start(script, "--run-dir", killed, "--resume")
         else:
             process = start(script, *flags, "--run-dir", killed)
-        if deaths == 2:
+        if deaths == 3:
             assert process.wait() == 0, process.stderr.read()
             break
     assert deaths, "it was killed at least once"
@@ -304,6 +304,8 @@ def test_a_signal_saves_says_how_to_go_on_and_nothing_is_lost(script, number, co
     step = importlib.import_module(f"algorithms.{script}").load_file(run_dir / FACTS[script].checkpoint)["step"]
     assert step >= 1000
     assert before[-1]["global_step"] <= step
+    if script == "ppo":  # it writes a row of losses in each turn of its loop, others in some
+        assert before[-1]["global_step"] == step
     process = start(script, "--run-dir", run_dir, "--resume")
     while process.poll() is None and reached(run_dir) < step + 1000:
         time.sleep(0.01)
