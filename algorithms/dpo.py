@@ -17,10 +17,11 @@ and of the two replies in a pair y_w was preferred to y_l.
 
 [5], [6] and [7] are what --loss-type chooses from, with P of [2] and r of [4]. In them, what both replies have in
 common cancels out, and nothing holds the policy there: it may drift to texts that no pair contains. [8] holds it; the
-papers of [5] to [7] are without it: --nll-coef 0. DPO: Rafailov et al. 2023,
-arXiv:2305.18290. cDPO, where a share epsilon of the labels is wrong: Mitchell 2023, ericmitchell.ai/cdpo.pdf. RSO: Liu
-et al. 2023, arXiv:2309.06657, with the hinge of SLiC-HF: Zhao et al. 2023, arXiv:2305.10425. IPO: Azar et al. 2023,
-arXiv:2310.12036. Iterative RPO: Pang et al. 2024, arXiv:2404.19733.
+papers of [5] to [7] are without it: --nll-coef 0.
+
+DPO: Rafailov et al. 2023, arXiv:2305.18290. cDPO, where a share epsilon of the labels is wrong: Mitchell 2023,
+ericmitchell.ai/cdpo.pdf. RSO: Liu et al. 2023, arXiv:2309.06657, with the hinge of SLiC-HF: Zhao et al. 2023,
+arXiv:2305.10425. IPO: Azar et al. 2023, arXiv:2310.12036. Iterative RPO: Pang et al. 2024, arXiv:2404.19733.
 
 Differs from the papers: AdamW instead of RMSprop, and the learning rate decays to 0 after its warm-up. The reference is
 the model as given; DPO first fits it to the preferred replies if another model wrote them. Its log-probabilities are
@@ -111,7 +112,7 @@ class Args:
     beta: float = 1.0  # [3] the price of a unit of KL divergence; for real data rather 0.1
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"  # [5], [6] or [7]
     label_smoothing: float = 0.0  # [5] epsilon
-    nll_coef: float = 0.2  # [8] alpha
+    nll_coef: float = 0.2  # [8] alpha; 0 in the papers of [5] to [7]
 
     def __post_init__(self) -> None:
         check_and_complete(
@@ -370,7 +371,7 @@ def update(
         refs = ref_log_probs[rows].unbind(1)  # as log_probs: of the chosen and of the rejected
         losses, metrics = dpo_loss(*log_probs, *refs, args.beta, args.loss_type, args.label_smoothing)
         lengths = torch.tensor([len(pairs[row].chosen) for row in rows], device=args.device)
-        losses = losses - args.nll_coef * log_probs[0] / lengths  # [8]
+        losses = losses - args.nll_coef * log_probs[0] / lengths  # [8]; the metric "loss" is without it
         (losses.sum() / len(batch)).backward()  # by the whole batch, so that its split changes nothing
         sums += metrics.sum(1)
     for parameter in parameters:

@@ -22,9 +22,9 @@ what HER adds to it.
 
 Differs from the paper: SAC instead of DDPG, with a discount of 0.95 instead of 0.98; goals are drawn anew whenever a
 transition is replayed, not once when it is stored; a transition is replayed from the moment it was made, and with a
-goal of its episode so far; the strategy random is left out; neither are observations normalised nor targets clipped.
-Evaluation acts without noise: with tanh(mean(s)). A time limit does not count as a terminal state: the value of the
-last observation stands for the rest of the episode.
+goal of its episode so far; the strategy random, normalised observations and clipped targets are left out. Evaluation
+acts without noise: with tanh(mean(s)). A time limit does not count as a terminal state: the value of the last
+observation stands for the rest of the episode.
 
 Environments observe a Dict of observation, achieved_goal and desired_goal, and have compute_reward, for batches, and
 compute_terminated; is_success or success in their infos is logged. Those of the package gymnasium-robotics do so:
@@ -386,8 +386,9 @@ def train(args: Args) -> None:
         for i in np.flatnonzero(terminated | truncated):
             final_obs[i] = infos["final_obs"][i]
             ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
-            for name in {"is_success", "success"} & infos["final_info"].keys():  # FetchReach's, and PointMaze's
-                ended["charts/success"] = infos["final_info"][name][i]
+            for name in "is_success", "success":  # FetchReach's, and PointMaze's
+                if name in infos["final_info"]:
+                    ended["charts/success"] = infos["final_info"][name][i]
             run.log(global_step, ended)
             episode_return[i] = episode_length[i] = 0
         buffer.add(obs, actions.cpu().numpy(), final_obs, rewards, terminated)

@@ -666,7 +666,7 @@ def test_optimum_of_a_gaussian_reward_and_of_two_replies():
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """The default task with a seventh of its pairs. Returns arguments and output."""
+    """The default task with a seventh of its pairs, and so at twice its learning rate. Returns arguments and output."""
     folder = tmp_path_factory.mktemp("reviews")
     args = dpo.Args(
         num_pairs=6000,
