@@ -98,6 +98,7 @@ class Args:
     end_e: float = 0.05  # [5] ... and after the exploration
     exploration_fraction: float = 0.2  # share of the run in which it goes linearly from start to end
     max_grad_norm: float | None = None  # gradients with a larger norm are scaled down to it; None: none are
+    norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
     huber: bool = False  # [3] halved, and linear in errors above 1: their derivative is clipped, as in DQN
     double_q: bool = True  # [2] Double DQN
     dueling: bool = False  # [4] dueling network
@@ -106,6 +107,27 @@ class Args:
         epsilon = (0, math.inf if self.exploration == "boltzmann" else 1)
         check_and_complete(self, learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf), tau=(0, 1),
                            start_e=epsilon, end_e=epsilon, exploration_fraction=(0, 1))  # fmt: skip
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all rows given to update, in buffers: saved with the model, frozen unless updated."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, rows: Tensor) -> None:  # (B, dim)
+        var, mean = torch.var_mean(rows, dim=0, correction=0)
+        self.count += len(rows)
+        share = (len(rows) / self.count).float()  # of these rows among all
+        delta = mean - self.mean
+        self.mean += share * delta
+        self.var += share * (var - self.var) + share * (1 - share) * delta**2  # Chan, Golub & LeVeque 1979
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)  # clamped as in Baselines
 
 
 def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
@@ -145,7 +167,14 @@ class DuelingHead(nn.Module):
 class QNetwork(nn.Module):
     """The values of all actions in a state: two hidden layers for vectors, the Nature CNN for images."""
 
-    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, first_action: int, dueling: bool):
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...],
+        num_actions: int,
+        first_action: int,
+        dueling: bool = False,
+        norm_obs: bool = False,
+    ):
         super().__init__()
         self.num_actions = num_actions
         self.first_action = first_action  # the environment counts from here, the network from 0
@@ -155,8 +184,10 @@ class QNetwork(nn.Module):
             self.hidden = nn.Sequential(nn.Linear(*obs_shape, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
             hidden_dim = 128
         self.head = DuelingHead(hidden_dim, num_actions) if dueling else nn.Linear(hidden_dim, num_actions)
+        self.obs_stats = RunningMeanStd(*obs_shape) if norm_obs else None
 
     def forward(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, A)
+        obs = obs if self.obs_stats is None else self.obs_stats(obs)
         return self.head(self.hidden(obs))
 
     @torch.inference_mode()
@@ -335,7 +366,9 @@ def make_agent(args: Args, env: gym.Env) -> QNetwork:
     if not isinstance(space, gym.spaces.Discrete):
         others = "ppo.py knows MultiDiscrete and Box of floats too, sac.py and td3.py know Box of floats"
         refuse(f"--env-id {args.env_id} acts in {space}; dqn.py knows Discrete only; {others}")
-    return QNetwork(env.observation_space.shape, int(space.n), int(space.start), args.dueling)
+    if args.norm_obs and len(env.observation_space.shape) == 3:
+        refuse(f"--norm-obs is for vectors, and --env-id {args.env_id} observes images, which are divided by 255")
+    return QNetwork(env.observation_space.shape, int(space.n), int(space.start), args.dueling, args.norm_obs)
 
 
 def train(args: Args) -> None:
@@ -344,6 +377,7 @@ def train(args: Args) -> None:
     torch.manual_seed(args.seed)
     q_network = make_agent(args, env).to(args.device)
     target_network = copy.deepcopy(q_network).requires_grad_(False)
+    target_network.obs_stats = q_network.obs_stats  # both see the same
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, env.observation_space.shape)
     run = Run(args, args.env_id, model=q_network, target=target_network, optimizer=optimizer, buffer=buffer)
@@ -381,6 +415,8 @@ def train(args: Args) -> None:
             run.log(global_step, ended)
             episode_return[i] = episode_length[i] = 0
             held[:, i] = 0
+        if q_network.obs_stats:
+            q_network.obs_stats.update(torch.from_numpy(obs).to(args.device))
         learned_rewards = np.sign(rewards) if args.env_id.startswith("ALE/") else rewards
         buffer.add(actions, learned_rewards, terminated, truncated, obs, infos)
 
@@ -639,12 +675,13 @@ class Run:
         git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
         commit_status, commit = subprocess.getstatusoutput(git)
         gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
+        packages = [distribution.metadata for distribution in distributions()]  # read once each
         return {
             "script": Path(__file__).stem,
             "args": asdict(self.args),
             "command": sys.argv,
             "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
-            "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions()},
+            "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
             "hardware": f"{platform.platform()}, {os.cpu_count()} cores, GPUs: {gpus if gpu_status == 0 else 'none'}",
             "wandb_id": os.urandom(8).hex(),
         }

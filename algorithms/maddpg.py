@@ -691,12 +691,13 @@ class Run:
         git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
         commit_status, commit = subprocess.getstatusoutput(git)
         gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
+        packages = [distribution.metadata for distribution in distributions()]  # read once each
         return {
             "script": Path(__file__).stem,
             "args": asdict(self.args),
             "command": sys.argv,
             "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
-            "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions()},
+            "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
             "hardware": f"{platform.platform()}, {os.cpu_count()} cores, GPUs: {gpus if gpu_status == 0 else 'none'}",
             "wandb_id": os.urandom(8).hex(),
         }

@@ -161,7 +161,7 @@ FACTS = {
         ) + EVALUATED,
         resumed=[
             flags("--total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096"),
-            flags("--env-id LunarLander-v3 --total-timesteps 8192 --checkpoint-frequency 1024"),
+            flags("--env-id LunarLander-v3 --norm-obs --total-timesteps 8192 --checkpoint-frequency 1024"),
             flags("--env-id ALE/Pong-v5 --total-timesteps 512 --checkpoint-frequency 128 --eval-episodes 1"),
         ],
         changes={
@@ -170,7 +170,7 @@ FACTS = {
             "anneal_lr": False, "buffer_size": 100, "batch_size": 8, "learning_starts": 200, "train_frequency": 8,
             "target_network_frequency": 7, "tau": 0.5, "gamma": 0.9, "exploration": "boltzmann", "start_e": 0.5,
             "end_e": 0.3, "exploration_fraction": 0.5, "max_grad_norm": 0.01, "huber": True, "double_q": False,
-            "dueling": True,
+            "dueling": True, "norm_obs": True,
         },
         mistakes={
             "--buffer-size 1": "--buffer-size",
@@ -186,6 +186,7 @@ FACTS = {
             "--exploration-fraction 2": "--exploration-fraction",
             "--exploration ucb": "boltzmann",
             "--double-q maybe": "maybe",
+            "--env-id ALE/Pong-v5 --norm-obs": "--norm-obs",
             "--env-id Pendulum-v1": "sac.py",
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",
             "--env-id OddTupleAction-v0": "Tuple",

@@ -471,6 +471,37 @@ def test_images_are_scaled():
     assert network(images).shape == (2, 3)
 
 
+def test_normaliser_has_seen_what_the_environments_showed_and_serves_both_networks(
+    updates, no_evaluation, monkeypatch, tmp_path
+):
+    shown, networks, update, add = [], [], dqn.update, dqn.ReplayBuffer.add
+
+    def adding(buffer, actions, rewards, terminated, truncated, obs, infos):
+        shown.append(obs[:, 0].copy())
+        add(buffer, actions, rewards, terminated, truncated, obs, infos)
+
+    def updating(q_network, target_network, *others):
+        networks.append((q_network, target_network, q_network.obs_stats.mean.item()))
+        return update(q_network, target_network, *others)
+
+    monkeypatch.setattr(dqn.ReplayBuffer, "add", adding)
+    monkeypatch.setattr(dqn, "update", updating)
+    args = dqn.Args(env_id="DqnCounter-v0", total_timesteps=26, num_envs=2, norm_obs=True, checkpoint_frequency=26,
+                    run_dir=str(tmp_path / "run"), **TINY)  # fmt: skip
+    dqn.train(args)
+    assert networks[0][2] == pytest.approx(np.mean(shown[0])), "before a gradient step it knows the newest observations"
+    network, obs = trained(args), torch.tensor([[2.0], [101.0], [304.0]])
+    assert network.obs_stats.count == 26
+    assert network.obs_stats.mean.item() == pytest.approx(np.mean(shown), rel=1e-5)
+    assert network.obs_stats.var.item() == pytest.approx(np.var(shown), rel=1e-5)
+    plain = copy.deepcopy(network)
+    plain.obs_stats = None
+    seen = (obs - np.mean(shown)) / np.std(shown)
+    torch.testing.assert_close(network(obs), plain(seen), rtol=1e-4, atol=1e-4)
+    q_network, target_network, _ = networks[-1]
+    assert target_network.obs_stats is q_network.obs_stats
+
+
 def test_acting_takes_the_best_action_as_the_environment_counts():
     torch.manual_seed(0)
     network, obs = dqn.QNetwork((3,), 4, 5, dueling=False), torch.randn(20, 3)
