@@ -2,6 +2,7 @@
 
     python benchmark/throughput.py                             # everything
     python benchmark/throughput.py --only ppo --repeats 3      # one script
+    python benchmark/throughput.py --only start                # how soon a script learns
 
 Every measurement is a process of its own with one thread, and only the steps after a warm-up count: no imports, no
 evaluation. Script and peer take turns, so that a machine that grows slower or faster does it to both. The result is the
@@ -12,6 +13,11 @@ matrix products alone would leave time, at the float32 rate that a big product r
 
 Learning from preferences has no environment: a step is a pair of replies, and in place of the environment alone stands
 the model alone, forward and backward over the same pairs. Our clock starts before the reference's log-probabilities.
+
+The start of a script is a whole run of one learning step, from the command to its exit; the limit is a Python that
+imports the libraries it needs and does nothing.
+
+What throughput.json holds of other measurements stays there: each row has the commit and the versions that it is from.
 
 Exit codes: 0 measured, 1 a measurement failed, 2 a mistake in what was asked.
 """
@@ -41,7 +47,7 @@ ONE_CORE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")} |
 
 @dataclass
 class Args:
-    only: tuple[str, ...] = ()  # scripts, environments, or both as in ppo/CartPole-v1; none: everything
+    only: tuple[str, ...] = ()  # scripts, environments, both as in ppo/CartPole-v1, or start; none: everything
     repeats: int = 5  # measurements of each side
     steps: int = 50_000  # environment steps of a measurement, after a warm-up of a tenth of them
     output: Path = ROOT / "benchmark" / "results"  # folder for throughput.json and throughput.md
@@ -405,6 +411,20 @@ WORKS = [
     sac_work("HalfCheetah-v5", 17, 6),
 ]
 
+ACTING = "--eval-episodes 1 --eval-frequency 1000 --checkpoint-frequency 1000"
+STARTS = {  # what a script can't do without, and the flags of a run of one learning step
+    "q_learning": ("gymnasium", f"--env-id FrozenLake-v1 --total-timesteps 1 {ACTING}"),
+    "reinforce": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --total-timesteps 1 {ACTING}"),
+    "dqn": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
+    "ppo": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --num-steps 1 --num-minibatches 1 "
+            f"--update-epochs 1 --total-timesteps 1 {ACTING}"),
+    "td3": ("gymnasium, torch", f"--env-id Pendulum-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
+    "sac": ("gymnasium, torch", f"--env-id Pendulum-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
+    "maddpg": ("mpe2.simple_spread_v3, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
+    "reward_model": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
+    "dpo": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
+}  # fmt: skip
+
 
 # ---- Measuring ----
 
@@ -516,13 +536,64 @@ def measure(work: Work, args: Args) -> dict:
     }  # fmt: skip
 
 
+def time_command(command: list[str]) -> float:
+    """Seconds from its start to its exit."""
+    started = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | ONE_CORE, capture_output=True, text=True)
+    if done.returncode:
+        print(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        raise SystemExit(1)
+    return time.perf_counter() - started
+
+
+def measure_start(script: str, args: Args) -> dict:
+    imports, flags = STARTS[script]
+    ours, limit = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_pairs(folder, 16) if script in ("dpo", "reward_model") else {}
+        command = [f"algorithms/{script}.py", *flags.split(), *(to_flag(*flag) for flag in data.items())]
+        for i in range(args.repeats + 1):  # the first ones read the libraries from the disk: they don't count
+            run_dir = f"--run-dir={folder}/run{i}"
+            ours.append(time_command([sys.executable, str(ROOT / command[0]), *command[1:], run_dir]))
+            limit.append(time_command([sys.executable, "-c", f"import {imports}"]))
+    ours, limit = ours[1:], limit[1:]
+    ratios = [a / b for a, b in zip(ours, limit, strict=True)]
+    print(f"start/{script}: {statistics.median(ours):.1f} s, of which import {imports}: {statistics.median(limit):.1f}")
+    return {
+        "name": f"start/{script}", "command": ["python", *command], "ours": ours, "imports": imports, "limit": limit,
+        "ratios": ratios, "ratio": statistics.median(ratios),
+    }  # fmt: skip
+
+
 def to_markdown(result: dict) -> str:
+    return "\n".join(speeds(result["rows"]) + starts(result["starts"]) + provenance(result["rows"] + result["starts"]))
+
+
+def starts(rows: list[dict]) -> list[str]:
+    lines = ["| script | one learning step, s | its imports alone, s | ratio (min-max) |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        ours, limit = statistics.median(row["ours"]), statistics.median(row["limit"])
+        ratio = f"**{row['ratio']:.2f}** ({min(row['ratios']):.2f}-{max(row['ratios']):.2f})"
+        lines.append(f"| {row['name'].removeprefix('start/')} | {ours:.1f} | {limit:.1f} | {ratio} |")
+    return [*lines, ""] if rows else []
+
+
+def provenance(rows: list[dict]) -> list[str]:
+    """What each row ran on, with the rows that have it in common in one line."""
+    names = {}
+    for row in rows:
+        where = f"{row['hardware']}, one thread each; {row['versions']}; commit {row['commit']}"
+        names.setdefault(where, []).append(row["name"])
+    return [f"{', '.join(of)}: {where}." for where, of in names.items()]
+
+
+def speeds(rows: list[dict]) -> list[str]:
     median = statistics.median
     lines = [
         "| script | steps/s | peer | steps/s | ratio (min-max) | environment or model alone | matrix products alone |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in result["rows"]:
+    for row in rows:
         ratio = f"**{row['ratio']:.2f}** ({min(row['ratios']):.2f}-{max(row['ratios']):.2f})"
         limit = ""
         if row["matmul_limit"]:
@@ -531,33 +602,41 @@ def to_markdown(result: dict) -> str:
         limits = f"{median(row['env_only']):,.0f}", limit
         cells = [row["name"], f"{median(row['ours']):,.0f}", row["peer"], f"{median(row['theirs']):,.0f}", ratio]
         lines.append("| " + " | ".join([*cells, *limits]) + " |")
-    settings = {" ".join(f"{k}={v}" for k, v in row["settings"].items()): row["name"] for row in result["rows"]}
-    lines += ["", f"{result['hardware']}, one thread each; {result['versions']}; commit {result['commit']}."]
-    lines += [f"Both sides of {name.split('/')[0]}: {text}." for text, name in settings.items()]
-    return "\n".join(lines) + "\n"
+    settings = {" ".join(f"{k}={v}" for k, v in row["settings"].items()): row["name"] for row in rows}
+    lines += ["", *(f"Both sides of {name.split('/')[0]}: {text}." for text, name in settings.items()), ""]
+    return lines if rows else []
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.repeats < 1 or args.steps < 1:
         refuse("--repeats and --steps must be at least 1")
-    known = {name for work in WORKS for name in (work.script, work.env_id, work.name)}
+    starting = {"start": [*STARTS]} | {f"start/{script}": [script] for script in STARTS}
+    known = {name for work in WORKS for name in (work.script, work.env_id, work.name)} | starting.keys()
     if unknown := [name for name in args.only if name not in known]:
         refuse(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
     works = [w for w in WORKS if not args.only or {w.script, w.env_id, w.name} & set(args.only)]
+    scripts = [script for name in args.only or ["start"] for script in starting.get(name, [])]
+    path = args.output / "throughput.json"
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"--output: {error}")
+        result = json.loads(path.read_text()) if path.exists() else {"rows": [], "starts": []}
+        kept = {key: {row["name"]: row for row in result[key]} for key in ("rows", "starts")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(f"--output {args.output} can't be used: {error!r}")
     git = f"git -C '{ROOT}' describe --always --abbrev=40 --exclude='*' --dirty"
-    result = {
+    where = {
         "commit": subprocess.getoutput(git),
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": " ".join(f"{n} {version(n)}" for n in ("torch", "gymnasium", "numpy", "stable-baselines3")),
-        "rows": [measure(work, args) for work in works],
+        "versions": " ".join(f"{n} {version(n)}" for n in ("torch", "gymnasium", "numpy", "stable-baselines3", "trl")),
     }
-    (args.output / "throughput.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / "throughput.md").write_text(to_markdown(result))
+    jobs = [("rows", measure, work) for work in works] + [("starts", measure_start, script) for script in scripts]
+    for key, function, what in jobs:
+        row = function(what, args) | where
+        kept[key][row["name"]] = row
+        result = {key: list(rows.values()) for key, rows in kept.items()}
+        path.write_text(json.dumps(result, indent=1) + "\n")  # after each: an hour's measurements are not lost
+        path.with_suffix(".md").write_text(to_markdown(result))
     print(f"\n{to_markdown(result)}\nWritten to {args.output}: throughput.json, throughput.md")
 
 

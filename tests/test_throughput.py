@@ -228,17 +228,44 @@ def test_repeats_alternate_and_their_median_counts(monkeypatch):
     assert (row["ratios"], row["ratio"]) == ([2, 3, 1], 2)
     assert (row["steps"], row["warm_up"]) == (5120, 512)  # whole batches
     assert (row["gflop_per_s"], row["matmul_limit"]) == (2, 2000)
-    result = {"rows": [row], "hardware": "this", "versions": "torch 1", "commit": "abc"}
+    result = {"rows": [row | {"hardware": "this", "versions": "torch 1", "commit": "abc"}], "starts": []}
     cells = "| **2.00** (1.00-3.00) | 1,000 | 2,000 (2 GFLOP/s), of which 10% are reached |"
     assert cells in throughput.to_markdown(result)
 
 
-def test_a_tiny_run_end_to_end(monkeypatch, tmp_path):
-    flags = ["--only", "ppo/CartPole-v1", "--repeats", "1", "--steps", "512", "--output", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["throughput.py", *flags])
-    throughput.main()
-    result = json.loads((tmp_path / "results" / "throughput.json").read_text())
-    (row,) = result["rows"]
+def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch, tmp_path):
+    commands, seconds = [], iter([9.0, 9.0, 3.0, 2.0, 4.0, 1.0])
+
+    def time_command(command):
+        commands.append(command)
+        return next(seconds)
+
+    monkeypatch.setattr(throughput, "time_command", time_command)
+    row = throughput.measure_start("dqn", throughput.Args(repeats=2))
+    assert (row["ours"], row["limit"], row["ratios"], row["ratio"]) == ([3, 4], [2, 1], [1.5, 4], 2.75)
+    assert [len(set(map(str, commands[i::2]))) for i in (0, 1)] == [3, 1], "each run has a folder of its own"
+    assert commands[1] == [sys.executable, "-c", "import gymnasium, torch"]
+    args = tyro.cli(dqn.Args, args=commands[0][2:])
+    assert dqn.gradient_steps_until(args.total_timesteps, args) == 1
+    row |= {"hardware": "this", "versions": "torch 1", "commit": "abc"}
+    lines = throughput.to_markdown({"rows": [], "starts": [row]}).splitlines()
+    assert lines[2] == "| dqn | 3.5 | 1.5 | **2.75** (1.50-4.00) |"
+    assert lines[-1] == "start/dqn: this, one thread each; torch 1; commit abc."
+
+
+def test_every_script_but_those_that_need_an_extra_has_a_start():
+    scripts = {path.stem for path in throughput.ROOT.glob("algorithms/*.py")}
+    assert throughput.STARTS.keys() == scripts - {"her"}
+
+
+def test_a_tiny_run_end_to_end_keeps_what_was_measured_before(monkeypatch, tmp_path):
+    def run(*flags):
+        output = "--output", str(tmp_path / "results")
+        monkeypatch.setattr(sys, "argv", ["throughput.py", *flags, "--repeats", "1", "--steps", "512", *output])
+        throughput.main()
+        return json.loads((tmp_path / "results" / "throughput.json").read_text())
+
+    (row,) = run("--only", "ppo/CartPole-v1")["rows"]
     assert row["name"] == "ppo/CartPole-v1"
     assert row["ratio"] == row["ours"][0] / row["theirs"][0]
     assert 100 < row["ours"][0] < row["env_only"][0] < 10_000_000
@@ -247,8 +274,19 @@ def test_a_tiny_run_end_to_end(monkeypatch, tmp_path):
     assert row["matmul_limit"] > row["ours"][0]
     assert row["peer_arguments"]["n_steps"] == row["settings"]["num_steps"] == 128
     assert "--num-steps=128" in row["command"]
-    assert "stable-baselines3" in result["versions"]
-    assert "ppo/CartPole-v1" in (tmp_path / "results" / "throughput.md").read_text()
+    assert "stable-baselines3" in row["versions"]
+
+    result = run("--only", "start/q_learning")
+    assert result["rows"] == [row]
+    (start,) = result["starts"]
+    assert 1 < start["ratio"] < 20
+    again = run("--only", "start/q_learning")
+    assert again["rows"] == [row]
+    assert again["starts"] != [start]
+    assert len(again["starts"]) == 1
+    table = (tmp_path / "results" / "throughput.md").read_text()
+    assert "| ppo/CartPole-v1 |" in table
+    assert "| q_learning |" in table
 
 
 @pytest.mark.parametrize(
@@ -258,10 +296,13 @@ def test_a_tiny_run_end_to_end(monkeypatch, tmp_path):
         (["--repeats", "0"], "--repeats"),
         (["--steps", "0"], "--steps"),
         (["--output", "file"], "--output"),
+        (["--output", "damaged"], "--output"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, flags, words):
     (tmp_path / "file").write_text("")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "throughput.json").write_text('{"rows": [')
     monkeypatch.setattr(sys, "argv", ["throughput.py", *flags])
     with pytest.raises(SystemExit) as exit:
         throughput.main()
