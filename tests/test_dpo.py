@@ -394,6 +394,7 @@ def test_what_is_judged_of_a_policy_by_hand(monkeypatch):
     rng = np.random.default_rng(0)
     pool = np.stack([rng.normal(size=(8, 50)), rng.integers(5, 20, (8, 50)), rng.random((8, 50)) < 0.9], 2)
     pool[3, :, 0] += 100  # the reference is good at hotels alone: there, no review wins
+    pool[5, :20, 0] = 0.6  # and as good at phones, in two of five: a tie is half a win
     args = dpo.Args(eval_replies=16, device="cpu")
     result = dpo.evaluate_reviews(-9.0, -9.7, dpo.word_tokenizer(), pool, args)
     rewards = [0.6] * 16
@@ -402,7 +403,7 @@ def test_what_is_judged_of_a_policy_by_hand(monkeypatch):
     assert result["eval/kl"] == pytest.approx(0.7)
     assert result["eval/length"] == pytest.approx((14 * 5 + 2 + 11) / 16)
     assert result["eval/fluency"] == pytest.approx(15 / 16)
-    wins = [np.mean(pool[i % 8, :, 0] < reward) for i, reward in enumerate(rewards)]
+    wins = [np.mean((np.sign(reward - pool[i % 8, :, 0]) + 1) / 2) for i, reward in enumerate(rewards)]
     assert wins[3] == 0
     assert result["eval/win_rate"] == pytest.approx(np.mean(wins))
     assert result["eval/reference_reward"] == pytest.approx(pool[..., 0].mean())
