@@ -140,10 +140,10 @@ def test_goals_are_found_in_flat_observations():
         np.testing.assert_array_equal(flat[place], sample[name])
 
 
-@pytest.mark.parametrize(("num_envs", "success"), [(1, "success"), (1, None), (2, "is_success")])
+@pytest.mark.parametrize(("num_envs", "success"), [(1, "success"), (1, None), (3, "is_success")])
 def test_train_hands_whole_episodes_to_the_buffer_and_logs_success(num_envs, success, monkeypatch, tmp_path):
     monkeypatch.setattr(Point, "SUCCESS", success)
-    monkeypatch.setattr(Point, "near", lambda *_: np.bool_(True))
+    monkeypatch.setattr(Point, "near", lambda self, achieved, desired: desired[..., 0] > 0)  # all of an episode or none
     buffers, make = [], her.GoalBuffer.__init__
     monkeypatch.setattr(her.GoalBuffer, "__init__", lambda self, *args: (buffers.append(self), make(self, *args))[0])
     her.train(her.Args(env_id="Point-v0", total_timesteps=40 * num_envs, num_envs=num_envs, device="cpu", utd=0.0,
@@ -153,7 +153,9 @@ def test_train_hands_whole_episodes_to_the_buffer_and_logs_success(num_envs, suc
         assert list(zip(buffers[0].first[:, i], buffers[0].last[:, i], strict=True)) == bounds
     ended = [row for row in rows(tmp_path / "run") if "charts/episodic_return" in row]
     assert len(ended) == 2 * num_envs
-    assert [row.get("charts/success") for row in ended] == [1 if success else None] * len(ended)
+    returns = [row["charts/episodic_return"] for row in ended]
+    assert set(returns) == {0, -12} or num_envs == 1
+    assert [row.get("charts/success") for row in ended] == [value == 0 if success else None for value in returns]
 
 
 def test_it_learns_to_reach_goals_which_sac_alone_misses(tmp_path):
