@@ -1,10 +1,18 @@
 """What the tests share: running a script as a user would, and reading what it left."""
 
+import atexit
+import functools
 import json
 import os
+import re
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,16 +25,87 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def call(script: str | Path, *flags: object, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess:
-    """Runs a script to its end: call("ppo", "--seed", 2)."""
+    """Runs a script to its end, in an interpreter as a user starts it: call("ppo", "--seed", 2)."""
     path = script if isinstance(script, Path) else ROOT / "algorithms" / f"{script}.py"
     command = [sys.executable, str(path), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=os.environ | environ, capture_output=True, text=True, timeout=280)
 
 
-def start(script: str, *flags: object) -> subprocess.Popen:
-    """Starts a script and does not wait for it."""
-    command = [sys.executable, str(ROOT / "algorithms" / f"{script}.py"), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+# Of these, two are imported late: with the first optimizer, with the first model
+SLOW_IMPORTS = ("gymnasium", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "tyro")
+
+
+def start(script: str, *flags: object) -> "Forked":
+    """Has the fork server start a script and does not wait for it; most of a short run would be its imports."""
+    path = ROOT / "algorithms" / f"{script}.py"
+    imported = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+    server = fork_server(*(module for module in SLOW_IMPORTS if module.split(".")[0] in imported))
+    return Forked(server, path, *flags)
+
+
+@functools.cache
+def fork_server(*modules: str) -> subprocess.Popen:
+    command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), *modules]
+    server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    atexit.register(server.communicate)  # closes its input, at which it ends
+    return server
+
+
+class Forked:
+    """A script that the fork server runs, with that part of subprocess.Popen which the tests use."""
+
+    def __init__(self, server: subprocess.Popen, path: Path, *flags: object):
+        self.server, self.returncode = server, None
+        self.stdout, self.stderr = tempfile.NamedTemporaryFile("r"), tempfile.NamedTemporaryFile("r")
+        order = {
+            "argv": [str(path), *map(str, flags)],
+            "cwd": str(ROOT),
+            "environ": dict(os.environ),
+            "stdout": self.stdout.name,
+            "stderr": self.stderr.name,
+        }
+        server.stdin.write(json.dumps(order).encode() + b"\n")
+        self.pid = int(server.stdout.readline())
+        RUNNING.append(self)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self.server.stdout], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.pid, timeout)
+            self.returncode = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):  # it has just ended
+            if self.poll() is None:
+                os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.stdout.read(), self.stderr.read()
+
+
+RUNNING: list[Forked] = []
+
+
+def steps_of_a_run(module: ModuleType, args: object, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Trains on preferences; the batch, learning rate and weight decay of each step."""
+    steps, update = [], module.update
+
+    def recording(model, optimizer, *others):
+        *_, batch, _ = others
+        group = optimizer.param_groups[0]
+        steps.append((batch, group["lr"], group["weight_decay"]))
+        return update(model, optimizer, *others)
+
+    monkeypatch.setattr(module, "update", recording)
+    module.train(args)
+    return steps
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -43,3 +122,12 @@ def timeless(run_dir: Path) -> list[dict]:
 def in_an_empty_folder(tmp_path, monkeypatch):
     """Whatever a test forgets to place lands here."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_running():
+    """The server runs one script at a time: one that a failed test has left ends here."""
+    yield
+    while RUNNING:
+        RUNNING[-1].send_signal(signal.SIGKILL)
+        RUNNING.pop().wait()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, rows, timeless
+from conftest import ROOT, rows, steps_of_a_run, timeless
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -294,15 +294,8 @@ def test_held_out_pairs_are_judged_by_their_own_rewards(folders):
 
 
 def test_a_run_takes_each_epochs_batches_in_turn_at_a_rate_that_rises_and_falls(folders, tmp_path, monkeypatch):
-    batches, update = [], reward_model.update
-
-    def recording(model, optimizer, pairs, batch, args):
-        batches.append((batch, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]))
-        return update(model, optimizer, pairs, batch, args)
-
-    monkeypatch.setattr(reward_model, "update", recording)
     args = arguments(folders, run_dir=str(tmp_path / "run"), total_timesteps=100, warmup=0.2, weight_decay=0.3, seed=3)
-    reward_model.train(args)
+    batches = steps_of_a_run(reward_model, args, monkeypatch)
     pairs = loaded(folders)[2]
     train, _ = reward_model.split(pairs, args)
     expected = [batch for epoch in (0, 1) for batch in reward_model.epoch_batches(train, pairs, 8, 3, epoch)]
