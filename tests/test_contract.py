@@ -285,7 +285,7 @@ def test_killed_and_resumed_equals_unbroken(script, flags, cli, tmp_path):
         goal = reached(killed) + rng.uniform(0.1, 0.4) * total  # where it dies next
         if goal > 0.9 * total:  # too near to its end to be sure of that: some time after its start
             with suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0, 2))
+                process.wait(rng.uniform(0, 0.5))
         else:
             while process.poll() is None and reached(killed) < goal:
                 time.sleep(0.002)
