@@ -607,6 +607,12 @@ def speeds(rows: list[dict]) -> list[str]:
     return lines if rows else []
 
 
+def kept_rows(path: Path) -> dict[str, dict[str, dict]]:
+    """What throughput.json holds: its rows and starts, by name."""
+    result = json.loads(path.read_text()) if path.exists() else {"rows": [], "starts": []}
+    return {key: {row["name"]: row for row in result[key]} for key in ("rows", "starts")}
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.repeats < 1 or args.steps < 1:
@@ -620,8 +626,7 @@ def main() -> None:
     path = args.output / "throughput.json"
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        result = json.loads(path.read_text()) if path.exists() else {"rows": [], "starts": []}
-        kept = {key: {row["name"]: row for row in result[key]} for key in ("rows", "starts")}
+        kept_rows(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         refuse(f"--output {args.output} can't be used: {error!r}")
     git = f"git -C '{ROOT}' describe --always --abbrev=40 --exclude='*' --dirty"
@@ -633,6 +638,7 @@ def main() -> None:
     jobs = [("rows", measure, work) for work in works] + [("starts", measure_start, script) for script in scripts]
     for key, function, what in jobs:
         row = function(what, args) | where
+        kept = kept_rows(path)  # read now: another measurement may have added to it
         kept[key][row["name"]] = row
         result = {key: list(rows.values()) for key, rows in kept.items()}
         path.write_text(json.dumps(result, indent=1) + "\n")  # after each: an hour's measurements are not lost

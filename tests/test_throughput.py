@@ -276,12 +276,21 @@ def test_a_tiny_run_end_to_end_keeps_what_was_measured_before(monkeypatch, tmp_p
     assert "--num-steps=128" in row["command"]
     assert "stable-baselines3" in row["versions"]
 
-    result = run("--only", "start/q_learning")
-    assert result["rows"] == [row]
+    path, measure_start = tmp_path / "results" / "throughput.json", throughput.measure_start
+    elsewhere = row | {"name": "measured meanwhile"}
+
+    def measuring(*arguments):
+        path.write_text(json.dumps({"rows": [row, elsewhere], "starts": []}))
+        return measure_start(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(throughput, "measure_start", measuring)
+        result = run("--only", "start/q_learning")
+    assert result["rows"] == [row, elsewhere]
     (start,) = result["starts"]
     assert 1 < start["ratio"] < 20
     again = run("--only", "start/q_learning")
-    assert again["rows"] == [row]
+    assert again["rows"] == [row, elsewhere]
     assert again["starts"] != [start]
     assert len(again["starts"]) == 1
     table = (tmp_path / "results" / "throughput.md").read_text()
