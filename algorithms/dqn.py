@@ -377,7 +377,7 @@ def train(args: Args) -> None:
     torch.manual_seed(args.seed)
     q_network = make_agent(args, env).to(args.device)
     target_network = copy.deepcopy(q_network).requires_grad_(False)
-    target_network.obs_stats = q_network.obs_stats  # both see the same
+    target_network.obs_stats = q_network.obs_stats  # one normaliser for both
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, env.observation_space.shape)
     run = Run(args, args.env_id, model=q_network, target=target_network, optimizer=optimizer, buffer=buffer)

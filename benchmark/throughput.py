@@ -434,6 +434,16 @@ def to_flag(name: str, value: object) -> str:
     return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
+def time_command(command: list[str]) -> float:
+    """Seconds from its start to its exit."""
+    started = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | ONE_CORE, capture_output=True, text=True)
+    if done.returncode:
+        print(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        raise SystemExit(1)
+    return time.perf_counter() - started
+
+
 def time_script(work: Work, warm_up: int, steps: int) -> tuple[float, list[str]]:
     """Steps a second of our script, and its flags.
 
@@ -450,10 +460,7 @@ def time_script(work: Work, warm_up: int, steps: int) -> tuple[float, list[str]]
             settings |= {"env_id": work.env_id, "eval_episodes": 1}
         flags = [to_flag(name, value) for name, value in settings.items()]
         command = [sys.executable, str(ROOT / "algorithms" / f"{work.script}.py"), *flags, f"--run-dir={folder}/run"]
-        done = subprocess.run(command, env=os.environ | ONE_CORE, capture_output=True, text=True)
-        if done.returncode:
-            print(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
-            raise SystemExit(1)
+        time_command(command)
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
     learned = [(row["global_step"], row["time"]) for row in rows if "charts/SPS" in row]
     first, started = (0, 0.0) if work.make_data else next(row for row in learned if row[0] >= warm_up)
@@ -534,16 +541,6 @@ def measure(work: Work, args: Args) -> dict:
         "ratios": ratios, "ratio": statistics.median(ratios), "env_only": env, "gflop_per_s": flop_per_s / 1e9,
         "matmul_limit": work.flop_per_step and flop_per_s / work.flop_per_step,
     }  # fmt: skip
-
-
-def time_command(command: list[str]) -> float:
-    """Seconds from its start to its exit."""
-    started = time.perf_counter()
-    done = subprocess.run(command, env=os.environ | ONE_CORE, capture_output=True, text=True)
-    if done.returncode:
-        print(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
-        raise SystemExit(1)
-    return time.perf_counter() - started
 
 
 def measure_start(script: str, args: Args) -> dict:
