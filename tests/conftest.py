@@ -59,7 +59,6 @@ class Forked:
         self.stdout, self.stderr = tempfile.NamedTemporaryFile("r"), tempfile.NamedTemporaryFile("r")
         order = {
             "argv": [str(path), *map(str, flags)],
-            "cwd": str(ROOT),
             "environ": dict(os.environ),
             "stdout": self.stdout.name,
             "stderr": self.stderr.name,

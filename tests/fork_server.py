@@ -3,7 +3,7 @@
     python tests/fork_server.py gymnasium torch
 
 It reads orders, one a line, and answers each with two lines: the pid of the script's process and, once that has ended,
-how. This process is the script's own: its arguments, folder, environment, output, signals, and end. Only what an
+how. This process is the script's own: its arguments, environment, output, signals, and end. Only what an
 interpreter draws at its start, such as the order of strings in a set, is the same in all processes of one server.
 """
 
@@ -36,7 +36,6 @@ atexit.register(gc.unfreeze)  # except for those of the interpreter's end, which
 order = next_order()
 for number, path in enumerate((os.devnull, order["stdout"], order["stderr"])):
     os.dup2(os.open(path, os.O_RDWR), number)
-os.chdir(order["cwd"])
 os.environ.clear()
 os.environ.update(set_by_imports | order["environ"])
 sys.argv = order["argv"]
