@@ -43,6 +43,7 @@ from rich.console import Console
 from scipy import stats
 
 RETURN_KEYS = "eval/episodic_return", "eval/true_reward"  # the score: the first that a run has
+FRONTIER_KEYS = "eval/kl", "eval/true_reward", "eval/optimal_reward", "eval/reference_reward"  # of preference learning
 # Arguments that don't change what is learned
 SAME_EXPERIMENT = {
     "seed", "env_id", "run_dir", "resume", "evaluate", "track", "wandb_project_name", "capture_video",
@@ -113,7 +114,7 @@ class Run:
     config: dict = field(default_factory=dict)
     curve: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # (evaluations, 3): step, seconds, return
     sps: float | None = None  # median steps a second
-    frontier: tuple[float, float] | None = None  # KL divergence and true reward at the end (preference learning)
+    frontier: dict[str, float] | None = None  # FRONTIER_KEYS at the end, with the first two at least
     trouble: str = ""  # why the run does not count
 
 
@@ -247,8 +248,8 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     run.curve = curve[np.isfinite(curve[:, 2])]
     speeds = series(rows, "charts/SPS")[:, 2]
     run.sps = float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
-    kl, reward = series(rows, "eval/kl")[-1:, 2], series(rows, "eval/true_reward")[-1:, 2]
-    run.frontier = (kl[0], reward[0]) if np.isfinite(kl).any() and np.isfinite(reward).any() else None
+    last_values = {key: value for key in FRONTIER_KEYS for value in series(rows, key)[-1:, 2] if math.isfinite(value)}
+    run.frontier = last_values if {"eval/kl", "eval/true_reward"} <= last_values.keys() else None
     total, last = args.get("total_timesteps", 0), rows[-1]["global_step"] if rows else 0
     if not len(curve):
         run.trouble = f"no evaluation, stopped at step {last:,}"
@@ -295,7 +296,7 @@ def read_baseline(path: Path, group: str) -> list[Run]:
                 run = Run(folder, group or entry["group"], entry["env_id"], int(seed), entry, sps=kept["SPS"])
                 run.curve = np.array(kept["curve"], dtype=float)  # null becomes NaN
                 run.curve[-1, 2] = kept["return"]  # in full
-                run.frontier = kept["frontier"] and tuple(kept["frontier"])
+                run.frontier = kept["frontier"] and {key: float(value) for key, value in kept["frontier"].items()}
                 found.append(run)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         refuse(f"{path} is not what --save-baseline writes ({error!r})")
@@ -617,22 +618,28 @@ def plot_overview(experiments: list[Experiment]) -> Figure:
 
 
 def plot_frontier(runs: list[Run]) -> Figure:
-    """Preference learning: reward against divergence from the reference policy, one point a run, a line over beta."""
+    """Preference learning: reward against divergence from the reference policy, one point a run, a line over beta.
+
+    Where the runs know it, the best reward at each divergence stands above, from the reference's own on.
+    """
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.add_subplot()
     groups = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        groups[run.group][run.config["args"].get("beta")].append(run.frontier)
+        point = [run.frontier.get(key, np.nan) for key in FRONTIER_KEYS]
+        groups[run.group][run.config["args"].get("beta")].append(point)
     for color, (group, by_beta) in zip(COLORS * len(groups), groups.items(), strict=False):
         means = sorted((*np.mean(points, axis=0), beta) for beta, points in by_beta.items())  # by divergence
-        axes.plot([kl for kl, *_ in means], [reward for _, reward, _ in means], color=color, label=group)
-        axes.scatter(*np.concatenate(list(by_beta.values())).T, color=color, s=26, linewidth=0)
-        for kl, reward, beta in means:
+        kls, rewards, best, references, betas = zip(*means, strict=True)
+        if np.isfinite([*best, *references]).all():
+            axes.plot([0, *kls], [np.mean(references), *best], color=color, linestyle=":", label="the optimum")
+        axes.plot(kls, rewards, color=color, label=group)
+        axes.scatter(*np.concatenate(list(by_beta.values()))[:, :2].T, color=color, s=26, linewidth=0)
+        for kl, reward, beta in zip(kls, rewards, betas, strict=True):
             axes.annotate(f"β = {beta}", (kl, reward), (6, -12), textcoords="offset points", fontsize=9, color=color)
     axes.set_xlabel("KL divergence from the reference policy")
     axes.set_ylabel("true reward")
-    if len(groups) > 1:
-        axes.legend()
+    axes.legend()
     return figure
 
 

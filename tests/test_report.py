@@ -485,8 +485,24 @@ def test_frontier(call, tmp_path):
     assert colourful(tmp_path / "out" / "frontier.png")[0] > 0.003
     runs = report.find_runs(str(tmp_path / "runs"), "")
     axes = report.plot_frontier(runs).axes[0]
+    assert len(axes.lines) == 1
     assert np.allclose(np.array(axes.lines[0].get_data()).T, [[1, 1], [10, 1.9]])
     assert sorted(text.get_text() for text in axes.texts) == ["β = 0.1", "β = 1.0"]
+
+
+def test_frontier_beside_the_optimum(call, tmp_path):
+    for beta in 0.1, 1.0:
+        for seed in 1, 2, 3:
+            run = make_run(tmp_path / "runs" / f"{beta}-{seed}", "dpo", "", seed, beta=beta)
+            rewards = {"true": seed - beta, "optimal": seed + 3 - beta, "reference": -1.5 * seed}
+            row = {f"eval/{name}_reward": value for name, value in rewards.items()}
+            write_rows(run, [{"global_step": 200, "time": 1.0, "eval/kl": 1 / beta, **row}])
+    path = tmp_path / "dpo.json"
+    assert call(tmp_path / "runs", "--save-baseline", path)[0] == 0
+    for place in tmp_path / "runs", path:
+        best, reached = report.plot_frontier(report.find_runs(str(place), "")).axes[0].lines
+        assert np.allclose(np.array(best.get_data()).T, [[0, -3], [1, 4], [10, 4.9]]), place
+        assert np.allclose(np.array(reached.get_data()).T, [[1, 1], [10, 1.9]]), place
 
 
 def test_curves_show_the_mean_on_the_common_steps(tmp_path):
