@@ -637,6 +637,7 @@ def plot_frontier(runs: list[Run]) -> Figure:
         axes.scatter(*np.concatenate(list(by_beta.values()))[:, :2].T, color=color, s=26, linewidth=0)
         for kl, reward, beta in zip(kls, rewards, betas, strict=True):
             axes.annotate(f"β = {beta}", (kl, reward), (6, -12), textcoords="offset points", fontsize=9, color=color)
+    axes.margins(0.1)  # room for the last beta
     axes.set_xlabel("KL divergence from the reference policy")
     axes.set_ylabel("true reward")
     axes.legend()
