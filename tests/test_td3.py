@@ -86,8 +86,9 @@ def critic_by_hand(critics, i, obs, actions):
 
 
 def adam_by_hand(parameters, gradients, lr):
-    """The first step of Adam."""
+    """The first step of Adam, which hardly depends on a gradient's size: so it is kept, to be compared as well."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
         first, second = 0.1 * gradient / (1 - 0.9), 0.001 * gradient**2 / (1 - 0.999)
         parameter.data -= lr * first / (second.sqrt() + 1e-8)
 
@@ -95,6 +96,8 @@ def adam_by_hand(parameters, gradients, lr):
 def assert_same_parameters(module, expected, atol):
     for (name, parameter), other in zip(module.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        if other.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, msg=lambda m, name=name: f"{name}, gradient: {m}")
 
 
 # ---- The buffer ----
