@@ -126,7 +126,8 @@ def mutants(source: str) -> Iterator[Mutant]:
             children = ast.iter_child_nodes(node)
         for child in children:
             is_message = isinstance(child, ast.Expr) and "refuse(" in code(child)
-            if not isinstance(child, ast.Assert | ast.JoinedStr) and not is_message:
+            is_stream = isinstance(child, ast.keyword) and child.arg == "spawn_key"  # one number is as good as another
+            if not isinstance(child, ast.Assert | ast.JoinedStr) and not is_message and not is_stream:
                 yield from visit(child)
 
     for node in ast.parse(source).body:
