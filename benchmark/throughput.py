@@ -465,7 +465,8 @@ def time_script(work: Work, warm_up: int, steps: int) -> tuple[float, list[str]]
     learned = [(row["global_step"], row["time"]) for row in rows if "charts/SPS" in row]
     first, started = (0, 0.0) if work.make_data else next(row for row in learned if row[0] >= warm_up)
     last, ended = learned[-1]
-    return (last - first) / (ended - started), flags
+    # The data are made and gone: in the record, FOLDER is where they were
+    return (last - first) / (ended - started), [flag.replace(folder, "FOLDER") for flag in flags]
 
 
 def in_new_process(function: Callable, *args: object) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,6 +188,16 @@ def test_the_clock_runs_from_the_end_of_the_warm_up_to_the_last_learning_step(mo
     sps, flags = throughput.time_script(work_of(), 150, 250)
     assert sps == (400 - 200) / (100 - 60)
     assert {"--num-envs=4", "--no-norm", "--total-timesteps=400", "--eval-frequency=400"} <= set(flags)
+
+
+def test_the_record_names_no_folder_of_this_machine(monkeypatch, tmp_path):
+    row = "dict(global_step=400, time=4.0, **{'charts/SPS': 1.0})"
+    fake_script(tmp_path, f"print(json.dumps({row}), file=open(d + '/metrics.jsonl', 'w'))")
+    monkeypatch.setattr(throughput, "ROOT", tmp_path)
+    work = replace(work_of(), make_data=lambda folder, steps: {"dataset": f"{folder}/{steps}.jsonl"})
+    sps, flags = throughput.time_script(work, 150, 250)
+    assert sps == 100
+    assert "--dataset=FOLDER/400.jsonl" in flags
 
 
 def test_scripts_run_with_one_thread(monkeypatch, tmp_path):
