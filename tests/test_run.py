@@ -425,7 +425,7 @@ def test_the_table_in_a_terminal(output):
 
 
 MISTAKES = {
-    "--suite nothing": "no suite 'nothing', but atari, classic, mujoco, multiagent, preference, smoke",
+    "--suite nothing": "no suite 'nothing', but atari, classic, frontier, mujoco, multiagent, preference, smoke",
     "--suite broken.toml": "is not a suite",
     "--suite typo.toml": "unexpected keyword argument 'seed'",
     "--suite smoke --env-ids A": "a suite names its own environments",
