@@ -29,7 +29,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -42,7 +42,7 @@ from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from scipy import stats
 
-RETURN_KEYS = "eval/episodic_return", "eval/true_reward"  # the score: the first that a run has
+RETURN_KEYS = "eval/episodic_return", "eval/true_reward", "eval/accuracy"  # the score: the first that a run has
 FRONTIER_KEYS = "eval/kl", "eval/true_reward", "eval/optimal_reward", "eval/reference_reward"  # of preference learning
 # Arguments that don't change what is learned
 SAME_EXPERIMENT = {
@@ -83,6 +83,7 @@ REFERENCES = {  # environment: random, reference, who reached it, source
 
 GREY = "#7d8590"  # reads on white and on black alike, as do the colours
 COLORS = "#3b82f6", "#e8710a", "#22a06b", "#a371f7", "#e5484d", "#12a5b8", "#db61a2", "#a98600"
+LINES = "-", "--", ":", "-."  # the next one when all colours are used
 STYLE = {
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "text.color": GREY,
     "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.titlesize": 11,
@@ -136,6 +137,13 @@ class Experiment:
 def base_name(env_id: str) -> str:
     """What the versions of an environment have in common: HalfCheetah-v5 -> halfcheetah."""
     return re.sub(r"^ale[/ ]|noframeskip|[-_]v\d.*|[ (].*", "", env_id.lower())
+
+
+def name_env(env_id: str | None, result: str | None) -> str:
+    """An environment without the module that registers it; of preferences, which have none, what is measured."""
+    if env_id:
+        return env_id.split(":")[-1]
+    return "preferences" + (f", {result.split('/')[-1].replace('_', ' ')}" if result else "")
 
 
 def refuse(message: object) -> NoReturn:
@@ -241,10 +249,10 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
         refuse(f"{folder}/config.json must have script and args")
     args = config["args"]
     rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    curves = [series(rows, key) for key in ([result] if result else RETURN_KEYS)]
-    curve = next(filter(len, curves), curves[0])
-    env_id = (args.get("env_id") or "default").split(":")[-1]  # without the module that registers it
-    run = Run(folder, group or config["script"], env_id, args.get("seed", 0), config)
+    curves = {key: series(rows, key) for key in ([result] if result else RETURN_KEYS)}
+    key = next((key for key, curve in curves.items() if len(curve)), result)
+    curve = curves.get(key, np.empty((0, 3)))
+    run = Run(folder, group or config["script"], name_env(args.get("env_id"), key), args.get("seed", 0), config)
     run.curve = curve[np.isfinite(curve[:, 2])]
     speeds = series(rows, "charts/SPS")[:, 2]
     run.sps = float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
@@ -278,8 +286,8 @@ def read_ledger(path: Path, group: str) -> list[Run]:
         places = folder, path.parent / folder, path.parent / folder.name
         folder = next((place.resolve() for place in places if (place / "config.json").exists()), None)
         if folder is None:
-            env_id, trouble = (env_id or "default").split(":")[-1], f"{status}, no config.json"
-            found.append(Run(places[1], group or script, env_id, seed, trouble=trouble))
+            trouble = f"{status}, no config.json"
+            found.append(Run(places[1], group or script, name_env(env_id, result), seed, trouble=trouble))
         else:
             found.append(run := read_run(folder, group, result))
             run.trouble = run.trouble and f"{status}, {run.trouble}"
@@ -548,6 +556,8 @@ def plot_curves(experiments: list[Experiment], seconds: bool, threshold: float |
     """One panel for each environment: the mean over seeds, and the interval of it at each point on its own."""
     env_ids = list(dict.fromkeys(e.env_id for e in experiments))
     labels = list(dict.fromkeys(e.label for e in experiments))
+    pairs = cycle(product(LINES, COLORS))
+    looks = {label: {"linestyle": line, "color": color} for label, (line, color) in zip(labels, pairs, strict=False)}
     columns = 2 if len(env_ids) == 4 else min(3, len(env_ids))
     rows = math.ceil(len(env_ids) / columns)
     figure = Figure(figsize=(4.4 * columns + 0.6, 3.1 * rows), layout="constrained")
@@ -557,10 +567,10 @@ def plot_curves(experiments: list[Experiment], seconds: bool, threshold: float |
             if e.env_id != env_id:
                 continue
             grid, values = on_one_grid([run.curve for run in e.done], seconds)  # (G,), (G, seeds)
-            color = COLORS[labels.index(e.label) % len(COLORS)]
-            axes.plot(grid, values.mean(-1), color=color, marker="o" if len(grid) == 1 else None)
+            look = looks[e.label]
+            axes.plot(grid, values.mean(-1), **look, marker="o" if len(grid) == 1 else None)
             if len(grid) and (band := interval(np.mean, values, resamples=2_000)):
-                axes.fill_between(grid, *band, color=color, alpha=0.2, linewidth=0)
+                axes.fill_between(grid, *band, color=look["color"], alpha=0.2, linewidth=0)
         if threshold is not None:
             axes.set_ylim(axes.get_ylim())  # the scale is the curves'
             axes.axhline(threshold, color=GREY, linewidth=1, linestyle="--")
@@ -570,7 +580,7 @@ def plot_curves(experiments: list[Experiment], seconds: bool, threshold: float |
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(labels) > 1:
-        handles = [Line2D([], [], color=COLORS[i % len(COLORS)]) for i in range(len(labels))]
+        handles = [Line2D([], [], **look) for look in looks.values()]
         names = [textwrap.fill(label, 50 * columns) for label in labels]
         width = max(len(line) for name in names for line in name.splitlines()) + 8
         legend = figure.legend(handles, names, loc="outside lower center", ncols=max(1, 60 * columns // width))

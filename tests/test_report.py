@@ -541,6 +541,40 @@ def test_versions_of_an_environment_share_a_name(env_id, name):
     assert report.base_name(env_id) == name
 
 
+@pytest.mark.parametrize(
+    "env_id, result, name",
+    [
+        ("CartPole-v1", "eval/episodic_return", "CartPole-v1"),
+        ("gymnasium_robotics:FetchReach-v4", None, "FetchReach-v4"),
+        (None, "eval/true_reward", "preferences, true reward"),
+        (None, None, "preferences"),
+    ],
+)
+def test_preferences_are_named_by_what_is_measured(env_id, result, name):
+    assert report.name_env(env_id, result) == name
+
+
+def test_accuracies_and_rewards_share_no_panel(call, tmp_path):
+    for script, key in {"dpo": "eval/true_reward", "reward_model": "eval/accuracy"}.items():
+        for seed in 1, 2:
+            folder = make_run(tmp_path / "runs" / f"{script}{seed}", script=script, seed=seed, env_id=None)
+            write_rows(folder, [{"global_step": 200, "time": 2.0, "eval/accuracy": 0.5, key: 0.7 + seed / 10}])
+    _, result, _ = call(tmp_path / "runs")
+    rows = {row["script"]: (row["environment"], round(row["mean"], 3)) for row in result["Results"]}
+    assert rows == {"dpo": ("preferences, true reward", 0.85), "reward_model": ("preferences, accuracy", 0.85)}
+    panels = report.plot_curves(report.sort_out(report.find_runs(str(tmp_path / "runs"), ""), ()), False, None).axes
+    assert [axes.get_title() for axes in panels] == ["preferences, true reward", "preferences, accuracy"]
+
+
+def test_no_two_curves_look_alike(tmp_path):
+    for number in range(2 * len(report.COLORS)):
+        make_run(tmp_path / "runs" / f"script{number:02}", script=f"script{number:02}")
+    figure = report.plot_curves(report.sort_out(report.find_runs(str(tmp_path / "runs"), ""), ()), False, None)
+    looks = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines]
+    assert len(set(looks)) == len(looks) == 2 * len(report.COLORS)
+    assert [(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()] == looks
+
+
 def test_an_environment_of_a_module_has_its_reference(call, tmp_path):
     make_runs(tmp_path / "runs", (-27.1,) * 3, env_id="mpe2:simple_spread_v3")
     assert call(tmp_path / "runs")[1]["All environments, normalised"][0]["IQM"] == pytest.approx(1)
