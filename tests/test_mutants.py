@@ -72,8 +72,11 @@ def test_a_mistake_is_killed_or_survives(tmp_path, monkeypatch, capsys):
     (tmp_path / "algorithms" / "fake.py").write_text(f"{body}\n\n{mutants.RULED_LINE}\n")
     test = "import runpy\ndef test():\n    assert runpy.run_path('algorithms/fake.py')['double'](3) in (5, 6)\n"
     (tmp_path / "tests" / "test_fake.py").write_text(test)
-    other = "import runpy\ndef test_fake():\n    assert runpy.run_path('algorithms/fake.py')['double'](0) == 0\n"
+    other = "import time\n" + test.replace("test()", "test_fake()").replace("(3) in (5, 6)", "(0) == 0")
+    other += "    time.sleep(0.3)\n"
     (tmp_path / "tests" / "test_all.py").write_text(other)
+    names = mutants.quickest_first(tmp_path, "fake")
+    assert names == ["tests/test_fake.py::test", "tests/test_all.py::test_fake"]
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["mutants.py", "--scripts", "fake"])
     mutants.main()
@@ -85,3 +88,9 @@ def test_a_mistake_is_killed_or_survives(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         mutants.main()
     assert exit.value.code == 2
+    (tmp_path / "algorithms" / "fake.py").write_text(f"{body.replace('2', '4')}\n\n{mutants.RULED_LINE}\n")
+    monkeypatch.setattr(sys, "argv", ["mutants.py", "--scripts", "fake"])
+    with pytest.raises(SystemExit) as exit:
+        mutants.main()
+    assert exit.value.code == 2
+    assert "fake.py does not pass its tests as it is" in capsys.readouterr().err
