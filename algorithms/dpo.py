@@ -15,9 +15,9 @@ and of the two replies in a pair y_w was preferred to y_l.
     [7] ipo:     L = ((r(x, y_w) - r(x, y_l)) / beta - 1 / (2 beta))^2                    IPO, Eq. 17 (tau: beta)
     [8] added to L: -alpha log pi(y_w|x) / |y_w|                                          Iterative RPO
 
-[5], [6] and [7] are what --loss-type chooses from, with P of [2] and r of [4]. In them, what both replies have in
-common cancels out, and nothing holds the policy there: it may drift to texts that no pair contains. [8] holds it; the
-papers of [5] to [7] are without it: --nll-coef 0.
+[5], [6] and [7] are what --loss-type chooses from, with P of [2] and r of [4]. They depend on the difference of the two
+rewards only, so both replies may lose probability, to texts that no pair contains. [8], with |y_w| the number of y_w's
+tokens, prevents that; the papers of [5] to [7] are without it: --nll-coef 0.
 
 DPO: Rafailov et al. 2023, arXiv:2305.18290. cDPO, where a share epsilon of the labels is wrong: Mitchell 2023,
 ericmitchell.ai/cdpo.pdf. RSO: Liu et al. 2023, arXiv:2309.06657, with the hinge of SLiC-HF: Zhao et al. 2023,
@@ -25,7 +25,8 @@ arXiv:2305.10425. IPO: Azar et al. 2023, arXiv:2310.12036. Iterative RPO: Pang e
 
 Differs from the papers: AdamW instead of RMSprop, and the learning rate decays to 0 after its warm-up. The reference is
 the model as given; DPO first fits it to the preferred replies if another model wrote them. Its log-probabilities are
-computed once, before training. RSO's sampling of new pairs is left out. [7] sums over the tokens, as Eq. 17 reads; TRL
+computed once, before training. [8] is on by default; with it, [3] is not quite the optimum any more. RSO's sampling of
+new pairs is left out, and so are the further rounds of Iterative RPO. [7] sums over the tokens, as Eq. 17 reads; TRL
 averages, and says that IPO's authors did.
 
 By default it learns to write reviews. A small GPT is fitted to reviews made by a grammar. It is the reference: it
@@ -85,7 +86,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 @dataclass
 class Args:
     seed: int = 1  # all randomness follows from it
-    total_timesteps: int = 80_000  # preference pairs to learn from, summed over all epochs
+    total_timesteps: int = 80_000  # preference pairs to learn from, summed over all epochs; a step is a pair
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
@@ -102,7 +103,7 @@ class Args:
     eval_replies: int = 1000  # reviews that the policy writes in an evaluation
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     learning_rate: float = 5e-4  # of AdamW; for real models rather 1e-6, with LoRA 1e-5
-    warmup: float = 0.1  # share of the run in which the learning rate rises; then it decays linearly to 0
+    warmup: float = 0.1  # share of the run in which the learning rate rises; it also falls linearly to 0, all the time
     batch_size: int = 32  # pairs of an update, summed over all processes
     micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
@@ -159,23 +160,24 @@ def dpo_loss(
         losses = nn.functional.relu(1 - margins)  # [6]
     else:
         losses = (margins / beta - 1 / (2 * beta)).square()  # [7]
-    accuracies = (margins > 0).float()
+    accuracies = (margins.sign() + 1) / 2  # of a tie 1/2
     metrics = losses, chosen_rewards, rejected_rewards, accuracies, margins, chosen, rejected
     return losses, torch.stack(metrics).detach()
 
 
 def optimum(rewards: np.ndarray, kl: float) -> tuple[np.ndarray, float]:
-    """The policy [3] with that beta with which its KL divergence from the reference is kl: its weights, and this beta.
+    """The policy [3] at the beta for which its KL divergence from the reference is kl: its weights, and that beta.
 
     rewards: (prompts, N), of N replies to each prompt that the reference wrote. So the reference weights each by 1 / N,
     and [3] in proportion to exp(r / beta), which is importance sampling: (prompts, N) weights, of sum 1 for a prompt.
+    It is precise only where kl is far below log(N), the most that such weights can have.
     """
     low, high = 1e-3, 1e3  # bounds of beta, for bisection: the KL divergence falls as beta rises
     for _ in range(60):
         beta = math.sqrt(low * high)
         weights = np.exp((rewards - rewards.max(1, keepdims=True)) / beta)  # [3]; the maximum cancels
         weights /= weights.sum(1, keepdims=True)
-        log_ratio = np.log(np.maximum(weights * rewards.shape[1], 1e-300))  # to 1 / N; 1e-300: of 0, where 0 log 0 = 0
+        log_ratio = np.log(np.maximum(weights * rewards.shape[1], 1e-300))  # to 1 / N; 1e-300 for 0, as 0 log 0 is 0
         divergence = (weights * log_ratio).sum(1).mean()
         low, high = (beta, high) if divergence > kl else (low, beta)
     return weights, beta
@@ -261,9 +263,9 @@ def encode(
     start = common_length(prompt_ids, *sequences)  # less than the whole prompt where a token spans prompt and reply
     if start == 0:  # the first token to be predicted must follow something
         start, sequences = 1, [[end, *ids] for ids in sequences]
-    # Many chat templates write the end token themselves, some with a line break behind it
-    missing_ends = [[] if end in ids[start:][-2:] else [end] for ids in sequences]
-    return sequences[0][:start], *(ids[start:] + more for ids, more in zip(sequences, missing_ends, strict=True))
+    # Many chat templates write the end token themselves, some with a line break behind it, which no model writes
+    tails = [ids[start:-1] if ids[start:][-2:-1] == [end] else ids[start:] for ids in sequences]
+    return sequences[0][:start], *(ids if ids[-1:] == [end] else [*ids, end] for ids in tails)
 
 
 def read_pairs(source: str, tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Pair]:
@@ -349,13 +351,9 @@ def all_log_probs(model: nn.Module, pairs: list[Pair], rows: list[int], args: Ar
 
 
 def update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    pairs: list[Pair],
-    ref_log_probs: Tensor,
-    batch: list[int],
+    model: nn.Module, optimizer: torch.optim.Optimizer, pairs: list[Pair], ref_log_probs: Tensor, batch: list[int],
     args: Args,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """One step on a batch of rows, split among the processes and into micro-batches. Returns means over the batch.
 
     ref_log_probs: [1] by the reference of all pairs' chosen and rejected replies, (N, 2)
@@ -387,10 +385,8 @@ def evaluate_pairs(model: nn.Module, pairs: list[Pair], ref_log_probs: Tensor, r
     log_probs, refs = all_log_probs(model, pairs, rows, args)[rows].unbind(1), ref_log_probs[rows].unbind(1)
     _, metrics = dpo_loss(*log_probs, *refs, args.beta, args.loss_type, args.label_smoothing)
     means = dict(zip(METRICS, metrics.mean(1).tolist(), strict=True))
-    return {
-        f"eval/{name.removeprefix('rewards/')}": means[name]
-        for name in ("loss", "rewards/accuracies", "rewards/margins")
-    }
+    names = {"eval/loss": "loss", "eval/accuracy": "rewards/accuracies", "eval/margin": "rewards/margins"}
+    return {name: means[of_update] for name, of_update in names.items()}
 
 
 # The reviews: a grammar writes them, and true_reward, which no model sees, says how good they are
@@ -761,7 +757,7 @@ def train(args: Args) -> None:
         # Before the first update the policy is the reference: all margins are 0, but for rounding
         if first_step == 0 and abs(metrics["rewards/margins"]) > 0.01 * args.beta * abs(metrics["logps/chosen"]):
             refuse("before the first update all margins must be 0: reference.pt is of another model")
-        if first_step < 50 * args.batch_size <= global_step:
+        if run and first_step < 50 * args.batch_size <= global_step:
             warn_if_stuck(metrics)
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         metrics["charts/SPS"] = len(batch) / (time.perf_counter() - start_time)
@@ -794,9 +790,20 @@ def evaluate_saved(args: Args) -> None:
     ref_log_probs = load_file(folder / "reference.pt")["log_probs"].to(args.device)
     result = evaluate_pairs(model, pairs, ref_log_probs, split(pairs, args)[1], args)
     if reviews:
-        reference_model = load_model(folder / "reference", args)
+        reference_model = load_model(folder / "reference", replace(args, lora_rank=0))
         result |= evaluate_reviews(model, reference_model, tokenizer, judge_reference(folder), args)
-    print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
+    if RANK == 0:
+        print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
+
+
+# Below the ruled line every script is the same. These are dpo.py's exceptions, under the names that they
+# have in the other scripts: a model in the Hugging Face layout, with its tokenizer, is a folder.
+MODEL, CHECKPOINT = "model", "checkpoint.pt"
+
+
+def save_model(folder: Path, model: Trained) -> None:
+    """Replaces the folder model/."""
+    save_pretrained(folder / MODEL, model.model, model.tokenizer)
 
 
 # ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
@@ -873,16 +880,8 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-MODEL, CHECKPOINT = "model", "checkpoint.pt"
-
-
 def save_file(path: Path, state: dict) -> None:
     write_file(path, lambda file: torch.save(state, file))
-
-
-def save_model(folder: Path, model: Trained) -> None:
-    """Replaces the folder model/, in the Hugging Face layout."""
-    save_pretrained(folder / MODEL, model.model, model.tokenizer)
 
 
 def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:

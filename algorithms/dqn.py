@@ -2,7 +2,7 @@
 
 Q-learning with a network in place of the table. Two things made it stable: a replay buffer, from which old transitions
 are drawn at random, so that neighbours in a batch have nothing to do with each other; and a target network Q', an older
-copy of the weights, so that the targets don't move with every step. The discount is gamma.
+copy of the weights, so that the targets don't move with every step.
 
     [1] y = r + gamma Q'(s', a*)  with  a* = argmax_a Q'(s', a), or y = r where s' is terminal     DQN, Algorithm 1
     [2] a* = argmax_a Q(s', a) instead: Q chooses and Q' judges, so that no error chooses itself   Double DQN, cf. Eq. 4
@@ -10,21 +10,25 @@ copy of the weights, so that the targets don't move with every step. The discoun
     [4] Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')                                                Dueling, Eq. 9
     [5] explore: with probability epsilon any action, else argmax_a Q(s, a)                        DQN, Algorithm 1
         or Boltzmann: the action a with a probability proportional to exp(Q(s, a) / temperature)
-    [6] hold the random action of [5] for n steps, with a probability proportional to 1 / n^2      ez-greedy, Alg. 1
+    [6] hold the random action of [5] for n steps, with a probability proportional to 1 / n^2      ez-greedy, Sec. 4.2
+    [7] theta' <- tau theta + (1 - tau) theta'  every so many gradient steps; tau 1: a copy        DQN, Algorithm 1
+
+Here gamma is the discount; a prime marks what comes next, and the target network, whose weights are theta'.
 
 DQN: Mnih et al. 2015, doi:10.1038/nature14236; without a target network already in arXiv:1312.5602. Double DQN: van
 Hasselt et al. 2016, arXiv:1509.06461. Dueling networks: Wang et al. 2016, arXiv:1511.06581. ez-greedy, for goals that
 single random steps never come upon: Dabney et al. 2021, arXiv:2006.01782.
 
-Differs from the papers: Adam in place of RMSprop, with a learning rate annealed to 0; the derivative of [3] is clipped
-with --huber only (of half of [3], to [-1, 1]), as the gradient is with --max-grad-norm only; the dueling streams part
-after the last hidden layer, not before it. The target network follows a little at each gradient step; with --tau 1 and,
+Differs from the papers: Adam in place of RMSprop, with a learning rate annealed to 0; errors are clipped only with
+--huber (the derivative of half of [3], to [-1, 1]), the gradient's norm only with --max-grad-norm; evaluation is
+greedy; the dueling streams part after the last hidden layer, not before it, and gradients are not scaled there; a held
+action ends with its episode. By default the target network follows a little at each gradient step; with --tau 1 and,
 say, --target-network-frequency 500 it is copied every 500 of them, as in DQN. A time limit does not count as a terminal
 state: the value of the last observation stands for the rest of the episode. Prioritised replay and n-step returns are
 left out.
 
 Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each action held for four, four stacked, up to 30 no-ops,
-sticky actions, the sign of the reward; an episode is a game, not a life. Its settings are, about, --total-timesteps
+sticky actions, the sign of the reward; an episode is a game, not a life. Usual settings for it are --total-timesteps
 10000000 --buffer-size 1000000 --learning-starts 80000 --train-frequency 4 --batch-size 32 --learning-rate 1e-4
 --tau 1 --target-network-frequency 2000 --end-e 0.01 --huber.
 
@@ -51,6 +55,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -86,15 +91,15 @@ class Args:
 
     learning_rate: float = 5e-4  # of Adam
     anneal_lr: bool = True  # anneal it linearly to 0
+    gamma: float = 0.99  # discount
     buffer_size: int = 100_000  # transitions in the replay buffer
     batch_size: int = 128  # transitions in a gradient step
     learning_starts: int = 1_000  # environment steps before the first gradient step
     train_frequency: int = 1  # environment steps, summed over all environments, between gradient steps
     target_network_frequency: int = 1  # gradient steps, not environment steps, between updates of the target network
-    tau: float = 0.01  # share of the new weights in such an update; 1: a copy
-    gamma: float = 0.99  # discount
+    tau: float = 0.01  # [7] share of the new weights in such an update; 1: a copy
     exploration: Literal["epsilon-greedy", "ez-greedy", "boltzmann"] = "epsilon-greedy"  # [5], [6]
-    start_e: float = 1.0  # [5] epsilon, or temperature, at the start
+    start_e: float = 1.0  # [5] epsilon, or Boltzmann's temperature in units of the return, at the start
     end_e: float = 0.05  # [5] ... and after the exploration
     exploration_fraction: float = 0.2  # share of the run in which it goes linearly from start to end
     max_grad_norm: float | None = None  # gradients with a larger norm are scaled down to it; None: none are
@@ -104,9 +109,9 @@ class Args:
     dueling: bool = False  # [4] dueling network
 
     def __post_init__(self) -> None:
-        epsilon = (0, math.inf if self.exploration == "boltzmann" else 1)
+        bounds = (0, math.inf if self.exploration == "boltzmann" else 1)
         check_and_complete(self, learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf), tau=(0, 1),
-                           start_e=epsilon, end_e=epsilon, exploration_fraction=(0, 1))  # fmt: skip
+                           start_e=bounds, end_e=bounds, exploration_fraction=(0, 1))  # fmt: skip
 
 
 class RunningMeanStd(nn.Module):
@@ -168,19 +173,15 @@ class QNetwork(nn.Module):
     """The values of all actions in a state: two hidden layers for vectors, the Nature CNN for images."""
 
     def __init__(
-        self,
-        obs_shape: tuple[int, ...],
-        num_actions: int,
-        first_action: int,
-        dueling: bool = False,
-        norm_obs: bool = False,
-    ):
+        self, obs_shape: tuple[int, ...], num_actions: int, first_action: int,
+        dueling: bool = False, norm_obs: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.num_actions = num_actions
         self.first_action = first_action  # the environment counts from here, the network from 0
         if len(obs_shape) == 3:
             self.hidden, hidden_dim = NatureCNN(), 512
-        else:  # not orthogonal(): its biases start at 0, and without biases twice the input gives twice the values
+        else:  # not orthogonal(): with biases at 0 the values would start in proportion to the input
             self.hidden = nn.Sequential(nn.Linear(*obs_shape, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
             hidden_dim = 128
         self.head = DuelingHead(hidden_dim, num_actions) if dueling else nn.Linear(hidden_dim, num_actions)
@@ -281,7 +282,7 @@ class ReplayBuffer:
         state = {name: getattr(self, name) for name in ("num_frames", "num_rows", "oldest_row")}
         for name in self.ARRAYS:
             filled = self.num_frames if name == "frames" else self.num_rows
-            # torch.save writes all the memory that a tensor is a part of: here, the slice alone
+            # torch.save writes all the memory behind a tensor; behind that of a NumPy slice is only the slice
             state[name] = torch.from_numpy(getattr(self, name)[:filled])
         return state
 
@@ -322,7 +323,7 @@ def gradient_steps_until(step: int, args: Args) -> int:
 
 
 def explore(q_network: QNetwork, obs: np.ndarray, epsilon: float, held: np.ndarray, args: Args) -> np.ndarray:
-    """[5] Actions counted from 0; epsilon is Boltzmann's temperature. (N, *obs_shape) -> (N,)
+    """[5] Actions counted from 0; epsilon is also Boltzmann's temperature. (N, *obs_shape) -> (N,)
 
     held: (2, N), the random actions that ez-greedy holds and for how many more steps. It is changed in place.
     """
@@ -345,8 +346,8 @@ def explore(q_network: QNetwork, obs: np.ndarray, epsilon: float, held: np.ndarr
 def update(
     q_network: QNetwork, target_network: QNetwork, optimizer: torch.optim.Optimizer,
     batch: tuple[Tensor, ...], args: Args,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """A gradient step on a batch of the replay buffer. Returns loss (), values Q(s, a) (B,) and gradient norm ()."""
+) -> dict[str, Tensor]:  # fmt: skip
+    """A gradient step with a batch of the buffer. Returns what to log."""
     obs, actions, rewards, terminated, next_obs = batch
     with torch.no_grad():
         target_q = target_network(next_obs)
@@ -356,27 +357,27 @@ def update(
     optimizer.zero_grad()
     loss.backward()
     max_norm = math.inf if args.max_grad_norm is None else args.max_grad_norm
-    grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), max_norm)  # before clipping
+    grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), max_norm)  # the norm before clipping
     optimizer.step()
-    return loss.detach(), values.detach(), grad_norm
+    return {"losses/td_loss": loss.detach(), "losses/q_values": values.detach().mean(), "losses/grad_norm": grad_norm}
 
 
 def make_agent(args: Args, env: gym.Env) -> QNetwork:
     space = env.action_space
     if not isinstance(space, gym.spaces.Discrete):
-        others = "ppo.py knows MultiDiscrete and Box of floats too, sac.py and td3.py know Box of floats"
-        refuse(f"--env-id {args.env_id} acts in {space}; dqn.py knows Discrete only; {others}")
+        others = "ppo.py, and for Box of floats sac.py and td3.py"
+        refuse(f"--env-id {args.env_id} acts in {space}; dqn.py knows Discrete only: see {others}")
     if args.norm_obs and len(env.observation_space.shape) == 3:
         refuse(f"--norm-obs is for vectors, and --env-id {args.env_id} observes images, which are divided by 255")
     return QNetwork(env.observation_space.shape, int(space.n), int(space.start), args.dueling, args.norm_obs)
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
     args.device = choose_device(args.device, small=len(env.observation_space.shape) == 1)
     torch.manual_seed(args.seed)
     q_network = make_agent(args, env).to(args.device)
-    target_network = copy.deepcopy(q_network).requires_grad_(False)
+    target_network = copy.deepcopy(q_network)
     target_network.obs_stats = q_network.obs_stats  # one normaliser for both
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, env.observation_space.shape)
@@ -392,14 +393,14 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
-        #    so a run that is killed and resumed from there equals one that was not
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
+        #    interrupted: so one that is killed and resumed from there equals it
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             buffer.begin(obs)
             episode_return, episode_length = np.zeros((2, args.num_envs))
             held = np.zeros((2, args.num_envs), np.int64)  # [6]
-            history, logged_step, seconds = [], global_step, 0.0  # since the last row of losses
+            history, logged_step, seconds = defaultdict(list), global_step, 0.0  # since the last row of losses
 
         # 3. Act: one step in each of N environments
         start_time = time.perf_counter()
@@ -407,7 +408,7 @@ def train(args: Args) -> None:
         epsilon = linear_schedule(args.start_e, args.end_e, duration, global_step)
         actions = explore(q_network, obs, epsilon, held, args)
         obs, rewards, terminated, truncated, infos = envs.step(actions + q_network.first_action)
-        last_step, global_step = global_step, global_step + args.num_envs
+        previous_step, global_step = global_step, global_step + args.num_envs
         episode_return += rewards
         episode_length += 1
         for i in np.flatnonzero(terminated | truncated):
@@ -421,29 +422,27 @@ def train(args: Args) -> None:
         buffer.add(actions, learned_rewards, terminated, truncated, obs, infos)
 
         # 4. Learn: a gradient step for every train_frequency environment steps, whatever the number of environments
-        done, due = gradient_steps_until(last_step, args), gradient_steps_until(global_step, args)
+        done, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - last_step / args.total_timesteps)
-        for i in range(done + 1, due + 1):
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - previous_step / args.total_timesteps)
+        for number in range(done + 1, due + 1):
             batch = buffer.sample(args.batch_size, args.device)
-            history.append(update(q_network, target_network, optimizer, batch, args))
-            if i % args.target_network_frequency == 0:
+            for name, value in update(q_network, target_network, optimizer, batch, args).items():
+                history[name].append(value)
+            if number % args.target_network_frequency == 0:
                 with torch.no_grad():
-                    torch._foreach_lerp_([*target_network.parameters()], [*q_network.parameters()], args.tau)
+                    slow, online = [*target_network.parameters()], [*q_network.parameters()]
+                    torch._foreach_lerp_(slow, online, args.tau)  # [7]: a step of tau from slow to online
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > last_step // 1000 or run.checkpoint_is_due(global_step)):
-            losses, values, grad_norms = zip(*history, strict=True)
-            run.log(global_step, {
-                "losses/td_loss": torch.stack(losses).mean().item(),
-                "losses/q_values": torch.stack(values).mean().item(),
-                "losses/grad_norm": torch.stack(grad_norms).mean().item(),
-                "charts/epsilon": epsilon,
-                "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                "charts/SPS": (global_step - logged_step) / seconds,
-            })  # fmt: skip
-            history, logged_step, seconds = [], global_step, 0.0
+        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
+            metrics = {name: torch.stack(values).mean() for name, values in history.items()}
+            metrics["charts/epsilon"] = epsilon
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/SPS"] = (global_step - logged_step) / seconds
+            run.log(global_step, metrics)
+            history, logged_step, seconds = defaultdict(list), global_step, 0.0
     run.finish("Done. To watch it:", "--evaluate --capture-video")
 
 

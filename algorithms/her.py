@@ -11,20 +11,26 @@ have been paid. The learner does not notice: it is sac.py, on observations that 
     [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                     SAC, Eq. 7
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 SAC, Algorithm 1
     [7] replace the goal g of a transition, with a probability of k / (k + 1), by a goal g' achieved in its episode
-        future: at this or a later step; episode: at any step; final: at the last one          HER, Sections 3.3 and 4.5
-    [8] and its reward by r' = r(achieved(s'), g')                                                      HER, Algorithm 1
+        future: by this or a later step; episode: by any step; final: by the last one          HER, Sections 3.3 and 4.5
+    [8] and its reward by r' = r(achieved(s'), g'), and likewise whether s' is terminal                 HER, Algorithm 1
 
 Here gamma is the discount; a prime marks what comes next, and the target networks, whose weights theta' follow slowly.
-In [2], N(u) is the density of u, and j counts the dimensions of an action. In [8], achieved is called m in the paper.
+In [2], N(u) is the density of u, and j counts the dimensions of an action. In [7] and [8], g' and r' are what takes the
+place of g and r; achieved is called m in the paper.
 
 HER: Andrychowicz et al. 2017, arXiv:1707.01495. SAC: Haarnoja et al. 2018, arXiv:1812.05905; diff sac.py her.py shows
 what HER adds to it.
 
-Differs from the paper: SAC instead of DDPG, with a discount of 0.95 instead of 0.98; goals are drawn anew whenever a
-transition is replayed, not once when it is stored; a transition is replayed from the moment it was made, and with a
-goal of its episode so far; the strategy random, normalised observations and clipped targets are left out. Evaluation
-acts without noise: with tanh(mean(s)). A time limit does not count as a terminal state: the value of the last
-observation stands for the rest of the episode.
+Differs from the paper: SAC instead of DDPG, with two hidden layers of 256 units, not three of 64, batches of 256, not
+128, a gradient step for each environment step, not 40 for 16 episodes, and a discount of 0.95, not 0.98; a transition
+is replayed from the moment it was made, and with a goal of its episode so far; the networks see the achieved goal too;
+final has a k, which is 1 in the paper; the strategy random, normalised observations and clipped targets are left out.
+Episodes of the paper have no terminal states. As in the authors' code, goals are drawn anew whenever a transition is
+replayed, not once when it is stored, and a time limit does not count as a terminal state: the value of the last
+observation stands for the rest of the episode. Evaluation acts without noise: with tanh(mean(s)).
+
+Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and log pi is the density there: H then
+means the same for every range.
 
 Environments observe a Dict of observation, achieved_goal and desired_goal, and have compute_reward, for batches, and
 compute_terminated; is_success or success in their infos is logged. Those of the package gymnasium-robotics do so:
@@ -67,7 +73,6 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 
@@ -100,7 +105,7 @@ class Args:
     alpha: float = 0.2  # [1] temperature: at the start, and with --no-autotune always
     autotune: bool = True  # [3] tune the temperature
     her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals are taken from
-    her_ratio: float = 4.0  # [7] k: replayed goals per true one; 0: SAC alone
+    her_ratio: float = 4.0  # [7] k: transitions replayed with an achieved goal per one with the true goal; 0: SAC
 
     def __post_init__(self) -> None:
         check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
@@ -136,7 +141,7 @@ class Actor(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """Without noise, for evaluation. (B, obs_dim) -> (B, *action shape)"""
+        """The actions without noise: deterministic, for evaluation. (B, obs_dim) -> (B, *action shape)"""
         mean, _ = self(torch.from_numpy(obs).to(next(self.parameters()).device))
         return self.to_env(mean.tanh())
 
@@ -269,7 +274,7 @@ def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tenso
     """Actions from standard normal noise, and their log-probabilities. (B, action_dim) each -> (B, action_dim), (B,)"""
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # log N(u): noise is (u - mean) / std
-    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), also where tanh(u) rounds to 1
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), also at tanh(u) = 1
     return u.tanh(), (log_normal - log_slope).sum(-1)  # [2]
 
 
@@ -294,10 +299,10 @@ class SAC(nn.Module):
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_actions, next_log_prob = self.actor.sample(next_obs)
-            next_values = self.target_critics(next_obs, next_actions) - alpha * next_log_prob  # (n, B) - (B,)
-            target = td_target(rewards, terminated, next_values, self.args.gamma)  # [1]
+            next_values = self.target_critics(next_obs, next_actions) - alpha * next_log_prob  # [1]; (n, B) - (B,)
+            targets = td_target(rewards, terminated, next_values, self.args.gamma)  # [1]
         values = self.critics(obs, actions)  # (n, B)
-        critic_losses = (values - target).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
+        critic_losses = (values - targets).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
         self.critic_optimizer.zero_grad()
         critic_losses.sum().backward()
         self.critic_optimizer.step()
@@ -317,8 +322,8 @@ class SAC(nn.Module):
             alpha_loss.backward()
             self.alpha_optimizer.step()
         with torch.no_grad():
-            targets, online = [*self.target_critics.parameters()], [*self.critics.parameters()]
-            torch._foreach_lerp_(targets, online, self.args.tau)  # [6]: a step of tau from targets to online
+            slow, online = [*self.target_critics.parameters()], [*self.critics.parameters()]
+            torch._foreach_lerp_(slow, online, self.args.tau)  # [6]: a step of tau from slow to online
         return metrics
 
 
@@ -341,7 +346,7 @@ def gradient_steps_until(step: int, args: Args) -> int:
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
     args.device = choose_device(args.device, small=True)
     torch.manual_seed(args.seed)
     actor = make_agent(args, env)
@@ -363,8 +368,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
-        #    so a run that is killed and resumed from there equals one that was not
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
+        #    interrupted: so one that is killed and resumed from there equals it
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             buffer.begin(np.full(args.num_envs, True))
@@ -379,10 +384,10 @@ def train(args: Args) -> None:
             else:
                 actions, _ = actor.sample(torch.from_numpy(obs).to(args.device))
         next_obs, rewards, terminated, truncated, infos = envs.step(actor.to_env(actions))
-        last_step, global_step = global_step, global_step + args.num_envs
+        previous_step, global_step = global_step, global_step + args.num_envs
         episode_return += rewards
         episode_length += 1
-        final_obs = next_obs.copy()  # where an episode has ended, next_obs is the first of the next one
+        final_obs = next_obs.copy()  # after an end, next_obs is the next episode's first, and its own last is in infos
         for i in np.flatnonzero(terminated | truncated):
             final_obs[i] = infos["final_obs"][i]
             ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
@@ -396,14 +401,15 @@ def train(args: Args) -> None:
         obs = next_obs
 
         # 4. Learn: utd gradient steps for every environment step, whatever the number of environments
-        for _ in range(gradient_steps_until(last_step, args), gradient_steps_until(global_step, args)):
+        done, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
+        for _ in range(done, due):
             metrics = learner.update(buffer.sample(args.batch_size, args.device, env.unwrapped, args))
             for name, value in metrics.items():
                 history[name].append(value)
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > last_step // 1000 or run.checkpoint_is_due(global_step)):
+        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
             metrics = {name: torch.stack(values).mean() for name, values in history.items()}
             metrics["charts/learning_rate"] = args.policy_lr
             metrics["charts/SPS"] = (global_step - logged_step) / seconds

@@ -19,19 +19,19 @@ Gumbel-softmax: Jang et al. 2017, arXiv:1611.01144.
 
 Differs from the paper: agents don't infer the others' policies (Section 4.2) and have one policy each, no ensemble
 (Section 4.3); all agents learn from the same batch. Discrete actions are one-hot, and the best in y_i; in the authors'
-code they are soft samples everywhere. As there, the mean square of the actors' outputs is a small penalty in [2]. The
-paper's sizes are --hidden-size 64 --batch-size 1024 --train-frequency 100 --learning-rate 0.01; the defaults learn more
-from a step. A time limit does not count as a terminal state: the value of the last observation stands for the rest of
-the episode. With --algorithm ddpg a critic sees its own agent's observation and action only: independent DDPG, the
-paper's baseline.
+code they are soft samples everywhere, and gradients are clipped. As there, the mean square of the actors' outputs is a
+small penalty in [2], and a time limit does not count as a terminal state: the value of the last observation stands for
+the rest of the episode. The paper's sizes are --hidden-size 64 --batch-size 1024 --train-frequency 100 --learning-rate
+0.01, and in that code --learning-starts 25600; the defaults learn more from a step. With --algorithm ddpg a critic sees
+its own agent's observation and action only: independent DDPG, the paper's baseline.
 
-Returns sum the environment's rewards over an episode, and over all agents where none is named. An evaluation on
-simple_spread_v3 also gives the distance of a landmark to the nearest agent, summed over landmarks and averaged over
+Returns are sums over an episode and all agents; those that end in an agent's name are that agent's own. An evaluation
+on simple_spread_v3 also gives the distance of a landmark to the nearest agent, summed over landmarks and averaged over
 steps; the number of collisions; and how many landmarks are occupied at the end:
 
                                                   return   distances   collisions   occupied
     random actions                                 -80.0        2.09          1.4       0.02
-    the best assignment of agents to landmarks     -26.5        0.67          1.2       2.38
+    each agent to its landmark, best assignment    -26.5        0.67          1.2       2.38
 
     python algorithms/maddpg.py --env-id simple_spread_v3
 """
@@ -95,22 +95,22 @@ class Args:
     resume: bool = False  # continue the run in --run-dir with its own arguments
     evaluate: bool = False  # only evaluate the model in --run-dir
 
-    opponent_dir: str | None = None  # with --evaluate: a second run; adversaries of each play the others of each
+    opponent_dir: str | None = None  # with --evaluate: a second run; adversaries of either meet the others of either
     algorithm: Literal["maddpg", "ddpg"] = "maddpg"  # critics see everything, or what their own agent observes and does
     continuous_actions: bool = False  # mpe2's environments: actions in a box, not discrete ones
     learning_rate: float = 1e-3  # of Adam, for actors and critics
+    gamma: float = 0.95  # discount
+    tau: float = 0.01  # [3] share of the new weights in an update of the targets
     hidden_size: int = 128  # units in each of the two hidden layers
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step
     learning_starts: int = 5_000  # environment steps before the first gradient step
     train_frequency: int = 10  # environment steps, summed over all environments, between gradient steps
-    gamma: float = 0.95  # discount
-    tau: float = 0.01  # [3] share of the new weights in an update of the targets
     exploration_noise: float = 0.1  # standard deviation of the noise in box actions; 1 is the width of the box
     output_coef: float = 1e-3  # weight of the penalty in [2]
 
     def __post_init__(self) -> None:
-        check_and_complete(self, tau=(0, 1))
+        check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
         if self.continuous_actions and ":" in self.env_id:
             refuse(f"--continuous-actions is for mpe2's environments; --env-id {self.env_id} chooses by itself")
         if self.opponent_dir is not None and not self.evaluate:
@@ -124,13 +124,13 @@ class Actor(nn.Module):
     evaluation and targets, for exploration, and for [2]. Outputs and actions are (B, action_dim).
     """
 
-    def __init__(self, obs_dim: int, space: gym.spaces.Discrete | gym.spaces.Box, hidden: int):
+    def __init__(self, obs_dim: int, space: gym.spaces.Discrete | gym.spaces.Box, hidden_size: int):
         super().__init__()
         self.discrete, self.action_dim = isinstance(space, gym.spaces.Discrete), gym.spaces.flatdim(space)
         self.net = nn.Sequential(
-            nn.Linear(obs_dim, hidden), nn.ReLU(inplace=True),
-            nn.Linear(hidden, hidden), nn.ReLU(inplace=True),
-            nn.Linear(hidden, self.action_dim),
+            nn.Linear(obs_dim, hidden_size), nn.ReLU(),
+            nn.Linear(hidden_size, hidden_size), nn.ReLU(),
+            nn.Linear(hidden_size, self.action_dim),
         )  # fmt: skip
         if not self.discrete:
             self.register_buffer("low", torch.tensor(space.low.flatten(), dtype=torch.float32), persistent=False)
@@ -165,11 +165,11 @@ def gumbel(logits: Tensor) -> Tensor:
 class Actors(nn.Module):
     """The actors of all N agents. A row of O numbers holds what all agents observe, a row of A what all do."""
 
-    def __init__(self, env: "JointEnv", hidden: int):
+    def __init__(self, env: "JointEnv", hidden_size: int):
         super().__init__()
         self.obs_dims = [gym.spaces.flatdim(space) for space in env.obs_space_n]
         pairs = zip(self.obs_dims, env.action_space_n, strict=True)
-        self.actor_n = nn.ModuleList(Actor(obs_dim, space, hidden) for obs_dim, space in pairs)
+        self.actor_n = nn.ModuleList(Actor(obs_dim, space, hidden_size) for obs_dim, space in pairs)
         self.action_dims = [actor.action_dim for actor in self.actor_n]
 
     def with_outputs(self, obs: Tensor) -> list[tuple[Actor, Tensor]]:  # (B, O) -> N of (B, action_dim)
@@ -182,14 +182,15 @@ class Actors(nn.Module):
         return torch.cat([actor.noisy(outputs, noise) for actor, outputs in self.with_outputs(obs)], -1)
 
     @torch.inference_mode()
-    def act(self, obs: np.ndarray) -> np.ndarray:  # (B, O) -> (B, A)
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """The actions without noise: deterministic, for evaluation. (B, O) -> (B, A)"""
         return self.best(torch.from_numpy(obs).to(next(self.parameters()).device)).cpu().numpy()
 
 
 class Critics(nn.Module):
     """Q_1, ..., Q_N: N networks in one batch. Weights of columns that a critic is not to see count as 0."""
 
-    def __init__(self, sees_obs: Tensor, sees_actions: Tensor, hidden: int):  # (N, O) and (N, A), true or false
+    def __init__(self, sees_obs: Tensor, sees_actions: Tensor, hidden_size: int):  # (N, O) and (N, A), true or false
         super().__init__()
         n, obs_dim, action_dim = len(sees_obs), sees_obs.shape[1], sees_actions.shape[1]
         self.register_buffer("sees_obs", sees_obs.unsqueeze(-1), persistent=False)  # (N, O, 1)
@@ -199,45 +200,52 @@ class Critics(nn.Module):
         def uniform(fan_in: Tensor | int, *shape: int) -> nn.Parameter:  # as an nn.Linear starts
             return nn.Parameter((2 * torch.rand(shape) - 1) / fan_in**0.5)
 
-        self.obs_weight = uniform(inputs, n, obs_dim, hidden)
-        self.action_weight, self.bias1 = uniform(inputs, n, action_dim, hidden), uniform(inputs, n, 1, hidden)
-        self.weight2, self.bias2 = uniform(hidden, n, hidden, hidden), uniform(hidden, n, 1, hidden)
-        self.weight3, self.bias3 = uniform(hidden, n, hidden, 1), uniform(hidden, n, 1, 1)
+        self.obs_weight = uniform(inputs, n, obs_dim, hidden_size)
+        self.action_weight = uniform(inputs, n, action_dim, hidden_size)
+        self.bias1 = uniform(inputs, n, 1, hidden_size)
+        self.weight2 = uniform(hidden_size, n, hidden_size, hidden_size)
+        self.bias2 = uniform(hidden_size, n, 1, hidden_size)
+        self.weight3, self.bias3 = uniform(hidden_size, n, hidden_size, 1), uniform(hidden_size, n, 1, 1)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:  # (B, O), (B, A) or for each critic (N, B, A) -> (N, B)
         n = len(self.bias1)
-        # The first layer is the sum of two products, of obs and of actions: (N, B, hidden)
+        # The first layer is the sum of two products, of obs and of actions: (N, B, hidden_size)
         hidden = torch.baddbmm(self.bias1, obs.expand(n, -1, -1), self.obs_weight * self.sees_obs)
         hidden = torch.baddbmm(hidden, actions.expand(n, -1, -1), self.action_weight * self.sees_actions).relu_()
         hidden = torch.baddbmm(self.bias2, hidden, self.weight2).relu_()
         return torch.baddbmm(self.bias3, hidden, self.weight3).squeeze(-1)
 
 
-class JointReplay:
+class JointBuffer:
     """The last transitions of all environments, each one row: x, a, r, terminated, x' of all agents."""
 
-    def __init__(self, capacity: int, widths: list[int], device: str):
-        self.rows = torch.empty(capacity, sum(widths), device=device)  # on a CPU it takes memory as it fills
-        self.widths, self.added = widths, 0
+    def __init__(self, buffer_size: int, widths: list[int], device: str):
+        needed = 4 * buffer_size * sum(widths)  # bytes: a float32 has four
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > 0.9 * memory:
+            refuse(f"--buffer-size {buffer_size} needs {needed / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB")
+        self.rows = torch.empty(buffer_size, sum(widths), device=device)  # on a CPU it takes memory as it fills
+        self.widths, self.num_added = widths, 0
 
     def add(self, *parts: np.ndarray) -> None:  # (num_envs, width) each
         new = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
-        self.rows[(self.added + torch.arange(len(new))) % len(self.rows)] = new.to(self.rows.device)
-        self.added += len(new)
+        self.rows[(self.num_added + torch.arange(len(new))) % len(self.rows)] = new.to(self.rows.device)
+        self.num_added += len(new)
 
     def sample(self, batch_size: int) -> tuple[Tensor, ...]:  # (B, width) each
-        filled = min(self.added, len(self.rows))
+        filled = min(self.num_added, len(self.rows))
         return self.rows[torch.randint(filled, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
 
     def state_dict(self) -> dict:
-        return {"added": self.added, "rows": self.rows[: self.added].clone()}  # a slice is saved with the rest
+        # torch.save writes all the memory behind a tensor: of a slice, without clone, all rows
+        return {"rows": self.rows[: self.num_added].clone(), "num_added": self.num_added}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        self.rows[: self.added] = state["rows"].to(self.rows.device)
+        self.num_added = state["num_added"]
+        self.rows[: self.num_added] = state["rows"].to(self.rows.device)
 
 
-class MADDPG:
+class MADDPG(nn.Module):
     """The networks of all agents, the targets that follow them, and the optimizers: all that a gradient step changes.
 
     Losses are (N,). Those of agent i have gradients in its own networks only, so an optimizer for their sum moves each
@@ -245,16 +253,17 @@ class MADDPG:
     """
 
     def __init__(self, actors: Actors, args: Args):
-        self.actors, self.args = actors, args
-        n, device = len(actors.actor_n), args.device
+        super().__init__()
+        self.args, self.actors, n = args, actors, len(actors.actor_n)
         agents = torch.arange(n)
         obs_owner = agents.repeat_interleave(torch.tensor(actors.obs_dims))  # (O,): whose observation a column is in
         action_owner = agents.repeat_interleave(torch.tensor(actors.action_dims))  # (A,)
         own_obs, own_action = obs_owner == agents.view(n, 1), action_owner == agents.view(n, 1)  # (N, O), (N, A)
         central = args.algorithm == "maddpg"  # then all critics see all columns
-        self.own_action = own_action.view(n, 1, -1).to(device)  # (N, 1, A)
-        self.critics = Critics(own_obs | central, own_action | central, args.hidden_size).to(device)
+        self.register_buffer("own_action", own_action.view(n, 1, -1), persistent=False)  # (N, 1, A)
+        self.critics = Critics(own_obs | central, own_action | central, args.hidden_size)
         self.target_actors, self.target_critics = copy.deepcopy(actors), copy.deepcopy(self.critics)
+        self.to(args.device)
         self.actor_optimizer = torch.optim.Adam(actors.parameters(), args.learning_rate, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), args.learning_rate, fused=True)
 
@@ -277,24 +286,24 @@ class MADDPG:
         penalty = torch.stack([outputs.square().mean() for _, outputs in pairs])
         return -self.critics(obs, actions).mean(1) + self.args.output_coef * penalty  # [2], negated: to be minimised
 
-    def update(self, obs: Tensor, actions: Tensor, rewards: Tensor, terminated: Tensor, next_obs: Tensor) -> dict:
+    def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """A gradient step of all networks with a batch of the buffer. Returns what to log, (N,) each."""
+        obs, actions, rewards, terminated, next_obs = batch
         targets = self.targets(rewards, terminated, next_obs)  # all agents', before anything moves
         critic_losses, values = self.critic_losses(obs, actions, targets)
         self.critic_optimizer.zero_grad()
         critic_losses.sum().backward()
         self.critic_optimizer.step()
 
-        self.critics.requires_grad_(False)  # computes no gradient of the critics' weights
         actor_losses = self.actor_losses(obs, actions)
         self.actor_optimizer.zero_grad()
-        actor_losses.sum().backward()
+        actor_losses.sum().backward(inputs=list(self.actors.parameters()))  # no gradient of the critics' weights
         self.actor_optimizer.step()
-        self.critics.requires_grad_(True)
 
         with torch.no_grad():
-            for nets, target_nets in (self.actors, self.target_actors), (self.critics, self.target_critics):
-                torch._foreach_lerp_(list(target_nets.parameters()), list(nets.parameters()), self.args.tau)  # [3]
+            slow = [*self.target_actors.parameters(), *self.target_critics.parameters()]
+            online = [*self.actors.parameters(), *self.critics.parameters()]
+            torch._foreach_lerp_(slow, online, self.args.tau)  # [3]: a step of tau from slow to online
         return {
             "losses/td_loss": critic_losses.detach(),
             "losses/q_values": values.detach().mean(1),
@@ -313,18 +322,15 @@ def make_agent(args: Args, env: "JointEnv") -> Actors:
 
 
 def train(args: Args) -> None:
-    env = make_env(args, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    env = make_env(args, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
     args.device = choose_device(args.device, small=True)
     torch.manual_seed(args.seed)
-    actors = make_agent(args, env).to(args.device)
+    actors = make_agent(args, env)
     learner = MADDPG(actors, args)
     n, obs_dim, action_dim = len(env.names), sum(actors.obs_dims), sum(actors.action_dims)
-    replay = JointReplay(min(args.buffer_size, args.total_timesteps), [obs_dim, action_dim, n, n, obs_dim], args.device)
-    run = Run(
-        args, args.env_id, model=actors, critics=learner.critics,
-        target_actors=learner.target_actors, target_critics=learner.target_critics,
-        actor_optimizer=learner.actor_optimizer, critic_optimizer=learner.critic_optimizer, replay=replay,
-    )  # fmt: skip
+    buffer = JointBuffer(min(args.buffer_size, args.total_timesteps), [obs_dim, action_dim, n, n, obs_dim], args.device)
+    optimizers = {"actor_optimizer": learner.actor_optimizer, "critic_optimizer": learner.critic_optimizer}
+    run = Run(args, args.env_id, model=actors, learner=learner, **optimizers, buffer=buffer)
     global_step = run.restore()  # 0 in a new run
 
     while True:
@@ -336,23 +342,23 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
-        #    so a run that is killed and resumed from there equals one that was not
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
+        #    interrupted: so one that is killed and resumed from there equals it
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_returns, episode_length = np.zeros((args.num_envs, n)), np.zeros(args.num_envs)
             history, logged_step, seconds = defaultdict(list), global_step, 0.0  # since the last row of losses
 
-        # 3. Act: one step in each of num_envs environments
+        # 3. Act: one step in each of N environments
         start_time = time.perf_counter()
         with torch.inference_mode():
             actions = actors.noisy(torch.from_numpy(obs).to(args.device), args.exploration_noise).cpu().numpy()
         steps = [env.step(row) for env, row in zip(envs, actions, strict=True)]
         next_obs, rewards, terminated, over = (np.stack(part) for part in zip(*steps, strict=True))
-        last_step, global_step = global_step, global_step + args.num_envs
+        previous_step, global_step = global_step, global_step + args.num_envs
         episode_returns += rewards
         episode_length += 1
-        replay.add(obs, actions, rewards, terminated, next_obs)
+        buffer.add(obs, actions, rewards, terminated, next_obs)
         obs = next_obs
         for i in np.flatnonzero(over):
             ended = {"charts/episodic_return": episode_returns[i].sum(), "charts/episodic_length": episode_length[i]}
@@ -362,17 +368,19 @@ def train(args: Args) -> None:
 
         # 4. Learn: a gradient step for every train_frequency environment steps, whatever the number of environments
         if global_step >= args.learning_starts:
-            for _ in range(last_step // args.train_frequency, global_step // args.train_frequency):
-                metrics = learner.update(*replay.sample(args.batch_size))
+            for _ in range(previous_step // args.train_frequency, global_step // args.train_frequency):
+                metrics = learner.update(buffer.sample(args.batch_size))
                 for name, value in metrics.items():
                     history[name].append(value)  # (N,)
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if global_step - logged_step >= 1000 or run.checkpoint_is_due(global_step):
-            metrics = {"charts/SPS": (global_step - logged_step) / seconds, "charts/learning_rate": args.learning_rate}
+        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
+            metrics = {}
             for name, values in history.items():
                 metrics |= env.by_agent(name, torch.stack(values).mean(0))
+            metrics["charts/learning_rate"] = args.learning_rate
+            metrics["charts/SPS"] = (global_step - logged_step) / seconds
             run.log(global_step, metrics)
             history, logged_step, seconds = defaultdict(list), global_step, 0.0
     run.finish("Done. To watch it:", "--evaluate --capture-video")
@@ -415,7 +423,7 @@ class JointEnv:
                 else:  # clipped: a float32 may lie beyond the bound that it stands for
                     actions[name] = np.clip(row[columns].reshape(space.shape), space.low, space.high)
         obs, rewards, terminated, truncated, self.infos = self.env.step(actions)
-        over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # who ended may be gone
+        over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # an ended one may be gone
         rewards = np.array([rewards.get(name, 0.0) for name in self.names])
         return self.row(obs), rewards, np.array([terminated.get(name, True) for name in self.names]), over
 

@@ -6,19 +6,20 @@ objective gains nothing from moving the policy far from the one that collected t
 
     [1] delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                      PPO, Eq. 12
         A_t     = delta_t + gamma lambda A_{t+1}                                       PPO, Eq. 11, as a recursion
-        with V(s_{t+1}) = 0 if s_{t+1} is terminal, and A_{t+1} = 0 if step t ends an episode
+        with V(s_{t+1}) = 0 if s_{t+1} is terminal, and A_{t+1} = 0 if step t ends an episode or the batch
     [2] ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t)                                        PPO, Section 3
         L_clip  = E[min(ratio_t A_t, clip(ratio_t, 1 - epsilon, 1 + epsilon) A_t)]     PPO, Eq. 7
     [3] L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                    PPO, Eq. 9; R_t: as in Baselines
     [4] maximise L_clip - c_1 L_value + c_2 entropy(pi)                                PPO, Eq. 9
 
-gamma is the discount; lambda goes from 0, one step of rewards, to 1, all that follow. PPO: Schulman et al. 2017,
+Here gamma is the discount; lambda goes from 0, one step of rewards, to 1, all that follow. PPO: Schulman et al. 2017,
 arXiv:1707.06347. Generalised advantage estimation (GAE), which is [1]: Schulman et al. 2016, arXiv:1506.02438.
 
 Differs from the paper: as in OpenAI Baselines, advantages are normalised in each minibatch, the norm of the gradient is
-clipped, weights start orthogonal, and rewards are divided by the running standard deviation of the discounted return.
-The learning rate is annealed for every environment, epsilon for none. A time limit does not count as a terminal state:
-the value of the last observation stands for the rest of the episode.
+clipped, weights start orthogonal, Adam's epsilon is 1e-5, and rewards are divided by the running standard deviation of
+the discounted return (but not clipped to 10 then, nor is L_value, as there). The learning rate is annealed in all tasks
+and epsilon in none; the paper anneals both, on Atari only. A time limit does not count as a terminal state: the value
+of the last observation stands for the rest of the episode.
 
 Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
 the log-probability is that of the unclipped sample. Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each
@@ -91,7 +92,7 @@ class Args:
     vf_coef: float = 0.5  # [4] c_1; CleanRL halves the loss as well: its 0.5 is 0.25 here
     ent_coef: float = 0.0  # [4] c_2
     max_grad_norm: float = 0.5  # gradients with a larger norm are scaled down to it
-    target_kl: float | None = None  # stop the epochs of a batch once its last approx_kl exceeds this; None: never
+    target_kl: float | None = None  # skip a batch's other epochs if the last approx_kl of one exceeds this; None: never
     norm_adv: bool = True  # normalise the advantages of each minibatch
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return; on Atari always the sign
@@ -177,7 +178,8 @@ class CategoricalPolicy(nn.Module):
         self.num_outputs = sum(sizes)
 
     def sample(self, logits: Tensor) -> Tensor:  # (B, sum of sizes) -> (B, K)
-        return self.mode(logits - torch.empty_like(logits).exponential_().log())  # softmax: the Gumbel-max trick
+        # With Gumbel noise, minus the log of an exponential variable, the argmax is a sample of the softmax
+        return self.mode(logits - torch.empty_like(logits).exponential_().log())
 
     def mode(self, logits: Tensor) -> Tensor:  # (B, sum of sizes) -> (B, K)
         return torch.stack([part.argmax(-1) for part in logits.split(self.sizes, -1)], -1)
@@ -301,7 +303,10 @@ def ppo_loss(
 
 
 def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], args: Args) -> dict:
-    """Several epochs over a batch: observations, actions, old log-probabilities, advantages, returns, (B, ...) each."""
+    """Several epochs over a batch: observations, actions, old log-probabilities, advantages, returns, (B, ...) each.
+
+    Returns what to log: means over all minibatches, of the gradient's norm before clipping.
+    """
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss  # compiled the first time only
     minibatch_size = args.num_envs * args.num_steps // args.num_minibatches
     parameters, history = list(agent.parameters()), []
@@ -318,7 +323,7 @@ def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Te
             loss, metrics = loss_function(log_prob, entropy, values, old_log_prob, advantages, returns, *coefs)
             optimizer.zero_grad()
             loss.backward()
-            metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # before clipping
+            metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             history.append(metrics)
         if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
@@ -342,7 +347,7 @@ def make_agent(args: Args, env: gym.Env) -> ActorCritic:
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
     args.device = choose_device(args.device, small=len(env.observation_space.shape) == 1)
     torch.manual_seed(args.seed)
     agent = make_agent(args, env).to(args.device)
@@ -364,8 +369,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
-        #    so a run that is killed and resumed from there equals one that was not
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
+        #    interrupted: so one that is killed and resumed from there equals it
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_return, episode_length, discounted_sum = np.zeros((3, args.num_envs))

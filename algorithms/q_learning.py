@@ -10,14 +10,17 @@ The four algorithms differ in nothing but this worth.
     [4] Double Q-learning  target = r + gamma Q_2(s', argmax_a Q_1(s', a))       van Hasselt 2010, Algorithm 1
     [5] all                Q(s, a) <- Q(s, a) + alpha (target - Q(s, a))
 
-Here gamma is the discount, alpha the learning rate, a' the action that is taken next, pi the policy that explores; and
-[4] updates Q_1, after the toss of a coin for which of its two tables is called Q_1. All four also: Sutton & Barto 2018,
-Sections 6.4 to 6.7.
+Here gamma is the discount, alpha the learning rate, a' the action that is taken next, and pi the policy that explores.
+[4] has two tables, and tosses a coin at each step for which of them is Q_1, the one that is updated.
+
+Watkins & Dayan: doi:10.1007/BF00992698. Rummery & Niranjan: CUED/F-INFENG/TR 166, with a network and traces. van
+Seijen et al.: doi:10.1109/ADPRL.2009.4927542. van Hasselt: Double Q-learning, NeurIPS 2010. All four also: Sutton &
+Barto 2018, Sections 6.4 to 6.7, incompleteideas.net/book/the-book-2nd.html.
 
 [1] learns what the greedy policy is worth, whatever policy explores. [2] and [3] learn what the exploring policy is
 worth, its missteps included: on CliffWalking-v1 they keep away from the edge along which [1] walks, as long as they
 explore. [4] takes the best action by one table and its worth from the other, because the maximum of noisy estimates is
-too high.
+too high; what it learns may be too low.
 
 Differs from the papers: alpha is annealed linearly to 0, and all values start at an optimistic 1, so that actions not
 tried yet look good. The next action is chosen before the update, as [2] needs it, in all four. A time limit does not
@@ -93,9 +96,9 @@ class Args:
     plot_values: bool = False  # draw the final values as values.png in the run's folder; needs matplotlib
 
     def __post_init__(self) -> None:
-        level = (1e-9, math.inf) if self.exploration == "boltzmann" else (0, 1)  # boltzmann() divides by it
-        check_and_complete(self, learning_rate=(0, 1), initial_value=(-math.inf, math.inf), start_e=level, end_e=level,
-                           exploration_fraction=(0, 1))  # fmt: skip
+        bounds = (1e-9, math.inf) if self.exploration == "boltzmann" else (0, 1)  # boltzmann() divides by it
+        check_and_complete(self, learning_rate=(0, 1), initial_value=(-math.inf, math.inf), start_e=bounds,
+                           end_e=bounds, exploration_fraction=(0, 1))  # fmt: skip
         if self.plot_values and not find_spec("matplotlib"):
             refuse("--plot-values needs matplotlib: pip install matplotlib")
 
@@ -197,7 +200,7 @@ def td_target(
     return reward + args.gamma * worth
 
 
-class Model:
+class Transitions:
     """The transition probabilities that a finite environment gives: a row for each transition that can happen."""
 
     def __init__(self, env: gym.Env, gamma: float):
@@ -246,9 +249,9 @@ def make_agent(args: Args, env: gym.Env) -> Table:
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
     agent = make_agent(args, env)
-    model = Model(env, args.gamma) if hasattr(env.unwrapped, "initial_state_distrib") else None
+    transitions = Transitions(env, args.gamma) if hasattr(env.unwrapped, "initial_state_distrib") else None
     exploration_steps = args.exploration_fraction * args.total_timesteps
     run = Run(args, args.env_id, model=agent)
     global_step = run.restore()  # 0 in a new run
@@ -259,8 +262,8 @@ def train(args: Args) -> None:
         if run.evaluation_is_due(global_step):
             evaluation_start = time.perf_counter()
             row = evaluate(agent.act, args, f"step-{global_step}", run.stopped)
-            if row and model:  # row is empty if a signal stopped the evaluation
-                row |= model.evaluate(agent.act)
+            if row and transitions:  # row is empty if a signal stopped the evaluation
+                row |= transitions.evaluate(agent.act)
             run.log(global_step, row)
             start_time += time.perf_counter() - evaluation_start  # SPS is that of training alone
         if run.checkpoint_is_due(global_step):
@@ -268,8 +271,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environment anew and reseed, also in a run that goes on:
-        #    so a run that is killed and resumed from there equals one that was not
+        # 2. After a checkpoint, and at the start, make the environment anew and reseed, even in a run that is never
+        #    interrupted: so one that is killed and resumed from there equals it
         if global_step == run.checkpoint_step:
             env, state = make_envs(args, global_step)
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
@@ -388,7 +391,7 @@ def make_env(env_id: str, film: bool = False) -> gym.Env:
         refuse(f"--env-id {env_id}: {error}")
     space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Discrete):
-        refuse(f"--env-id {env_id} acts in {actions}; q_learning.py knows Discrete, ppo.py more")
+        refuse(f"--env-id {env_id} acts in {actions}; q_learning.py knows Discrete only: see ppo.py")
     num_states = state_number(space, space.sample())[1]
     if num_states * int(actions.n) > 10**7:
         refuse(f"--env-id {env_id} has {num_states} states, too many for a table; dqn.py has a network instead")
@@ -420,7 +423,7 @@ def evaluate_saved(args: Args) -> None:
     load_file(Path(args.run_dir, MODEL), model=agent)
     result = evaluate(agent.act, args, "evaluation")
     if hasattr(env.unwrapped, "initial_state_distrib"):
-        result |= Model(env, args.gamma).evaluate(agent.act)
+        result |= Transitions(env, args.gamma).evaluate(agent.act)
     print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
     show_policy(env, agent)
 

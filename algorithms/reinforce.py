@@ -12,14 +12,16 @@ whichever --baseline learns with.
     [4] L      = E[(V(s_t) - G_t)^2]                                                  S&B, Section 13.4
     [5] var    = trace of the covariance of the K episodes' estimates of [2], divided by K: that of their mean
 
-gamma is the discount. Williams 1992, doi:10.1007/BF00992696, for one reward at the end. S&B: Sutton & Barto 2018,
+Here gamma is the discount. Williams 1992, doi:10.1007/BF00992696, for one reward at the end. S&B: Sutton & Barto 2018,
 incompleteideas.net/book/the-book-2nd.html. What else can stand in the place of G_t - b_t, up to the advantage estimator
 of ppo.py: Schulman et al. 2016, arXiv:1506.02438.
 
 Differs from S&B: gamma^t, which would multiply the t-th term of [2], is left out, as everywhere today; a batch holds
-several episodes; the optimizer is Adam, its rate annealed. With --baseline value, a time limit does not count as a
-terminal state: V of the last observation stands for the rest of the episode. With none and mean, nothing can stand for
-it, and G_t ends there. The last batch, which the end of the run cuts off, is not learned from.
+several episodes; the optimizer is Adam, the policy's rate annealed; V is fitted in several passes over a batch, not in
+a step for each t. The mean over a batch's K episodes has a bias of the order of 1 / K, because K depends on how long
+they last. With --baseline value, and for V itself always, a time limit does not count as a terminal state: V of the
+last observation stands for the rest of the episode. With none and mean, nothing can stand for it, and G_t ends there.
+The last batch, which the end of the run cuts off, is not learned from.
 
 Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
 the log-probability is that of the unclipped sample.
@@ -165,7 +167,7 @@ def reward_to_go(rewards: list[float], last_value: float, gamma: float) -> Tenso
 
 
 def subtract_baselines(episodes: list[Episode], values: list[Tensor], gamma: float) -> list[Tensor]:
-    """G_t - b_t under each of the three baselines: (3, T) for each episode. Its values are V of its T + 1 observations.
+    """G_t - b_t under each of the three baselines: (3, T) for each episode. values: V of its T + 1 observations.
 
     Where V is the baseline, and only there, V of a truncated episode's last observation stands for what is missing.
     """
@@ -211,7 +213,7 @@ def update(
         entropy += policy.entropy().mean().item() / len(episodes)
     gradients = torch.stack(gradients)  # (K, 3, number of parameters)
     gradient = gradients[:, BASELINES.index(args.baseline)].mean(0)  # [2], E
-    # What loss.backward() would leave for the loss -(log_prob * advantage).sum(), but for the sign: Adam maximises here
+    # As backward() of the loss -(log_prob * advantage).sum() / K would leave it, but for the sign: Adam maximises
     for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
     optimizer.step()
@@ -221,16 +223,18 @@ def update(
     values = torch.cat([value[:-1] for value in values]).to(args.device)  # (B,)
     # (B,), bootstrapped; 2 is the index of "value"
     returns = torch.cat([advantage[2] for advantage in advantages]).to(args.device) + values
+    value_losses = []
     for _ in range(args.value_epochs):
         for rows in torch.randperm(len(obs), device=args.device).split(256):
             value_loss = (agent.value(obs[rows]) - returns[rows]).square().mean()  # [4]
+            value_losses.append(value_loss.detach())
             value_optimizer.zero_grad()
             value_loss.backward()
             value_optimizer.step()
     explained_variance = 1 - (returns - values).var(correction=0).item() / (returns.var(correction=0).item() + 1e-8)
     metrics = {
         "losses/entropy": entropy,
-        "losses/value_loss": value_loss.item(),
+        "losses/value_loss": torch.stack(value_losses).mean().item(),
         "losses/explained_variance": explained_variance,
     }
     if len(episodes) > 1:  # one estimate has no variance
@@ -242,14 +246,14 @@ def update(
 def make_agent(args: Args, env: gym.Env) -> PolicyAndValue:
     space, floats = env.action_space, np.issubdtype(env.action_space.dtype, np.floating)
     if not isinstance(space, gym.spaces.Discrete) and not (isinstance(space, gym.spaces.Box) and floats):
-        refuse(f"--env-id {args.env_id} acts in {space}; reinforce.py knows Discrete and Box of floats, ppo.py more")
+        refuse(f"--env-id {args.env_id} acts in {space}; reinforce.py knows Discrete and Box of floats: see ppo.py")
     if len(env.observation_space.shape) == 3:
-        refuse(f"--env-id {args.env_id} observes images; reinforce.py knows vectors, and ppo.py learns from images")
+        refuse(f"--env-id {args.env_id} observes images; reinforce.py knows vectors only: see ppo.py")
     return PolicyAndValue(*env.observation_space.shape, space)
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
     args.device = choose_device(args.device, small=True)
     torch.manual_seed(args.seed)
     agent = make_agent(args, env).to(args.device)
@@ -267,15 +271,15 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
-        #    so a run that is killed and resumed from there equals one that was not
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
+        #    interrupted: so one that is killed and resumed from there equals it
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             current = [Episode([first], [], []) for first in obs]
 
         # 3. Act: an episode counts if it begins within num_steps steps of its environment, however long it lasts; if
-        #    those counted that end first, there would be too many short ones. So each environment plays on to an end,
-        #    then waits for the others: they are stepped one by one
+        #    the episodes that end first counted instead, too many would be short. So each environment plays on to an
+        #    end, then waits for the others: they are stepped one by one
         first_step, start_time = global_step, time.perf_counter()
         episodes, playing, steps = [], list(range(args.num_envs)), [0] * args.num_envs
         while playing and global_step < args.total_timesteps:

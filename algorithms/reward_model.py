@@ -6,7 +6,7 @@ that the one reply is preferred to the other [2], and the model is fitted to tha
 y a reply, and of the two replies in a pair y_w was preferred to y_l.
 
     [1] log pi(y|x) = sum over the tokens of y, its end token included, of log pi(y_t | x, y_<t)
-        of no reward model: it is what the fit of the small GPT below maximises
+        not of the reward model: it is what the small GPT below is fitted by
     [2] P(y_w is preferred to y_l) = sigmoid(r(x, y_w) - r(x, y_l))        Christiano et al., Eq. 1 (Bradley-Terry)
     [3] r(x, y) = w . h, with h the last layer's state at the end of y     Stiennon et al., Section 3.4
     [4] L = -log P                                                         Ouyang et al., Eq. 1
@@ -15,9 +15,9 @@ Christiano et al. 2017, arXiv:1706.03741. Stiennon et al. 2020, arXiv:2009.01325
 arXiv:2203.02155.
 
 Differs from the papers: a new head starts at 0, not at random, so that no reply is preferred at first. A prompt has one
-pair of replies, not, as in Ouyang et al., all pairs of several. Rewards are not shifted to a mean of 0 afterwards. What
-Christiano et al. need for behaviour is left out: rewards summed over a clip's steps, an ensemble, and an allowance for
-labels given at random.
+pair of replies, not, as in Ouyang et al., all pairs of several, and is by default seen twice, not once, with a learning
+rate that falls to 0. Rewards are not shifted to a mean of 0 afterwards. What Christiano et al. need for behaviour is
+left out: rewards summed over a clip's steps, an ensemble, ties, and an allowance for labels given at random.
 
 By default it judges reviews. A small GPT is fitted to reviews made by a grammar. It writes pairs of reviews, and [2]
 labels them by a reward that is known; with a head, it is also what the reward model starts from. So the accuracy can be
@@ -81,7 +81,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 @dataclass
 class Args:
     seed: int = 1  # all randomness follows from it
-    total_timesteps: int = 80_000  # preference pairs to learn from, summed over all epochs
+    total_timesteps: int = 80_000  # preference pairs to learn from, summed over all epochs; a step is a pair
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
@@ -97,7 +97,7 @@ class Args:
     eval_pairs: int = 1000  # pairs held out for evaluation, at most a tenth of all
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     learning_rate: float = 1e-3  # of AdamW; for real models rather 1e-5, with LoRA 1e-4
-    warmup: float = 0.1  # share of the run in which the learning rate rises; then it decays linearly to 0
+    warmup: float = 0.1  # share of the run in which the learning rate rises; it also falls linearly to 0, all the time
     batch_size: int = 32  # pairs of an update, summed over all processes
     micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
@@ -129,18 +129,20 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor
     assert chosen.shape == rejected.shape
     margins = chosen - rejected
     losses = -nn.functional.logsigmoid(margins)  # [2], [4]
-    return losses, torch.stack((losses, chosen, rejected, (margins > 0).float(), margins)).detach()
+    accuracies = (margins.sign() + 1) / 2  # of a tie 1/2
+    return losses, torch.stack((losses, chosen, rejected, accuracies, margins)).detach()
 
 
 def calibration_error(margins: np.ndarray) -> float:
-    """How far the model's confidence is from its accuracy, in bins of confidence, on average over the pairs, (B,).
+    """How far the model's confidence is from its accuracy, in bins of confidence, on average over the pairs.
 
-    It is the expected calibration error of Guo et al. 2017, arXiv:1706.04599.
+    margins: (B,). This is the expected calibration error of Guo et al. 2017, arXiv:1706.04599, with bins of 0.05.
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))  # [2] of the reply that the model prefers: from 0.5 to 1
     bins = np.minimum((20 * (confidence - 0.5)).astype(int), 9)  # ten of them, each 0.05 wide
     used, counts = np.unique(bins, return_counts=True)
-    gaps = [abs((margins[bins == i] > 0).mean() - confidence[bins == i].mean()) for i in used]
+    right = (np.sign(margins) + 1) / 2  # of a tie 1/2
+    gaps = [abs(right[bins == i].mean() - confidence[bins == i].mean()) for i in used]
     return float(np.dot(gaps, counts) / len(margins))
 
 
@@ -224,9 +226,9 @@ def encode(
     start = common_length(prompt_ids, *sequences)  # less than the whole prompt where a token spans prompt and reply
     if start == 0:  # the first token to be predicted must follow something
         start, sequences = 1, [[end, *ids] for ids in sequences]
-    # Many chat templates write the end token themselves, some with a line break behind it
-    missing_ends = [[] if end in ids[start:][-2:] else [end] for ids in sequences]
-    return sequences[0][:start], *(ids[start:] + more for ids, more in zip(sequences, missing_ends, strict=True))
+    # Many chat templates write the end token themselves, some with a line break behind it, which no model writes
+    tails = [ids[start:-1] if ids[start:][-2:-1] == [end] else ids[start:] for ids in sequences]
+    return sequences[0][:start], *(ids if ids[-1:] == [end] else [*ids, end] for ids in tails)
 
 
 def read_pairs(source: str, tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Pair]:
@@ -336,7 +338,7 @@ def evaluate_pairs(
     margins = sum_over_processes(margins)[rows].cpu().double().numpy()
     result = {
         "eval/loss": np.logaddexp(0, -margins).mean(),  # [4]: -log sigmoid(m) = log(1 + exp(-m))
-        "eval/accuracy": ((margins > 0) + (margins == 0) / 2).mean(),  # a head at 0 guesses
+        "eval/accuracy": (np.sign(margins) + 1).mean() / 2,  # of a tie 1/2: a head at 0 guesses
         "eval/margin": margins.mean(),
         "eval/calibration_error": calibration_error(margins),
     }
@@ -344,7 +346,7 @@ def evaluate_pairs(
         texts = [tokenizer.batch_decode(pairs[row], skip_special_tokens=True) for row in rows]
         truth = np.array([true_reward(prompt, chosen) - true_reward(prompt, other) for prompt, chosen, other in texts])
         # Labels are drawn, so even the truth is not always right; where both replies are worth the same, it guesses
-        result["eval/bayes_accuracy"] = ((truth > 0) + (truth == 0) / 2).mean()
+        result["eval/bayes_accuracy"] = (np.sign(truth) + 1).mean() / 2
     return result
 
 
@@ -525,7 +527,7 @@ def load(name: str | Path, source: str | Path, args: Args) -> tuple[nn.Module, P
         tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     limit = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     return prepare_model(model, "SEQ_CLS", args), tokenizer, read_pairs(str(source), tokenizer, limit)
 
@@ -671,7 +673,7 @@ def train(args: Args) -> None:
         global_step += len(batch)
 
         # 4. Log, and say what is wrong if it can be seen
-        if first_step < 50 * args.batch_size <= global_step:
+        if run and first_step < 50 * args.batch_size <= global_step:
             warn_if_stuck(metrics)
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         metrics["charts/SPS"] = len(batch) / (time.perf_counter() - start_time)
@@ -691,7 +693,8 @@ def evaluate_saved(args: Args) -> None:
     model, tokenizer, pairs = load(folder / MODEL, source, replace(args, lora_rank=0))
     if args.replies is None:
         result = evaluate_pairs(model, tokenizer, pairs, split(pairs, args)[1], args)
-        print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
+        if RANK == 0:
+            print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
         return
     for where, record in read_records(args.replies):
         prompt, reply = (read_text(where, record, column) for column in ("prompt", "reply"))
@@ -700,7 +703,18 @@ def evaluate_saved(args: Args) -> None:
         prompt_ids, reply_ids = encode(where, tokenizer, prompt, [reply])
         with torch.inference_mode():
             value = reward(model, torch.tensor([prompt_ids + reply_ids])).item()
-        print(json.dumps({"prompt": prompt, "reply": reply, "reward": value}))
+        if RANK == 0:
+            print(json.dumps({"prompt": prompt, "reply": reply, "reward": value}))
+
+
+# Below the ruled line every script is the same. These are reward_model.py's exceptions, under the names that they
+# have in the other scripts: a model in the Hugging Face layout, with its tokenizer, is a folder.
+MODEL, CHECKPOINT = "model", "checkpoint.pt"
+
+
+def save_model(folder: Path, model: Trained) -> None:
+    """Replaces the folder model/."""
+    save_pretrained(folder / MODEL, model.model, model.tokenizer)
 
 
 # ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
@@ -777,16 +791,8 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-MODEL, CHECKPOINT = "model", "checkpoint.pt"
-
-
 def save_file(path: Path, state: dict) -> None:
     write_file(path, lambda file: torch.save(state, file))
-
-
-def save_model(folder: Path, model: Trained) -> None:
-    """Replaces the folder model/, in the Hugging Face layout."""
-    save_pretrained(folder / MODEL, model.model, model.tokenizer)
 
 
 def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:

@@ -18,10 +18,11 @@ SAC: Haarnoja et al. 2018, arXiv:1812.05905. The first paper, arXiv:1801.01290, 
 temperature. The minimum over two critics is TD3's, arXiv:1802.09477 (SAC, Section 6); diff td3.py sac.py shows what the
 two algorithms do not share.
 
-Differs from the paper: a learning rate of 1e-3 instead of 3e-4; the first 1,000 actions are random, and learning starts
-after them; Eq. 5 has a factor of 1/2, which Adam does not notice. As in the paper, evaluation acts without noise: with
-tanh(mean(s)). A time limit does not count as a terminal state: the value of the last observation stands for the rest of
-the episode.
+Differs from the paper: a learning rate of 1e-3 instead of 3e-4; Eq. 5 has a factor of 1/2, which Adam does not notice.
+What it leaves open: alpha starts at 0.2, and the first 1,000 actions are random, with learning after them; in the
+authors' code these are 1 and, for MuJoCo, 10,000. As in the paper, evaluation acts without noise, with tanh(mean(s)).
+As in the authors' code, a time limit does not count as a terminal state: the value of the last observation stands for
+the rest of the episode.
 
 Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and log pi is the density there: H then
 means the same for every range.
@@ -63,7 +64,6 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
 
@@ -130,7 +130,7 @@ class Actor(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """Without noise, for evaluation. (B, obs_dim) -> (B, *action shape)"""
+        """The actions without noise: deterministic, for evaluation. (B, obs_dim) -> (B, *action shape)"""
         mean, _ = self(torch.from_numpy(obs).to(next(self.parameters()).device))
         return self.to_env(mean.tanh())
 
@@ -213,7 +213,7 @@ def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tenso
     """Actions from standard normal noise, and their log-probabilities. (B, action_dim) each -> (B, action_dim), (B,)"""
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # log N(u): noise is (u - mean) / std
-    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), also where tanh(u) rounds to 1
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), also at tanh(u) = 1
     return u.tanh(), (log_normal - log_slope).sum(-1)  # [2]
 
 
@@ -238,10 +238,10 @@ class SAC(nn.Module):
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_actions, next_log_prob = self.actor.sample(next_obs)
-            next_values = self.target_critics(next_obs, next_actions) - alpha * next_log_prob  # (n, B) - (B,)
-            target = td_target(rewards, terminated, next_values, self.args.gamma)  # [1]
+            next_values = self.target_critics(next_obs, next_actions) - alpha * next_log_prob  # [1]; (n, B) - (B,)
+            targets = td_target(rewards, terminated, next_values, self.args.gamma)  # [1]
         values = self.critics(obs, actions)  # (n, B)
-        critic_losses = (values - target).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
+        critic_losses = (values - targets).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
         self.critic_optimizer.zero_grad()
         critic_losses.sum().backward()
         self.critic_optimizer.step()
@@ -261,8 +261,8 @@ class SAC(nn.Module):
             alpha_loss.backward()
             self.alpha_optimizer.step()
         with torch.no_grad():
-            targets, online = [*self.target_critics.parameters()], [*self.critics.parameters()]
-            torch._foreach_lerp_(targets, online, self.args.tau)  # [6]: a step of tau from targets to online
+            slow, online = [*self.target_critics.parameters()], [*self.critics.parameters()]
+            torch._foreach_lerp_(slow, online, self.args.tau)  # [6]: a step of tau from slow to online
         return metrics
 
 
@@ -283,7 +283,7 @@ def gradient_steps_until(step: int, args: Args) -> int:
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
     args.device = choose_device(args.device, small=True)
     torch.manual_seed(args.seed)
     actor = make_agent(args, env)
@@ -304,8 +304,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
-        #    so a run that is killed and resumed from there equals one that was not
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
+        #    interrupted: so one that is killed and resumed from there equals it
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_return, episode_length = np.zeros((2, args.num_envs))
@@ -319,10 +319,10 @@ def train(args: Args) -> None:
             else:
                 actions, _ = actor.sample(torch.from_numpy(obs).to(args.device))
         next_obs, rewards, terminated, truncated, infos = envs.step(actor.to_env(actions))
-        last_step, global_step = global_step, global_step + args.num_envs
+        previous_step, global_step = global_step, global_step + args.num_envs
         episode_return += rewards
         episode_length += 1
-        final_obs = next_obs.copy()  # where an episode has ended, next_obs is the first of the next one
+        final_obs = next_obs.copy()  # after an end, next_obs is the next episode's first, and its own last is in infos
         for i in np.flatnonzero(terminated | truncated):
             final_obs[i] = infos["final_obs"][i]
             ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
@@ -332,14 +332,15 @@ def train(args: Args) -> None:
         obs = next_obs
 
         # 4. Learn: utd gradient steps for every environment step, whatever the number of environments
-        for _ in range(gradient_steps_until(last_step, args), gradient_steps_until(global_step, args)):
+        done, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
+        for _ in range(done, due):
             metrics = learner.update(buffer.sample(args.batch_size, args.device))
             for name, value in metrics.items():
                 history[name].append(value)
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > last_step // 1000 or run.checkpoint_is_due(global_step)):
+        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
             metrics = {name: torch.stack(values).mean() for name, values in history.items()}
             metrics["charts/learning_rate"] = args.policy_lr
             metrics["charts/SPS"] = (global_step - logged_step) / seconds

@@ -17,13 +17,15 @@ in an algorithm that is otherwise DDPG:
 Here gamma is the discount; a prime marks what comes next, and the target networks, whose weights theta' follow slowly.
 
 TD3: Fujimoto, van Hoof & Meger 2018, arXiv:1802.09477, where mu is called pi. DDPG: Lillicrap et al. 2016,
-arXiv:1509.02971; its update is this one without the three ideas: --num-critics 1 --policy-frequency 1 --policy-noise 0.
+arXiv:1509.02971; its update is this one without the three ideas: --num-critics 1 --policy-frequency 1 --policy-noise 0,
+with --tau 0.001.
 
-Differs from the paper: two hidden layers of 256 units, not of 400 and 300, and batches of 256, not 100, as in the
-authors' present code; a' is clipped to the range of actions, as there; tau is 0.01, not 0.005: the targets, which move
-in every second step, are then as fast as with 0.005 in every step; the first 1,000 actions are random, and learning
-starts after them, also in HalfCheetah and Ant, where the paper takes 10,000. A time limit does not count as a terminal
-state: the value of the last observation stands for the rest of the episode.
+Differs from the paper: two hidden layers of 256 units, not of 400 and 300, batches of 256, not 100, and noise in
+proportion to the range of actions, all as in the authors' present code; tau is 0.01, not 0.005, so the targets, which
+move in every second step, are as fast as with 0.005 in every step; the first 1,000 actions are random, and learning
+starts after them, also in HalfCheetah and Ant, where the paper takes 10,000. As in the paper's Appendix D, a' is
+clipped to the range of actions, and a time limit does not count as a terminal state: the value of the last observation
+stands for the rest of the episode.
 
 Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and noise is added there: its standard
 deviation then means the same for every range.
@@ -126,7 +128,7 @@ class Actor(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """Without noise, for evaluation. (B, obs_dim) -> (B, *action shape)"""
+        """The actions without noise: deterministic, for evaluation. (B, obs_dim) -> (B, *action shape)"""
         return self.to_env(self(torch.from_numpy(obs).to(next(self.parameters()).device)))
 
 
@@ -227,9 +229,9 @@ class TD3(nn.Module):
         with torch.no_grad():
             next_actions = smooth(self.target_actor(next_obs), self.args.policy_noise, self.args.noise_clip)  # [3]
             next_values = self.target_critics(next_obs, next_actions)  # (n, B)
-            target = td_target(rewards, terminated, next_values, self.args.gamma)  # [1]
+            targets = td_target(rewards, terminated, next_values, self.args.gamma)  # [1]
         values = self.critics(obs, actions)  # (n, B)
-        critic_losses = (values - target).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
+        critic_losses = (values - targets).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
         self.critic_optimizer.zero_grad()
         critic_losses.sum().backward()
         self.critic_optimizer.step()
@@ -246,9 +248,9 @@ class TD3(nn.Module):
             self.actor_optimizer.step()
             metrics["losses/actor_loss"] = actor_loss.detach()
             with torch.no_grad():
-                targets = [*self.target_actor.parameters(), *self.target_critics.parameters()]
+                slow = [*self.target_actor.parameters(), *self.target_critics.parameters()]
                 online = [*self.actor.parameters(), *self.critics.parameters()]
-                torch._foreach_lerp_(targets, online, self.args.tau)  # [6]: a step of tau from targets to online
+                torch._foreach_lerp_(slow, online, self.args.tau)  # [6]: a step of tau from slow to online
         return metrics
 
 
@@ -269,7 +271,7 @@ def gradient_steps_until(step: int, args: Args) -> int:
 
 
 def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces; and if it can't be filmed, to know it now
+    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
     args.device = choose_device(args.device, small=True)
     torch.manual_seed(args.seed)
     actor = make_agent(args, env)
@@ -289,8 +291,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, also in a run that goes on:
-        #    so a run that is killed and resumed from there equals one that was not
+        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
+        #    interrupted: so one that is killed and resumed from there equals it
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_return, episode_length = np.zeros((2, args.num_envs))
@@ -305,10 +307,10 @@ def train(args: Args) -> None:
                 actions = actor(torch.from_numpy(obs).to(args.device))
                 actions = (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
         next_obs, rewards, terminated, truncated, infos = envs.step(actor.to_env(actions))
-        last_step, global_step = global_step, global_step + args.num_envs
+        previous_step, global_step = global_step, global_step + args.num_envs
         episode_return += rewards
         episode_length += 1
-        final_obs = next_obs.copy()  # where an episode has ended, next_obs is the first of the next one
+        final_obs = next_obs.copy()  # after an end, next_obs is the next episode's first, and its own last is in infos
         for i in np.flatnonzero(terminated | truncated):
             final_obs[i] = infos["final_obs"][i]
             ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
@@ -318,14 +320,15 @@ def train(args: Args) -> None:
         obs = next_obs
 
         # 4. Learn: utd gradient steps for every environment step, whatever the number of environments
-        for number in range(gradient_steps_until(last_step, args), gradient_steps_until(global_step, args)):
-            metrics = learner.update(buffer.sample(args.batch_size, args.device), number + 1)
+        done, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
+        for number in range(done + 1, due + 1):
+            metrics = learner.update(buffer.sample(args.batch_size, args.device), number)
             for name, value in metrics.items():
                 history[name].append(value)
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > last_step // 1000 or run.checkpoint_is_due(global_step)):
+        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
             metrics = {name: torch.stack(values).mean() for name, values in history.items()}
             metrics["charts/learning_rate"] = args.policy_lr
             metrics["charts/SPS"] = (global_step - logged_step) / seconds

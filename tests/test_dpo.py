@@ -133,6 +133,8 @@ def test_losses_by_hand(loss_type, smoothing, expected):
     assert values["rewards/accuracies"] == [1, 0]
     assert values["logps/chosen"] == [-5, -7]
     assert values["logps/rejected"] == [-9, -6]
+    tie = dpo.dpo_loss(*[torch.ones(1)] * 4, 0.1, loss_type, smoothing)[1]
+    assert tie[dpo.METRICS.index("rewards/accuracies")] == 0.5
 
 
 def test_the_gradient_raises_the_chosen_and_lowers_the_rejected():
@@ -326,8 +328,8 @@ def test_the_reference_itself_has_no_margins_on_held_out_pairs(folders):
     model, _, pairs, args = loaded(folders)
     reference = dpo.all_log_probs(model, pairs, list(range(60)), args)
     result = dpo.evaluate_pairs(model, pairs, reference, [40, 3, 22, 51], args)
-    assert result == {"eval/loss": pytest.approx(math.log(2), abs=1e-4), "eval/margins": pytest.approx(0, abs=1e-4),
-                      "eval/accuracies": pytest.approx(0.5, abs=0.5)}  # fmt: skip
+    assert result == {"eval/loss": pytest.approx(math.log(2), abs=1e-4), "eval/margin": pytest.approx(0, abs=1e-4),
+                      "eval/accuracy": pytest.approx(0.5, abs=0.5)}  # fmt: skip
 
 
 def test_a_run_takes_each_epochs_batches_in_turn_at_a_rate_that_rises_and_falls(folders, tmp_path, monkeypatch):
@@ -361,7 +363,7 @@ def test_no_layer_keeps_its_dropout(folders, name):
     ("template", "ends"),  # of user and assistant messages; what the reply ends in, and whether it is only one
     [
         ("{{ m['content'] }} <end> ", "<end>"),
-        ("{{ m['content'] }} <end> the ", "<end> the"),  # the word stands for the line break of many templates
+        ("{{ m['content'] }} <end> the ", "<end>"),  # the word stands for the line break of many templates
         ("{{ m['content'] }} ", "<end>"),
         ("{% if m['role'] == 'user' %}<end> {% endif %}{{ m['content'] }} ", "<end>"),
     ],
@@ -458,7 +460,7 @@ def test_a_run_repeats_itself_resumes_exactly_and_evaluates_as_it_did(folders, t
     dpo.evaluate_saved(arguments(folders, run_dir=str(tmp_path / "one"), evaluate=True))
     last = [row for row in rows(tmp_path / "one") if "eval/loss" in row][-1]
     out = capsys.readouterr().out
-    for name in "loss", "accuracies", "margins":
+    for name in "loss", "accuracy", "margin":
         assert f"eval/{name} {last[f'eval/{name}']:.4g}" in out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "one" / "model").eos_token == "<end>"
@@ -477,6 +479,8 @@ def test_two_processes_learn_what_one_learns(folders, tmp_path):
         assert result.stdout.count("run directory") == 1, "one process writes"
     a, b = timeless(tmp_path / "one"), timeless(tmp_path / "two")
     assert len(a) == len(b)
+    for first in a, b:  # before the first update margins are 0 but for rounding, and so have any sign
+        next(row for row in first if "rewards/margins" in row).pop("rewards/accuracies")
     for one, two in zip(a, b, strict=True):
         assert one == pytest.approx(two, rel=1e-3, abs=2e-4)
 

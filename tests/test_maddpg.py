@@ -216,13 +216,13 @@ def critic_alone(critics, i, obs, actions):
 @pytest.fixture
 def replayed(monkeypatch):
     """The replay buffers that train made."""
-    made, init = [], maddpg.JointReplay.__init__
+    made, init = [], maddpg.JointBuffer.__init__
 
     def spy(self, *args):
         init(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(maddpg.JointReplay, "__init__", spy)
+    monkeypatch.setattr(maddpg.JointBuffer, "__init__", spy)
     return made
 
 
@@ -234,7 +234,7 @@ def test_each_agents_row_is_what_happened_to_it(num_envs, replayed):
                              "checkpoint_frequency": 10**9}))  # fmt: skip
     (replay,) = replayed
     happened = TRANSITIONS[: 30 * num_envs]  # the evaluation at the end comes later
-    assert replay.added == len(happened) == 30 * num_envs
+    assert replay.num_added == len(happened) == 30 * num_envs
     left = 0
     for row, (_, obs, actions, rewards, terminated, next_obs, acting) in zip(replay.rows, happened, strict=True):
         got_obs, got_actions, got_rewards, got_terminated, got_next_obs = (
@@ -302,7 +302,7 @@ def test_steps_are_summed_over_copies_and_each_episode_is_logged_once(num_envs, 
 def test_updates_per_step_do_not_depend_on_the_number_of_copies(num_envs, frequency, starts, monkeypatch):
     monkeypatch.setattr(maddpg, "evaluate", lambda *_, **__: {"eval/episodic_return": 0.0})
     seen, update = [], maddpg.MADDPG.update
-    monkeypatch.setattr(maddpg.MADDPG, "update", lambda self, *batch: (seen.append(batch), update(self, *batch))[1])
+    monkeypatch.setattr(maddpg.MADDPG, "update", lambda self, batch: (seen.append(batch), update(self, batch))[1])
     flags = {"num_envs": num_envs, "total_timesteps": 120, "learning_starts": starts, "train_frequency": frequency}
     maddpg.train(maddpg.Args(env_id="test_maddpg:Trio", **TINY | flags))
     before = -(-starts // num_envs) * num_envs - num_envs  # the last step that is too early to learn
@@ -312,7 +312,7 @@ def test_updates_per_step_do_not_depend_on_the_number_of_copies(num_envs, freque
 
 def test_replay_equals_a_list_past_three_times_its_capacity():
     rng, oracle = np.random.default_rng(0), []
-    replay = maddpg.JointReplay(10, [2, 1], "cpu")
+    replay = maddpg.JointBuffer(10, [2, 1], "cpu")
     for n in [3, 3, 3, 3, 4, 1, 3, 10, 3, 4]:
         first, second = rng.normal(size=(n, 2)), rng.normal(size=(n, 1)).astype(np.float32)
         replay.add(first, second)
@@ -320,7 +320,7 @@ def test_replay_equals_a_list_past_three_times_its_capacity():
         first[:], second[:] = 99, 99  # what was stored must not be the caller's memory
         samples = torch.cat(replay.sample(500), 1).tolist()
         assert {tuple(row) for row in samples} == {tuple(row) for row in oracle}
-    assert replay.added == 37
+    assert replay.num_added == 37
     frequencies = np.unique(torch.cat(replay.sample(20_000), 1)[:, 0], return_counts=True)[1] / 20_000
     np.testing.assert_allclose(frequencies, 0.1, atol=0.01)
     assert [part.shape for part in replay.sample(7)] == [(7, 2), (7, 1)]
@@ -328,9 +328,27 @@ def test_replay_equals_a_list_past_three_times_its_capacity():
     np.testing.assert_allclose(several.std(0), torch.cat(replay.sample(10_000)[1:]).std(), rtol=0.1)
 
 
+def test_a_buffer_may_take_nine_tenths_of_the_memory(monkeypatch, capsys):
+    monkeypatch.setattr(maddpg.os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 10}.get)
+    assert maddpg.JointBuffer(75, [2, 1], "cpu").rows.nbytes == 900
+    with pytest.raises(SystemExit) as end:
+        maddpg.JointBuffer(76, [2, 1], "cpu")
+    assert end.value.code == 2
+    assert "--buffer-size 76 needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [{"tau": 1.1}, {"buffer_size": 24}, {"learning_starts": -1}, {"train_frequency": 0}])
+def test_numbers_out_of_range_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        maddpg.Args(**flags)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    maddpg.Args(tau=1, buffer_size=25, learning_starts=0, train_frequency=1)
+
+
 @pytest.mark.parametrize("added", [4, 13])
 def test_replay_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(added, tmp_path):
-    one, other = maddpg.JointReplay(10, [1], "cpu"), maddpg.JointReplay(10, [1], "cpu")
+    one, other = maddpg.JointBuffer(10, [1], "cpu"), maddpg.JointBuffer(10, [1], "cpu")
     for k in range(added):
         one.add(np.full((1, 1), k))
     torch.save(one.state_dict(), tmp_path / "replay.pt")
@@ -340,7 +358,7 @@ def test_replay_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(added, 
     for replay in one, other:
         replay.add(np.full((2, 1), -1))
     assert torch.equal(one.rows[: min(added + 2, 10)], other.rows[: min(added + 2, 10)])
-    assert other.added == added + 2
+    assert other.num_added == added + 2
 
 
 @pytest.mark.parametrize("algorithm", ["maddpg", "ddpg"])
@@ -486,7 +504,7 @@ def test_the_order_of_updates_does_not_matter(order):
         by_agent = {2: -noise[0, :, :2].log(), 3: -noise[1].log()}  # a and b have 2 and 3 actions
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(maddpg, "gumbel", lambda logits: logits - by_agent[logits.shape[-1]].log())  # noqa: B023
-            learner.update(*batch)
+            learner.update(batch)
             for i in order:
 
                 def gathered():
@@ -547,7 +565,7 @@ def test_actor_step_leaves_the_critics_as_the_critic_step_left_them():
         step()
 
     learner.critic_optimizer.step, learner.actor_optimizer.step = critic_spy, spy
-    learner.update(*batch)
+    learner.update(batch)
     assert all(map(torch.equal, gradients, (parameter.grad for parameter in learner.critics.parameters())))
     assert all(torch.equal(value, learner.critics.state_dict()[name]) for name, value in moved[0].items())
     assert any(not torch.equal(value, before[name]) for name, value in moved[0].items())
@@ -919,11 +937,11 @@ def test_killed_and_resumed_equals_unbroken(env_id, tmp_path, monkeypatch):
     maddpg.train(maddpg.Args(env_id=env_id, run_dir=str(tmp_path / "often"), **flags | {"eval_frequency": 20}))
     update, updates = maddpg.MADDPG.update, []
 
-    def dying(self, *batch):
+    def dying(self, batch):
         updates.append(1)
         if len(updates) == 18:
             raise KeyboardInterrupt
-        return update(self, *batch)
+        return update(self, batch)
 
     monkeypatch.setattr(maddpg.MADDPG, "update", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -934,7 +952,7 @@ def test_killed_and_resumed_equals_unbroken(env_id, tmp_path, monkeypatch):
     assert timeless(tmp_path / "resumed") == timeless(tmp_path / "whole")
     for other in "resumed", "often":
         ours, theirs = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", other))
-        for part in "model", "critics", "target_actors", "target_critics":
+        for part in "model", "learner":
             assert all(torch.equal(ours[part][name], theirs[part][name]) for name in ours[part])
-        assert torch.equal(ours["replay"]["rows"], theirs["replay"]["rows"])
-        assert ours["replay"]["added"] == 240
+        assert torch.equal(ours["buffer"]["rows"], theirs["buffer"]["rows"])
+        assert ours["buffer"]["num_added"] == 240

@@ -167,7 +167,7 @@ def test_bellmans_values_by_hand():
     expected = [last * (0.64 / 0.84) ** 2, last * 0.64 / 0.84, last]
     np.testing.assert_allclose(bellman(0.8, 0.0)[:, 1], expected)
     np.testing.assert_allclose(
-        q_learning.Model(q_learning.make_env("Walk-v0"), 0.8).value_iteration(0.8)[:3, 1], expected
+        q_learning.Transitions(q_learning.make_env("Walk-v0"), 0.8).value_iteration(0.8)[:3, 1], expected
     )
 
 
@@ -376,18 +376,18 @@ def test_first_learning_rate_is_not_annealed_and_steps_are_counted():
      ("CliffWalking-v1", 0.995, -13), ("CliffWalking-v1", 1.0, -13)],
 )  # fmt: skip
 def test_optimal_returns_that_are_known(env_id, gamma, optimum):
-    assert q_learning.Model(q_learning.make_env(env_id), gamma).optimal_return == pytest.approx(optimum, abs=1e-4)
+    assert q_learning.Transitions(q_learning.make_env(env_id), gamma).optimal_return == pytest.approx(optimum, abs=1e-4)
 
 
 def test_value_iteration_solves_bellmans_equation():
     for gamma in 0.0, 0.5, 0.9, 0.99:
-        q = q_learning.Model(q_learning.make_env("Walk-v0"), gamma).value_iteration(gamma)
+        q = q_learning.Transitions(q_learning.make_env("Walk-v0"), gamma).value_iteration(gamma)
         np.testing.assert_allclose(q[:3], bellman(gamma, 0.0), atol=1e-7)
         assert (q[3] == 0).all()
 
 
 def test_exact_return_is_the_sum_over_all_ways_that_an_episode_can_go():
-    model = q_learning.Model(q_learning.make_env("Walk-v0"), 0.9)
+    model = q_learning.Transitions(q_learning.make_env("Walk-v0"), 0.9)
 
     def expected(state, steps_left, actions):
         if steps_left == 0:
@@ -405,7 +405,7 @@ def test_exact_return_is_the_sum_over_all_ways_that_an_episode_can_go():
 
 def test_exact_return_is_the_mean_of_sampled_ones():
     args = q_learning.Args(env_id="FrozenLake-v1", eval_episodes=2000)
-    model = q_learning.Model(q_learning.make_env(args.env_id), 0.995)
+    model = q_learning.Transitions(q_learning.make_env(args.env_id), 0.995)
     actions = model.value_iteration(0.995).argmax(axis=1)
     sampled = q_learning.evaluate(lambda states: actions[states], args, "x")["eval/episodic_return"]
     assert sampled == pytest.approx(model.expected_return(actions), abs=0.03)

@@ -131,6 +131,8 @@ def test_loss_by_hand_and_shapes():
     assert values["rewards/rejected"] == [0.5, 1]
     assert values["rewards/accuracies"] == [1, 0]
     assert values["rewards/margins"] == [0.5, -3]
+    tie = reward_model.bradley_terry_loss(torch.ones(1), torch.ones(1))[1]
+    assert tie[reward_model.METRICS.index("rewards/accuracies")] == 0.5
     with pytest.raises(AssertionError):
         reward_model.bradley_terry_loss(torch.zeros(3, 1), torch.zeros(3))
 
@@ -144,6 +146,7 @@ def test_calibration_error_by_hand():
     margins = rng.normal(size=100_000) * 2
     margins = np.where(rng.random(100_000) < 1 / (1 + np.exp(-np.abs(margins))), 1, -1) * np.abs(margins)
     assert reward_model.calibration_error(margins) < 0.01
+    assert reward_model.calibration_error(np.zeros(3)) == 0, "a head at 0 guesses, and says so"
 
 
 def test_loss_is_that_of_trl(folders, tmp_path):
