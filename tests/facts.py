@@ -247,7 +247,7 @@ FACTS = {
             "--hidden-size 0": "--hidden-size",
             "--buffer-size 0": "--buffer-size",
             "--batch-size 0": "--batch-size",
-            "--learning-starts 0": "--learning-starts",
+            "--learning-starts -1": "--learning-starts",
             "--train-frequency 0": "--train-frequency",
             "--tau 1.1": "--tau",
             "--output-coef -1": "--output-coef",
