@@ -5,10 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, rows
+
+from benchmark import report
 
 README = (ROOT / "README.md").read_text()
 SMALL = ["--total-timesteps", "8192", "--eval-episodes", "2", "--num-steps", "128", "--num-minibatches", "8"]
@@ -56,6 +60,27 @@ def test_links_in_the_readme_lead_somewhere():
         target = "".join(target)
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_results_is_what_the_kept_runs_reached():
+    """Each row is an experiment whose five seeds are kept, and each of these has a row."""
+    row = r"^\| (\w+) \| (\S+?),? .*?\| ([\d.]+)([kM]).*? \| (.*?) \| (\S+) \|.*\|$"
+    shown = defaultdict(list)
+    for script, env_id, steps, unit, result, worst in re.findall(row, README, re.MULTILINE):
+        numbers = [float(number) for number in re.findall(r"-?[\d.]+", result.split(";")[0])]
+        env_id = env_id if re.search(r"[-_]v\d", env_id) else "preferences"
+        shown[script, env_id, float(steps) * {"k": 1e3, "M": 1e6}[unit]].append([float(worst), *numbers[:3]])
+    kept = defaultdict(list)
+    for e in report.sort_out(report.find_runs(str(ROOT / "benchmark" / "results" / "returns" / "*.json"), ""), ()):
+        assert [run.seed for run in e.done] == [1, 2, 3, 4, 5], (e.label, e.env_id)
+        numbers = [e.scores.min(), e.scores.mean(), *report.interval(np.mean, e.scores)]
+        kept[e.group, e.env_id.split(",")[0], e.done[0].curve[-1, 0]].append(numbers)
+    assert shown.keys() == kept.keys()
+    for key, experiments in kept.items():
+        for row, experiment in zip(sorted(shown[key]), sorted(experiments), strict=True):
+            for number, exact in zip(row, experiment, strict=False):  # not all rows show an interval
+                digits = len(str(number).partition(".")[2]) if number % 1 else 0
+                assert abs(number - exact) <= 0.501 * 10**-digits, (key, row, experiment)
 
 
 @pytest.fixture(scope="module")
