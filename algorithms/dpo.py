@@ -23,7 +23,7 @@ DPO: Rafailov et al. 2023, arXiv:2305.18290. cDPO, where a share epsilon of the 
 ericmitchell.ai/cdpo.pdf. RSO: Liu et al. 2023, arXiv:2309.06657, with the hinge of SLiC-HF: Zhao et al. 2023,
 arXiv:2305.10425. IPO: Azar et al. 2023, arXiv:2310.12036. Iterative RPO: Pang et al. 2024, arXiv:2404.19733.
 
-Differs from the papers: AdamW instead of RMSprop, and the learning rate decays to 0 after its warm-up. The reference is
+Differs from the papers: AdamW instead of RMSprop, and the learning rate rises, then falls to 0. The reference is
 the model as given; DPO first fits it to the preferred replies if another model wrote them. Its log-probabilities are
 computed once, before training. [8] is on by default; with it, [3] is not quite the optimum any more. RSO's sampling of
 new pairs is left out, and so are the further rounds of Iterative RPO. [7] sums over the tokens, as Eq. 17 reads; TRL

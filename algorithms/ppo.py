@@ -17,9 +17,9 @@ arXiv:1707.06347. Generalised advantage estimation (GAE), which is [1]: Schulman
 
 Differs from the paper: as in OpenAI Baselines, advantages are normalised in each minibatch, the norm of the gradient is
 clipped, weights start orthogonal, Adam's epsilon is 1e-5, and rewards are divided by the running standard deviation of
-the discounted return (but not clipped to 10 then, nor is L_value, as there). The learning rate is annealed in all tasks
-and epsilon in none; the paper anneals both, on Atari only. A time limit does not count as a terminal state: the value
-of the last observation stands for the rest of the episode.
+the discounted return; unlike there, these are not clipped, nor is the change of V in [3]. The learning rate is annealed
+in all tasks and epsilon in none; the paper anneals both, on Atari only. A time limit does not count as a terminal
+state: the value of the last observation stands for the rest of the episode.
 
 Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
 the log-probability is that of the unclipped sample. Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each

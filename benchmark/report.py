@@ -619,7 +619,8 @@ def plot_overview(experiments: list[Experiment]) -> Figure:
         axes.plot(scores.mean(), i, "o", color=color, markersize=6)
     axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
     steps = [EngFormatter(sep="")(max(run.curve[-1, 0] for run in e.done)) for e in experiments]
-    names = [f"{e.group}  {e.env_id}, {count}" for e, count in zip(experiments, steps, strict=True)]
+    labels = [re.sub(r" total_timesteps=\S+", "", e.label) for e in experiments]  # the steps stand there anyway
+    names = [f"{label}  {e.env_id}, {count}" for label, e, count in zip(labels, experiments, steps, strict=True)]
     axes.set_yticks(range(len(experiments)), names)
     axes.set_ylim(len(experiments) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)

@@ -566,6 +566,14 @@ def test_accuracies_and_rewards_share_no_panel(call, tmp_path):
     assert [axes.get_title() for axes in panels] == ["preferences, true reward", "preferences, accuracy"]
 
 
+def test_the_overview_tells_experiments_of_one_script_apart(tmp_path):
+    for algorithm in "maddpg", "ddpg":
+        make_run(tmp_path / "runs" / algorithm, script="maddpg", env_id="simple_spread_v3", algorithm=algorithm)
+    figure = report.plot_overview(report.sort_out(report.find_runs(str(tmp_path / "runs"), ""), ()))
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert sorted(names) == [f"maddpg algorithm={name}  simple_spread_v3, 200" for name in ("ddpg", "maddpg")]
+
+
 def test_no_two_curves_look_alike(tmp_path):
     for number in range(2 * len(report.COLORS)):
         make_run(tmp_path / "runs" / f"script{number:02}", script=f"script{number:02}")
