@@ -14,8 +14,12 @@ Here gamma is the discount; a prime marks what comes next, and the target networ
 Agent i observes o_i, does a_i by its policy mu_i, and earns r_i; x is (o_1, ..., o_N). In [2] the other agents' actions
 are those of the replay buffer, as in the paper; EPyMARL takes those that the present actors would choose.
 
-MADDPG: Lowe et al. 2017, arXiv:1706.02275. Discrete actions get their gradient in [2] through the straight-through
-Gumbel-softmax: Jang et al. 2017, arXiv:1611.01144.
+MADDPG: Lowe et al. 2017, arXiv:1706.02275. A discrete a_i in [2] is a sample of the actor's softmax, and gets its
+gradient through the straight-through Gumbel-softmax: Jang et al. 2017, arXiv:1611.01144. That gradient is biased
+(Tilbury et al. 2023, arXiv:2302.11793): it follows slopes of Q_i at one-hot actions, where Q_i has learned nothing but
+values. By it the pair of simple_speaker_listener_v4 may unlearn the language that it has found; --actor-gradient exact
+keeps it. Then [2] is the sum over all actions of agent i, each weighed by its probability: Allen et al. 2017,
+arXiv:1709.00503.
 
 Differs from the paper: agents don't infer the others' policies (Section 4.2) and have one policy each, no ensemble
 (Section 4.3); all agents learn from the same batch. Discrete actions are one-hot, and the best in y_i; in the authors'
@@ -98,6 +102,7 @@ class Args:
     opponent_dir: str | None = None  # with --evaluate: a second run; adversaries of either meet the others of either
     algorithm: Literal["maddpg", "ddpg"] = "maddpg"  # critics see everything, or what their own agent observes and does
     continuous_actions: bool = False  # mpe2's environments: actions in a box, not discrete ones
+    actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # in [2], of discrete actions: of a sample, or of all
     learning_rate: float = 1e-3  # of Adam, for actors and critics
     gamma: float = 0.95  # discount
     tau: float = 0.01  # [3] share of the new weights in an update of the targets
@@ -120,7 +125,7 @@ class Args:
 class Actor(nn.Module):
     """mu_i: from an agent's observation to its action, one-hot where actions are discrete, else a point in a box.
 
-    The network's outputs are logits, or what a sigmoid maps into the box. Three methods make actions of them, for
+    The network's outputs are logits, or what a sigmoid maps into the box. Three methods make actions of them: for
     evaluation and targets, for exploration, and for [2]. Outputs and actions are (B, action_dim).
     """
 
@@ -149,12 +154,20 @@ class Actor(nn.Module):
         best = self.best(outputs)
         return (best + noise * (self.high - self.low) * torch.randn_like(best)).clamp(self.low, self.high)
 
-    def differentiable(self, outputs: Tensor) -> Tensor:
-        """The action that learns: a sample from the softmax, or the best. Gradients pass through it to the outputs."""
+    def weighed(self, outputs: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (K, B), (K, B, action_dim)
+        """For [2]: K actions and their probabilities, one of which have a gradient. With K = 1 a discrete action is a
+        sample; else all of them come, and up to K some of zeros, with probability 0.
+        """
+        if self.discrete and k > 1:
+            probabilities = nn.functional.pad(outputs.softmax(-1), (0, k - self.action_dim)).T
+            all_actions = torch.eye(k, self.action_dim, device=outputs.device)
+            return probabilities, all_actions.unsqueeze(1).expand(-1, len(outputs), -1)
         if self.discrete:
             soft = gumbel(outputs).softmax(-1)
-            return self.best(soft) + (soft - soft.detach())  # one-hot, with the gradient of soft: straight-through
-        return self.best(outputs)
+            action = self.best(soft) + (soft - soft.detach())  # one-hot, with the gradient of soft: straight-through
+        else:
+            action = self.best(outputs)
+        return outputs.new_full((k, len(outputs)), 1 / k), action.expand(k, -1, -1)
 
 
 def gumbel(logits: Tensor) -> Tensor:
@@ -261,6 +274,8 @@ class MADDPG(nn.Module):
         own_obs, own_action = obs_owner == agents.view(n, 1), action_owner == agents.view(n, 1)  # (N, O), (N, A)
         central = args.algorithm == "maddpg"  # then all critics see all columns
         self.register_buffer("own_action", own_action.view(n, 1, -1), persistent=False)  # (N, 1, A)
+        discrete = [actor.action_dim for actor in actors.actor_n if actor.discrete]
+        self.num_actions = max(discrete, default=1) if args.actor_gradient == "exact" else 1  # K, that [2] weighs
         self.critics = Critics(own_obs | central, own_action | central, args.hidden_size)
         self.target_actors, self.target_critics = copy.deepcopy(actors), copy.deepcopy(self.critics)
         self.to(args.device)
@@ -281,10 +296,14 @@ class MADDPG(nn.Module):
 
     def actor_losses(self, obs: Tensor, actions: Tensor) -> Tensor:  # (B, O), (B, A) -> (N,)
         pairs = self.actors.with_outputs(obs)
-        own = torch.cat([actor.differentiable(outputs) for actor, outputs in pairs], -1)  # (B, A)
-        actions = torch.where(self.own_action, own, actions)  # (N, B, A): for critic i, agent i's action alone is new
+        weighed = [actor.weighed(outputs, self.num_actions) for actor, outputs in pairs]
+        probabilities = torch.stack([p for p, _ in weighed])  # (N, K, B)
+        own = torch.cat([a for _, a in weighed], -1).flatten(0, 1)  # (K * B, A)
+        # For critic i, agent i's action alone is new: (N, K * B, A)
+        joint = torch.where(self.own_action, own, actions.repeat(self.num_actions, 1))
+        values = self.critics(obs.repeat(self.num_actions, 1), joint).view_as(probabilities)
         penalty = torch.stack([outputs.square().mean() for _, outputs in pairs])
-        return -self.critics(obs, actions).mean(1) + self.args.output_coef * penalty  # [2], negated: to be minimised
+        return -(probabilities * values).sum(1).mean(1) + self.args.output_coef * penalty  # [2], negated
 
     def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """A gradient step of all networks with a batch of the buffer. Returns what to log, (N,) each."""

@@ -361,10 +361,11 @@ def test_replay_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(added, 
     assert other.num_added == added + 2
 
 
+@pytest.mark.parametrize("gradient", ["exact", "gumbel"])
 @pytest.mark.parametrize("algorithm", ["maddpg", "ddpg"])
-def test_targets_and_losses_equal_the_papers_one_agent_at_a_time(algorithm):
+def test_targets_and_losses_equal_the_papers_one_agent_at_a_time(algorithm, gradient):
     """T6, T15: next observations, target actors, target critics; terminated masks its own agent only."""
-    _, env, actors, learner = make(algorithm=algorithm, gamma=0.9, output_coef=0.7)
+    _, env, actors, learner = make(algorithm=algorithm, actor_gradient=gradient, gamma=0.9, output_coef=0.7)
     obs, actions, rewards, terminated, next_obs = batch_of(env)
     o_n, a_n = columns([1, 2, 3]), columns([2, 3, 2])
     targets = learner.targets(rewards, terminated, next_obs)
@@ -391,8 +392,15 @@ def test_targets_and_losses_equal_the_papers_one_agent_at_a_time(algorithm):
     for i, actor in enumerate(actors.actor_n):
         outputs = actor.net(obs[:, o_n[i]])
         joint = actions.clone()
-        joint[:, a_n[i]] = actor.differentiable(outputs)
-        expected = -critic_alone(learner.critics, i, obs, joint).mean() + 0.7 * (outputs**2).mean()
+        if gradient == "exact" and actor.discrete:
+            value = 0
+            for k in range(actor.action_dim):
+                joint[:, a_n[i]] = torch.eye(actor.action_dim)[k]
+                value += outputs.softmax(1)[:, k] * critic_alone(learner.critics, i, obs, joint)
+        else:
+            joint[:, a_n[i]] = actor.weighed(outputs, 1)[1][0]
+            value = critic_alone(learner.critics, i, obs, joint)
+        expected = -value.mean() + 0.7 * (outputs**2).mean()
         torch.testing.assert_close(actor_losses[i], expected)
         parameters = list(actor.parameters())
         gradients = torch.autograd.grad(actor_losses[i], parameters, retain_graph=True)
@@ -580,7 +588,7 @@ def discrete_actor(actions=3):
 def test_gumbel_noise_samples_the_softmax_and_the_sample_is_one_hot():
     torch.manual_seed(0)
     actor, logits = discrete_actor(4), torch.tensor([0.0, 1.0, -1.0, 2.0])
-    for method in (lambda x: actor.noisy(x, 0.0)), actor.differentiable:
+    for method in (lambda x: actor.noisy(x, 0.0)), (lambda x: actor.weighed(x, 1)[1][0]):
         samples = method(logits.expand(40_000, -1))
         torch.testing.assert_close(samples.sum(1), torch.ones(40_000))
         torch.testing.assert_close(samples.max(1).values, torch.ones(40_000))
@@ -594,7 +602,9 @@ def test_discrete_gradient_is_that_of_the_expected_soft_action():
     logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     torch.manual_seed(1)
-    (actor.differentiable(logits.expand(n, -1)) @ weights).mean().backward()
+    ((probability,), (action,)) = actor.weighed(logits.expand(n, -1), 1)
+    assert (probability == 1).all()
+    (action @ weights).mean().backward()
 
     def soft(logits):  # E[sum_k w_k softmax(logits + Gumbel)_k]
         torch.manual_seed(1)
@@ -624,7 +634,7 @@ def test_box_actions_fill_their_box_and_noise_stays_in_it():
     assert all(space.contains(row) for row in edge.numpy())
     assert (edge < torch.tensor([3.0, 10, 0])).any()
     outputs = torch.zeros(1, 3, requires_grad=True)
-    actor.differentiable(outputs).sum().backward()
+    actor.weighed(outputs, 1)[1].sum().backward()
     torch.testing.assert_close(outputs.grad[0], torch.tensor([4.0, 10, 5]) / 4)
 
 
@@ -651,12 +661,13 @@ def test_actors_act_on_their_own_observation_as_evaluated():
     assert np.array_equal(actions, actors.act(obs)), "without noise"
 
 
-@pytest.mark.parametrize("env_id", ["Game", "BoxGame"])
-def test_learns_a_game_with_a_known_optimum(env_id, tmp_path):
+@pytest.mark.parametrize(("env_id", "gradient"), [("Game", "gumbel"), ("Game", "exact"), ("BoxGame", "gumbel")])
+def test_learns_a_game_with_a_known_optimum(env_id, gradient, tmp_path):
     """T22. The pair of actions that each would choose against a random other is not the best."""
     args = maddpg.Args(env_id=f"test_maddpg:{env_id}", total_timesteps=4000, num_envs=4, learning_starts=500,
                        train_frequency=4, batch_size=128, hidden_size=32, learning_rate=3e-3, eval_episodes=1,
-                       run_dir=str(tmp_path / "run"), exploration_noise=0.2, device="cpu")  # fmt: skip
+                       run_dir=str(tmp_path / "run"), exploration_noise=0.2, actor_gradient=gradient,
+                       device="cpu")  # fmt: skip
     maddpg.train(args)
     assert rows(tmp_path / "run")[-1]["eval/episodic_return"] / 2 > (0.9 if env_id == "BoxGame" else 0.99)
 
