@@ -3,6 +3,8 @@
     python benchmark/throughput.py                             # everything
     python benchmark/throughput.py --only ppo --repeats 3      # one script
     python benchmark/throughput.py --only start                # how soon a script learns
+    python benchmark/throughput.py --only solve                # how soon ppo has learned LunarLander
+    python benchmark/throughput.py --only memory               # what a million steps of Atari take
 
 Every measurement is a process of its own with one thread, and only the steps after a warm-up count: no imports, no
 evaluation. Script and peer take turns, so that a machine that grows slower or faster does it to both. The result is the
@@ -16,6 +18,11 @@ the model alone, forward and backward over the same pairs. Our clock starts befo
 
 The start of a script is a whole run of one learning step, from the command to its exit; the limit is a Python that
 imports the libraries it needs and does nothing.
+
+LunarLander is solved when three evaluations in a row reach 200, each over the same 20 episodes, 16,384 steps apart. The
+clock runs from the command: with imports and evaluations. Our script has its defaults, SB3 the settings of RL Zoo.
+
+The memory is that of dqn's replay buffer once a million steps of Atari are in it; SB3's follows from its arrays.
 
 What throughput.json holds of other measurements stays there: each row has the commit and the versions that it is from.
 
@@ -47,7 +54,7 @@ ONE_CORE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")} |
 
 @dataclass
 class Args:
-    only: tuple[str, ...] = ()  # scripts, environments, both as in ppo/CartPole-v1, or start; none: everything
+    only: tuple[str, ...] = ()  # scripts, environments, both as in ppo/CartPole-v1, start, solve, memory; none: all
     repeats: int = 5  # measurements of each side
     steps: int = 50_000  # environment steps of a measurement, after a warm-up of a tenth of them
     output: Path = ROOT / "benchmark" / "results"  # folder for throughput.json and throughput.md
@@ -195,6 +202,39 @@ def numpy_q_learning(env_id: str, settings: dict, warm_up: int, steps: int) -> f
         q[state, action] += alpha * (target - q[state, action])
         state = env.reset()[0] if terminated or truncated else next_state
     return steps / (time.perf_counter() - started)
+
+
+def solved_after(returns: list[float]) -> int:
+    """How many evaluations it took until three in a row reached 200; 0: they have not yet."""
+    return next((n for n in range(3, len(returns) + 1) if min(returns[n - 3 : n]) >= 200), 0)
+
+
+def sb3_solve(seed: int) -> float:
+    """Steps until LunarLander is solved, with the settings that RL Zoo has for SB3's PPO."""
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    torch.set_num_threads(1)
+    envs, eval_env, returns = make_vec_env("LunarLander-v3", 16, seed), make_vec_env("LunarLander-v3", 1), []
+    model = PPO("MlpPolicy", envs, n_steps=1024, batch_size=64, n_epochs=4, gamma=0.999, gae_lambda=0.98,
+                ent_coef=0.01, seed=seed, device="cpu")  # fmt: skip
+    while not solved_after(returns) and model.num_timesteps < 2_000_000:
+        model.learn(SOLVE_FREQUENCY, reset_num_timesteps=False)  # one batch
+        eval_env.seed(seed)
+        returns.append(evaluate_policy(model, eval_env, SOLVE_EPISODES)[0])
+    return model.num_timesteps if solved_after(returns) else math.inf
+
+
+def sb3_replay_bytes(steps: int) -> int:
+    """What SB3's replay buffer takes for so many steps of Atari: that of a small one, scaled."""
+    import gymnasium as gym
+    import numpy as np
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    buffer = ReplayBuffer(1000, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(4), device="cpu")
+    return sum(array.nbytes for array in vars(buffer).values() if isinstance(array, np.ndarray)) * steps // 1000
 
 
 def environment_alone(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
@@ -425,6 +465,8 @@ STARTS = {  # what a script can't do without, and the flags of a run of one lear
     "dpo": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
 }  # fmt: skip
 
+SOLVE_FREQUENCY, SOLVE_EPISODES = 16_384, 20  # steps between evaluations, episodes of each
+
 
 # ---- Measuring ----
 
@@ -563,8 +605,97 @@ def measure_start(script: str, args: Args) -> dict:
     }  # fmt: skip
 
 
+def time_to_solve(seed: int) -> tuple[float, float]:
+    """Seconds and steps of ppo.py, with its defaults, until LunarLander is solved."""
+    flags = f"--env-id LunarLander-v3 --eval-frequency {SOLVE_FREQUENCY} --eval-episodes {SOLVE_EPISODES}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "algorithms" / "ppo.py"), *flags.split(), f"--seed={seed}"]
+        command.append(f"--run-dir={folder}/run")
+        started, ended, evaluations = time.perf_counter(), False, []
+        with open(f"{folder}/log", "w") as log:
+            process = subprocess.Popen(command, env=os.environ | ONE_CORE, stdout=log, stderr=log)
+        while not solved_after([value for _, value in evaluations]) and not ended:
+            time.sleep(0.05)
+            ended = process.poll() is not None  # asked before reading: what it wrote last is read too
+            path = Path(folder, "run", "metrics.jsonl")
+            lines = [line for line in path.read_text().split("\n")[:-1] if "eval/" in line] if path.exists() else []
+            evaluations = [(row["global_step"], row["eval/episodic_return"]) for row in map(json.loads, lines)]
+        seconds = time.perf_counter() - started
+        process.kill()
+        if process.wait() > 0:
+            print(f"error: {' '.join(command)} failed:\n{Path(folder, 'log').read_text()[-2000:]}", file=sys.stderr)
+            raise SystemExit(1)
+    needed = solved_after([value for _, value in evaluations])
+    return (seconds, evaluations[needed - 1][0]) if needed else (math.inf, math.inf)
+
+
+def measure_solve(script: str, args: Args) -> dict:
+    row = {"name": f"solve/{script}", "ours": [], "our_steps": [], "theirs": [], "their_steps": []}
+    for seed in range(1, args.repeats + 1):
+        seconds, steps = time_to_solve(seed)
+        started = time.perf_counter()
+        their_steps = in_new_process(sb3_solve, seed)
+        new = {"ours": seconds, "our_steps": steps, "theirs": time.perf_counter() - started, "their_steps": their_steps}
+        for name, value in new.items():
+            row[name].append(value)
+        print(f"solve/{script} {seed}: {seconds:.0f} s, {steps:,} steps; SB3 {new['theirs']:.0f} s, {their_steps:,}")
+    ratios = [theirs / ours for ours, theirs in zip(row["ours"], row["theirs"], strict=True)]
+    return row | {"ratios": ratios, "ratio": statistics.median(ratios)}
+
+
+def fill_replay(steps: int) -> int:
+    """Bytes by which a process grows when dqn's replay buffer for so many steps is full, with 8 Atari environments."""
+    import numpy as np
+
+    sys.path.insert(0, str(ROOT))
+    from algorithms import dqn
+
+    def resident() -> int:  # bytes, on Linux
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    buffer, obs = dqn.ReplayBuffer(steps, 8, (4, 84, 84)), np.ones((8, 4, 84, 84), np.uint8)
+    nothing, over = np.zeros(8, np.bool_), np.ones(8, np.bool_)
+    buffer.begin(obs)
+    for row in range(math.ceil(1.03 * steps / 8)):  # past its end
+        truncated = over if row % 500 == 499 else nothing  # episodes of 500 steps
+        buffer.add(np.zeros(8, np.int64), np.ones(8), nothing, truncated, obs, {"final_obs": obs})
+    return resident() - before
+
+
+def measure_memory(script: str, args: Args) -> dict:
+    row = {"name": f"memory/{script}", "steps": 1_000_000, "frames": 1_000_000 * 84 * 84}
+    row |= {"ours": in_new_process(fill_replay, row["steps"]), "theirs": in_new_process(sb3_replay_bytes, row["steps"])}
+    print(f"{row['name']}: {row['ours'] / 1e9:.2f} GB; SB3 {row['theirs'] / 1e9:.2f} GB")
+    return row
+
+
+KINDS = {"rows": measure, "starts": measure_start, "solves": measure_solve, "memory": measure_memory}
+
+
 def to_markdown(result: dict) -> str:
-    return "\n".join(speeds(result["rows"]) + starts(result["starts"]) + provenance(result["rows"] + result["starts"]))
+    tables = speeds(result["rows"]) + starts(result["starts"]) + solves(result["solves"]) + memory(result["memory"])
+    return "\n".join(tables + provenance([row for kind in KINDS for row in result[kind]]))
+
+
+def solves(rows: list[dict]) -> list[str]:
+    lines = [
+        "| script | LunarLander-v3 solved after, s | steps | SB3 PPO, RL Zoo's settings, s | steps | ratio (min-max) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        values = [f"{statistics.median(row[n]):,.0f}" for n in ("ours", "our_steps", "theirs", "their_steps")]
+        ratio = f"**{row['ratio']:.1f}** ({min(row['ratios']):.1f}-{max(row['ratios']):.1f})"
+        lines.append("| " + " | ".join([row["name"].removeprefix("solve/"), *values, ratio]) + " |")
+    return [*lines, ""] if rows else []
+
+
+def memory(rows: list[dict]) -> list[str]:
+    lines = ["| script | a million steps of Atari, GB | SB3, GB | the frames alone, GB |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        values = [f"{row[name] / 1e9:.2f}" for name in ("ours", "theirs", "frames")]
+        lines.append("| " + " | ".join([row["name"].removeprefix("memory/"), *values]) + " |")
+    return [*lines, ""] if rows else []
 
 
 def starts(rows: list[dict]) -> list[str]:
@@ -606,9 +737,9 @@ def speeds(rows: list[dict]) -> list[str]:
 
 
 def kept_rows(path: Path) -> dict[str, dict[str, dict]]:
-    """What throughput.json holds: its rows and starts, by name."""
-    result = json.loads(path.read_text()) if path.exists() else {"rows": [], "starts": []}
-    return {key: {row["name"]: row for row in result[key]} for key in ("rows", "starts")}
+    """What throughput.json holds: the rows of each kind, by name."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return {kind: {row["name"]: row for row in result.get(kind, [])} for kind in KINDS}
 
 
 def main() -> None:
@@ -616,7 +747,8 @@ def main() -> None:
     if args.repeats < 1 or args.steps < 1:
         refuse("--repeats and --steps must be at least 1")
     starting = {"start": [*STARTS]} | {f"start/{script}": [script] for script in STARTS}
-    known = {name for work in WORKS for name in (work.script, work.env_id, work.name)} | starting.keys()
+    known = {name for work in WORKS for name in (work.script, work.env_id, work.name)}
+    known |= starting.keys() | {"solve", "memory"}
     if unknown := [name for name in args.only if name not in known]:
         refuse(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
     works = [w for w in WORKS if not args.only or {w.script, w.env_id, w.name} & set(args.only)]
@@ -633,11 +765,14 @@ def main() -> None:
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": " ".join(f"{n} {version(n)}" for n in ("torch", "gymnasium", "numpy", "stable-baselines3", "trl")),
     }
-    jobs = [("rows", measure, work) for work in works] + [("starts", measure_start, script) for script in scripts]
-    for key, function, what in jobs:
-        row = function(what, args) | where
+    jobs = [("rows", work) for work in works] + [("starts", script) for script in scripts]
+    for name, kind, script in ("solve", "solves", "ppo"), ("memory", "memory", "dqn"):
+        if not args.only or name in args.only:
+            jobs.append((kind, script))
+    for kind, what in jobs:
+        row = KINDS[kind](what, args) | where
         kept = kept_rows(path)  # read now: another measurement may have added to it
-        kept[key][row["name"]] = row
+        kept[kind][row["name"]] = row
         result = {key: list(rows.values()) for key, rows in kept.items()}
         path.write_text(json.dumps(result, indent=1) + "\n")  # after each: an hour's measurements are not lost
         path.with_suffix(".md").write_text(to_markdown(result))

@@ -239,7 +239,8 @@ def test_repeats_alternate_and_their_median_counts(monkeypatch):
     assert (row["ratios"], row["ratio"]) == ([2, 3, 1], 2)
     assert (row["steps"], row["warm_up"]) == (5120, 512)  # whole batches
     assert (row["gflop_per_s"], row["matmul_limit"]) == (2, 2000)
-    result = {"rows": [row | {"hardware": "this", "versions": "torch 1", "commit": "abc"}], "starts": []}
+    result = {kind: [] for kind in throughput.KINDS}
+    result["rows"] = [row | {"hardware": "this", "versions": "torch 1", "commit": "abc"}]
     cells = "| **2.00** (1.00-3.00) | 1,000 | 2,000 (2 GFLOP/s), of which 10% are reached |"
     assert cells in throughput.to_markdown(result)
 
@@ -259,9 +260,87 @@ def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch, tmp_path):
     args = tyro.cli(dqn.Args, args=commands[0][2:])
     assert dqn.gradient_steps_until(args.total_timesteps, args) == 1
     row |= {"hardware": "this", "versions": "torch 1", "commit": "abc"}
-    lines = throughput.to_markdown({"rows": [], "starts": [row]}).splitlines()
+    lines = throughput.to_markdown({kind: [] for kind in throughput.KINDS} | {"starts": [row]}).splitlines()
     assert lines[2] == "| dqn | 3.5 | 1.5 | **2.75** (1.50-4.00) |"
     assert lines[-1] == "start/dqn: this, one thread each; torch 1; commit abc."
+
+
+EVALUATIONS = """
+for step, value in enumerate(VALUES):
+    with open(d + "/metrics.jsonl", "a") as file:
+        print(json.dumps({"global_step": step, "losses/value_loss": 1.0}), file=file)
+        print(json.dumps({"global_step": step, "eval/episodic_return": value}), file=file)
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    ("values", "waits", "steps"),
+    [
+        ([0, 250, 250, 199.9, 200, 201, 202], True, 6),  # that goes on: it is ended
+        ([0, 250, 250, 199.9, 200, 201, 202], False, 6),  # that has ended
+        ([250, 250, 250, 0, 0], False, 2),  # what comes later doesn't count
+        ([250, 250, 100, 250, 250], False, float("inf")),
+    ],
+)
+def test_solved_is_the_third_evaluation_in_a_row(monkeypatch, tmp_path, values, waits, steps):
+    head = "import json, os, sys, time\nflags = dict(f.split('=') for f in sys.argv[1:] if '=' in f)\n"
+    head += "d = flags['--run-dir']\nos.makedirs(d)\nassert flags['--seed'] == '5'\n"
+    body = EVALUATIONS.replace("VALUES", str(values)) + ("time.sleep(60)" if waits else "")
+    (tmp_path / "algorithms").mkdir()
+    (tmp_path / "algorithms" / "ppo.py").write_text(head + body)
+    monkeypatch.setattr(throughput, "ROOT", tmp_path)
+    seconds, reached = throughput.time_to_solve(5)
+    assert reached == steps
+    assert seconds == float("inf") if steps == float("inf") else 0 < seconds < 30
+
+
+def test_a_script_that_fails_is_not_solved(monkeypatch, tmp_path, capsys):
+    (tmp_path / "algorithms").mkdir()
+    (tmp_path / "algorithms" / "ppo.py").write_text("raise SystemExit('it broke')")
+    monkeypatch.setattr(throughput, "ROOT", tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        throughput.time_to_solve(1)
+    assert exit.value.code == 1
+    assert "it broke" in capsys.readouterr().err
+
+
+def test_peers_that_are_solved_after_the_same_evaluations(monkeypatch):
+    import stable_baselines3.common.evaluation
+
+    returns, asked = iter([250, 250, 100, 200, 201, 202]), []
+
+    def evaluate_policy(model, env, episodes):
+        asked.append((model.num_timesteps, episodes, env.num_envs))
+        return next(returns), 0.0
+
+    monkeypatch.setattr(stable_baselines3.common.evaluation, "evaluate_policy", evaluate_policy)
+    monkeypatch.setattr(throughput, "SOLVE_FREQUENCY", 1)  # SB3 always finishes its batch: of 16 x 1024 steps
+    monkeypatch.setattr(stable_baselines3.PPO, "train", lambda self: None)
+    assert throughput.sb3_solve(1) == 6 * 16_384
+    assert asked == [(n * 16_384, throughput.SOLVE_EPISODES, 1) for n in range(1, 7)]
+
+
+def test_solving_and_memory_in_the_tables(monkeypatch):
+    ours, theirs = iter([(10.0, 1000), (30.0, 2000), (20.0, 4000)]), iter([7000, 8000, 9000])
+    monkeypatch.setattr(throughput, "time_to_solve", lambda seed: next(ours))
+    monkeypatch.setattr(throughput, "in_new_process", lambda function, *args: next(theirs))
+    monkeypatch.setattr(throughput.time, "perf_counter", iter([0.0, 100.0, 100.0, 400.0, 400.0, 700.0]).__next__)
+    row = throughput.measure_solve("ppo", throughput.Args(repeats=3))
+    assert (row["ratios"], row["ratio"]) == ([10, 10, 15], 10)
+    where = {"hardware": "this", "versions": "torch 1", "commit": "abc"}
+    memory = {"name": "memory/dqn", "ours": 7.25e9, "theirs": 56.4e9, "frames": 7.056e9}
+    result = {kind: [] for kind in throughput.KINDS} | {"solves": [row | where], "memory": [memory | where]}
+    table = throughput.to_markdown(result)
+    assert "| ppo | 20 | 2,000 | 300 | 8,000 | **10.0** (10.0-15.0) |" in table
+    assert "| dqn | 7.25 | 56.40 | 7.06 |" in table
+    assert "solve/ppo, memory/dqn: this" in table
+
+
+def test_replay_of_images_holds_each_frame_once_and_sb3s_eight_times():
+    frames = 40_000 * 84 * 84
+    assert 0.9 < throughput.in_new_process(throughput.fill_replay, 40_000) / frames < 1.1
+    assert 8.0 < throughput.sb3_replay_bytes(40_000) / frames < 8.01
 
 
 def test_every_script_but_those_that_need_an_extra_has_a_start():
@@ -291,11 +370,11 @@ def test_a_tiny_run_end_to_end_keeps_what_was_measured_before(monkeypatch, tmp_p
     elsewhere = row | {"name": "measured meanwhile"}
 
     def measuring(*arguments):
-        path.write_text(json.dumps({"rows": [row, elsewhere], "starts": []}))
+        path.write_text(json.dumps({"rows": [row, elsewhere]}))
         return measure_start(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(throughput, "measure_start", measuring)
+        patch.setitem(throughput.KINDS, "starts", measuring)
         result = run("--only", "start/q_learning")
     assert result["rows"] == [row, elsewhere]
     (start,) = result["starts"]
