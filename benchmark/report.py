@@ -506,8 +506,9 @@ def published(experiment: Experiment) -> list[dict]:
     """
     own = summarise(experiment)
     config = experiment.done[0].config
-    episodes, commit = config["args"].get("eval_episodes", "?"), str(config.get("commit"))[:10]
-    protocol = f"evaluation at the last step, {episodes} episodes a seed; mean over seeds [95 %]"
+    episodes, commit = config["args"].get("eval_episodes"), str(config.get("commit"))[:10]
+    over = f"{episodes} episodes a seed" if episodes else "held-out data"  # of language models
+    protocol = f"evaluation at the last step, {over}; mean over seeds [95 %]"
     ours = {"who": f"**{own['script']}**", "environment": own["environment"], "steps": own["steps"]}
     ours |= {"return": f"**{show(own['mean'])}** {show(own['mean 95 %'])}", "seeds": own["n"], "protocol": protocol}
     algorithm = re.compile(rf"\b({config['script'].replace('_', '.')}|optimal|scripted|random)\b", re.IGNORECASE)

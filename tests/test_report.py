@@ -557,11 +557,12 @@ def test_preferences_are_named_by_what_is_measured(env_id, result, name):
 def test_accuracies_and_rewards_share_no_panel(call, tmp_path):
     for script, key in {"dpo": "eval/true_reward", "reward_model": "eval/accuracy"}.items():
         for seed in 1, 2:
-            folder = make_run(tmp_path / "runs" / f"{script}{seed}", script=script, seed=seed, env_id=None)
+            folder = make_run(tmp_path / "runs" / f"{script}{seed}", script, None, seed, eval_episodes=None)
             write_rows(folder, [{"global_step": 200, "time": 2.0, "eval/accuracy": 0.5, key: 0.7 + seed / 10}])
     _, result, _ = call(tmp_path / "runs")
     rows = {row["script"]: (row["environment"], round(row["mean"], 3)) for row in result["Results"]}
     assert rows == {"dpo": ("preferences, true reward", 0.85), "reward_model": ("preferences, accuracy", 0.85)}
+    assert (tmp_path / "out" / "report.md").read_text().count("evaluation at the last step, held-out data;") == 2
     panels = report.plot_curves(report.sort_out(report.find_runs(str(tmp_path / "runs"), ""), ()), False, None).axes
     assert [axes.get_title() for axes in panels] == ["preferences, true reward", "preferences, accuracy"]
 
