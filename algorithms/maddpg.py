@@ -118,6 +118,8 @@ class Args:
         check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
         if self.continuous_actions and ":" in self.env_id:
             refuse(f"--continuous-actions is for mpe2's environments; --env-id {self.env_id} chooses by itself")
+        if self.continuous_actions and self.actor_gradient == "exact":
+            refuse("--actor-gradient exact is for discrete actions; in a box [2] has its exact gradient anyway")
         if self.opponent_dir is not None and not self.evaluate:
             refuse("--opponent-dir needs --evaluate")
 

@@ -925,6 +925,7 @@ def test_environments_it_cannot_use_get_one_line(env_id, words, monkeypatch, cap
     ("flags", "word"),
     [
         (["--env-id", "test_maddpg:Trio", "--continuous-actions"], "--continuous-actions"),
+        (["--continuous-actions", "--actor-gradient", "exact"], "--actor-gradient"),
         (["--opponent-dir", "elsewhere"], "--evaluate"),
     ],
 )
