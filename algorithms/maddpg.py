@@ -157,8 +157,9 @@ class Actor(nn.Module):
         return (best + noise * (self.high - self.low) * torch.randn_like(best)).clamp(self.low, self.high)
 
     def weighed(self, outputs: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (K, B), (K, B, action_dim)
-        """For [2]: K actions and their probabilities, one of which have a gradient. With K = 1 a discrete action is a
-        sample; else all of them come, and up to K some of zeros, with probability 0.
+        """For [2]: K actions and their probabilities; only one of the two has a gradient. K = 1 takes a sample of the
+        discrete actions, a larger K all of them, and fills up with zeros of probability 0. The one action in a box
+        comes K times.
         """
         if self.discrete and k > 1:
             probabilities = nn.functional.pad(outputs.softmax(-1), (0, k - self.action_dim)).T

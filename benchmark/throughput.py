@@ -19,10 +19,11 @@ the model alone, forward and backward over the same pairs. Our clock starts befo
 The start of a script is a whole run of one learning step, from the command to its exit; the limit is a Python that
 imports the libraries it needs and does nothing.
 
-LunarLander is solved when three evaluations in a row reach 200, each over the same 20 episodes, 16,384 steps apart. The
-clock runs from the command: with imports and evaluations. Our script has its defaults, SB3 the settings of RL Zoo.
+LunarLander is solved when three evaluations in a row reach 200, each over 20 episodes, 16,384 steps apart. The clock
+runs from the command: with imports and evaluations. Our script has its defaults, SB3 the settings of RL Zoo; should SB3
+need more than two million steps, the time of these counts.
 
-The memory is that of dqn's replay buffer once a million steps of Atari are in it; SB3's follows from its arrays.
+The memory is that of dqn's replay buffer for a million steps of Atari once it is full; SB3's follows from its arrays.
 
 What throughput.json holds of other measurements stays there: each row has the commit and the versions that it is from.
 
