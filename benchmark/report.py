@@ -79,6 +79,7 @@ REFERENCES = {  # environment: random, reference, who reached it, source
     "Taxi-v4": (-776.0, 7.93, "optimum", EXACT),
     "simple_spread_v3": (-79.3, -27.1, "scripted assignment, sum over agents", "800 episodes of that controller"),
     "simple_speaker_listener_v4": (-79.6, -15.34, "perfect communication, sum over agents", "2,000 scripted episodes"),
+    "simple_speaker_listener_v4, continuous": (-73.3, -11.68, "the same", "2,000 scripted episodes"),
 }
 
 GREY = "#7d8590"  # reads on white and on black alike, as do the colours
@@ -139,10 +140,13 @@ def base_name(env_id: str) -> str:
     return re.sub(r"^ale[/ ]|noframeskip|[-_]v\d.*|[ (].*", "", env_id.lower())
 
 
-def name_env(env_id: str | None, result: str | None) -> str:
-    """An environment without the module that registers it; of preferences, which have none, what is measured."""
+def name_env(env_id: str | None, result: str | None, continuous: bool = False) -> str:
+    """An environment without the module that registers it; of preferences, which have none, what is measured.
+
+    With actions in a box where it has discrete ones too, it is another environment.
+    """
     if env_id:
-        return env_id.split(":")[-1]
+        return env_id.split(":")[-1] + ", continuous" * continuous
     return "preferences" + (f", {result.split('/')[-1].replace('_', ' ')}" if result else "")
 
 
@@ -252,7 +256,8 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     curves = {key: series(rows, key) for key in ([result] if result else RETURN_KEYS)}
     key = next((key for key, curve in curves.items() if len(curve)), result)
     curve = curves.get(key, np.empty((0, 3)))
-    run = Run(folder, group or config["script"], name_env(args.get("env_id"), key), args.get("seed", 0), config)
+    env_id = name_env(args.get("env_id"), key, args.get("continuous_actions", False))
+    run = Run(folder, group or config["script"], env_id, args.get("seed", 0), config)
     run.curve = curve[np.isfinite(curve[:, 2])]
     speeds = series(rows, "charts/SPS")[:, 2]
     run.sps = float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
@@ -281,13 +286,13 @@ def read_ledger(path: Path, group: str) -> list[Run]:
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         refuse(f"{path}: every run needs script, env_id, seed, run_dir and status ({error!r})")
     found = []
-    for (script, env_id, seed, _), folder, status, result in entries:
+    for (script, env_id, seed, flags), folder, status, result in entries:
         # the folder as it is written, or, after a move, by its name beside the ledger
         places = folder, path.parent / folder, path.parent / folder.name
         folder = next((place.resolve() for place in places if (place / "config.json").exists()), None)
         if folder is None:
-            trouble = f"{status}, no config.json"
-            found.append(Run(places[1], group or script, name_env(env_id, result), seed, trouble=trouble))
+            name = name_env(env_id, result, "--continuous-actions" in (flags or []))
+            found.append(Run(places[1], group or script, name, seed, trouble=f"{status}, no config.json"))
         else:
             found.append(run := read_run(folder, group, result))
             run.trouble = run.trouble and f"{status}, {run.trouble}"

@@ -554,6 +554,24 @@ def test_preferences_are_named_by_what_is_measured(env_id, result, name):
     assert report.name_env(env_id, result) == name
 
 
+def test_with_actions_in_a_box_it_is_another_environment(call, tmp_path):
+    """That has a reference of its own, also where runs are missing."""
+    env_id = "simple_speaker_listener_v4"
+    best = report.REFERENCES[f"{env_id}, continuous"][1]
+    make_runs(tmp_path / "runs" / "a", (best,) * 3, env_id=env_id, continuous_actions=True)
+    make_runs(tmp_path / "runs" / "b", (best,) * 3, env_id=env_id, continuous_actions=False)
+    low, high, *_ = report.REFERENCES[env_id]
+    row = call(tmp_path / "runs")[1]["All environments, normalised"][0]
+    assert row["IQM"] == pytest.approx((1 + (best - low) / (high - low)) / 2)
+    run = {"script": "ppo", "env_id": env_id, "seed": 4, "run_dir": "gone", "status": "failed"}
+    (tmp_path / "launched").mkdir()
+    ledger = {"runs": [run | {"flags": ["--continuous-actions"]}]}
+    (tmp_path / "launched" / "ledger.json").write_text(json.dumps(ledger))
+    _, result, _ = call(tmp_path / "runs", tmp_path / "launched")
+    found = {row["environment"]: (row["n"], row["of"]) for row in result["Results"]}
+    assert found == {env_id: (3, 3), f"{env_id}, continuous": (3, 4)}
+
+
 def test_accuracies_and_rewards_share_no_panel(call, tmp_path):
     for script, key in {"dpo": "eval/true_reward", "reward_model": "eval/accuracy"}.items():
         for seed in 1, 2:
