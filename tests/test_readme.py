@@ -1,5 +1,6 @@
 """The README's commands, as a newcomer runs them: from a clean clone, with a small budget."""
 
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,9 @@ TESTED = {
     'python benchmark/run.py --command "python algorithms/ppo.py" --env-ids CartPole-v1 LunarLander-v3 --num-seeds 5 '
     "--workers 2": "test_run.py",
     "python benchmark/run.py --suite classic --workers 2": "test_run.py, without running it",
+    "python benchmark/run.py --suite multiagent --num-seeds 1 --workers 2": "test_run.py, without running it",
+    "python algorithms/maddpg.py --run-dir runs/... --evaluate --opponent-dir runs/... "
+    "--eval-episodes 1000": "test_maddpg.py",
     "python benchmark/throughput.py": "test_throughput.py",
     "pip install torch --index-url https://download.pytorch.org/whl/cpu": "needs another index",
     "pip install -r requirements.txt": "what make does",
@@ -81,6 +85,22 @@ def test_the_table_of_results_is_what_the_kept_runs_reached():
             for number, exact in zip(row, experiment, strict=False):  # not all rows show an interval
                 digits = len(str(number).partition(".")[2]) if number % 1 else 0
                 assert abs(number - exact) <= 0.501 * 10**-digits, (key, row, experiment)
+
+
+def test_the_table_of_cross_play_is_what_was_kept():
+    kept = json.loads((ROOT / "benchmark" / "results" / "cross_play.json").read_text())["rows"]
+    assert {row["episodes"] for row in kept} == {1000}
+    kept = {(row["environment"], row["adversaries"], row["others"]): row for row in kept}
+    number = r"(-?[\d.]+)"
+    cells = rf" {number} \({number}\) \| {number} \({number}\) \| {number} % \({number}\) \| {number} % \({number}\) "
+    for adversaries in "maddpg", "ddpg":
+        shown = re.search(rf"^\| adversaries of {adversaries.upper()} \|{cells}\|$", README, re.MULTILINE)
+        exact = []
+        for env_id, name, unit in ("simple_tag_v3", "touches", 1), ("simple_adversary_v3", "agent_success", 100):
+            for others in "maddpg", "ddpg":
+                row = kept[env_id, adversaries, others]
+                exact += [row[name] * unit, row["episodic_return/agent_0"]]
+        assert [float(number) for number in shown.groups()] == pytest.approx(exact, abs=0.0501)
 
 
 @pytest.fixture(scope="module")
