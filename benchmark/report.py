@@ -57,6 +57,7 @@ RANDOM_SOURCE = (
 )
 ZOO = "DLR-RM/rl-baselines3-zoo benchmark.md"
 EXACT = "dynamic programming on Gymnasium's tables"
+SPEAKER = "perfect communication, sum over agents"
 REFERENCES = {  # environment: random, reference, who reached it, source
     "CartPole-v1": (22.1, 500.0, "PPO, 100k steps", ZOO),
     "Acrobot-v1": (-498.7, -73.506, "PPO, 1M steps", ZOO),
@@ -78,8 +79,8 @@ REFERENCES = {  # environment: random, reference, who reached it, source
     "FrozenLake8x8-v1": (0.002, 0.89357, "best stationary policy found", EXACT),
     "Taxi-v4": (-776.0, 7.93, "optimum", EXACT),
     "simple_spread_v3": (-79.3, -27.1, "scripted assignment, sum over agents", "800 episodes of that controller"),
-    "simple_speaker_listener_v4": (-79.6, -15.34, "perfect communication, sum over agents", "2,000 scripted episodes"),
-    "simple_speaker_listener_v4, continuous": (-73.3, -11.68, "the same", "2,000 scripted episodes"),
+    "simple_speaker_listener_v4": (-79.6, -15.34, SPEAKER, "2,000 scripted episodes"),
+    "simple_speaker_listener_v4, continuous": (-73.3, -11.68, SPEAKER, "2,000 scripted episodes"),
 }
 
 GREY = "#7d8590"  # reads on white and on black alike, as do the colours
