@@ -930,7 +930,7 @@ def test_environments_it_cannot_use_get_one_line(env_id, words, monkeypatch, cap
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(flags, word, monkeypatch, capsys, tmp_path):
-    code, _, err = command(monkeypatch, capsys, *flags, "--run-dir", tmp_path / "run")
+    code, _, err = command(monkeypatch, capsys, *flags, "--total-timesteps", 50, "--run-dir", tmp_path / "run")
     assert (code, err.count("\n")) == (2, 1), err
     assert word in err
 

@@ -28,8 +28,8 @@ TESTED = {
     "python benchmark/report.py runs/smoke": "the same",
     'python benchmark/run.py --command "python algorithms/ppo.py" --env-ids CartPole-v1 LunarLander-v3 --num-seeds 5 '
     "--workers 2": "test_run.py",
-    "python benchmark/run.py --suite classic --workers 2": "test_run.py, without running it",
-    "python benchmark/run.py --suite multiagent --num-seeds 1 --workers 2": "test_run.py, without running it",
+    "python benchmark/run.py --suite classic --workers 2": "test_run.py: its runs begin",
+    "python benchmark/run.py --suite multiagent --num-seeds 1 --workers 2": "test_run.py: its runs begin",
     "python algorithms/maddpg.py --run-dir runs/... --evaluate --opponent-dir runs/... "
     "--eval-episodes 1000": "test_maddpg.py",
     "python benchmark/throughput.py": "test_throughput.py",

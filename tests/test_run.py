@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import start
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "benchmark" / "run.py"
@@ -383,6 +384,21 @@ def test_dry_run_only_speaks(output):
     text = run(output, "--env-ids", "fine-0", "--num-seeds", "2", "--dry-run")
     assert text.count("pending: fine-0__fake_script__") == 2
     assert not output.exists()
+
+
+@pytest.mark.parametrize("suite", sorted(file.stem for file in (ROOT / "benchmark" / "suites").glob("*.toml")))
+def test_each_run_of_a_suite_passes_the_checks_of_its_script(suite, launcher_module, tmp_path):
+    """Its flags and its environment are good: it begins, with its folder's config.json."""
+    for planned in launcher_module.plan(launcher_module.Args(suite=suite, num_seeds=1)):
+        folder = tmp_path / planned.name
+        env_id = [f"--env-id={planned.env_id}"] if planned.env_id else []
+        script = start(Path(planned.launch[-1]).stem, *planned.flags, *env_id, f"--run-dir={folder}")
+        deadline = time.time() + 60
+        while script.poll() is None and not (folder / "config.json").exists() and time.time() < deadline:
+            time.sleep(0.02)
+        script.send_signal(signal.SIGKILL)
+        _, complaint = script.communicate(timeout=10)
+        assert (folder / "config.json").exists(), complaint
 
 
 def test_a_suite_leaves_out_scripts_that_do_not_exist(output):
