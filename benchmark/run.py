@@ -635,7 +635,8 @@ def work(runs: list[Run], todo: list[Run], call: Call, submit: Submit, args: Arg
     print(f"took {clock(took)} (estimate {clock(seconds)}) and {megabytes(used)} (estimate {megabytes(size)})")
     missing = [run for run in runs if run.status != "done"]
     for run in missing:
-        print(f"{run.status}: {run.name}, exit code {run.exit_code}: {' | '.join(run.last_lines[-2:])}")
+        how = "" if run.status == "pending" else f", exit code {run.exit_code}: {' | '.join(run.last_lines[-2:])}"
+        print(f"{run.status}: {run.name}{how}")
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are done; {ledger.path}")
 
 

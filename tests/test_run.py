@@ -260,6 +260,9 @@ def test_a_stopped_launcher_stops_its_runs_and_the_next_goes_on(output, number):
     rows = list(ledger(output).values())
     assert sorted(row["status"] for row in rows) == ["killed", "killed", "pending"]
     assert {row["exit_code"] for row in rows} == {143, None}  # they had time to write their checkpoints
+    for row in rows:  # of one that never began there is no more to say
+        how = "\n" if row["status"] == "pending" else ", exit code 143:"
+        assert f"\n{row['status']}: {row['name']}{how}" in text
     run(output, *words)
     for row in ledger(output).values():
         assert calls(output / row["name"]).count("end") == 1
