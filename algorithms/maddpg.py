@@ -17,21 +17,27 @@ are those of the replay buffer, as in the paper; EPyMARL takes those that the pr
 MADDPG: Lowe et al. 2017, arXiv:1706.02275. A discrete a_i in [2] is a sample of the actor's softmax, and gets its
 gradient through the straight-through Gumbel-softmax: Jang et al. 2017, arXiv:1611.01144. That gradient is biased
 (Tilbury et al. 2023, arXiv:2302.11793): it follows slopes of Q_i at one-hot actions, where Q_i has learned nothing but
-values. By it the pair of simple_speaker_listener_v4 may unlearn the language that it has found; --actor-gradient exact
-keeps it. Then [2] is the sum over all actions of agent i, each weighed by its probability: Allen et al. 2017,
-arXiv:1709.00503.
+values. --actor-gradient exact has none of that: there [2] is the sum over all actions of agent i, each weighted by its
+probability (Allen et al. 2017, arXiv:1709.00503).
+
+A pair that makes up a language, in simple_speaker_listener_v4, may also unlearn it. The buffer keeps messages that had
+another meaning when they were sent; --buffer-size 100000 drops them sooner. And a speaker's gradients may be near zero
+for long; then Adam, which divides by the root of their mean square, leaps. With --beta2 0.9 it forgets that mean square
+as fast as their mean, and no step is longer than the learning rate (Dohare et al. 2023, Overcoming Policy Collapse in
+Deep Reinforcement Learning). With --anneal-lr the language settles.
 
 Differs from the paper: agents don't infer the others' policies (Section 4.2) and have one policy each, no ensemble
-(Section 4.3); all agents learn from the same batch. Discrete actions are one-hot, and the best in y_i; in the authors'
-code they are soft samples everywhere, and gradients are clipped. As there, the mean square of the actors' outputs is a
-small penalty in [2], and a time limit does not count as a terminal state: the value of the last observation stands for
-the rest of the episode. The paper's sizes are --hidden-size 64 --batch-size 1024 --train-frequency 100 --learning-rate
-0.01, and in that code --learning-starts 25600; the defaults learn more from a step. With --algorithm ddpg a critic sees
-its own agent's observation and action only: independent DDPG, the paper's baseline.
+(Section 4.3); all agents learn from the same batch. Discrete actions are one-hot, in y_i the most likely ones; in the
+authors' code they are soft samples everywhere, and gradients are clipped. As there, the mean square of the actors'
+outputs is a small penalty in [2], and a time limit does not count as a terminal state: the value of the last
+observation stands for the rest of the episode. The paper's sizes are --hidden-size 64 --batch-size 1024
+--train-frequency 100 --learning-rate 0.01, and in that code --learning-starts 25600; the defaults learn more from a
+step. With --algorithm ddpg a critic sees its own agent's observation and action only: independent DDPG, the paper's
+baseline.
 
-Returns are sums over an episode and all agents; those that end in an agent's name are that agent's own. An evaluation
-on simple_spread_v3 also gives the distance of a landmark to the nearest agent, summed over landmarks and averaged over
-steps; the number of collisions; and how many landmarks are occupied at the end:
+Returns are sums over an episode and all agents; one whose name ends in an agent's, as episodic_return/agent_0 does, is
+that agent's own. An evaluation on simple_spread_v3 also gives the distance of a landmark to the nearest agent, summed
+over landmarks and averaged over steps; the number of collisions; and how many landmarks are occupied at the end:
 
                                                   return   distances   collisions   occupied
     random actions                                 -80.0        2.09          1.4       0.02
@@ -99,11 +105,13 @@ class Args:
     resume: bool = False  # continue the run in --run-dir with its own arguments
     evaluate: bool = False  # only evaluate the model in --run-dir
 
-    opponent_dir: str | None = None  # with --evaluate: a second run; adversaries of either meet the others of either
+    opponent_dir: str | None = None  # with --evaluate: another run; adversaries of each run play the others of each
     algorithm: Literal["maddpg", "ddpg"] = "maddpg"  # critics see everything, or what their own agent observes and does
     continuous_actions: bool = False  # mpe2's environments: actions in a box, not discrete ones
-    actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # in [2], of discrete actions: of a sample, or of all
+    actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # [2] of discrete actions: through one sample, or exactly
     learning_rate: float = 1e-3  # of Adam, for actors and critics
+    anneal_lr: bool = False  # anneal it linearly to 0
+    beta2: float = 0.999  # Adam's decay of the gradients' mean square; beta1, of their mean, is 0.9
     gamma: float = 0.95  # discount
     tau: float = 0.01  # [3] share of the new weights in an update of the targets
     hidden_size: int = 128  # units in each of the two hidden layers
@@ -111,11 +119,12 @@ class Args:
     batch_size: int = 256  # transitions in a gradient step
     learning_starts: int = 5_000  # environment steps before the first gradient step
     train_frequency: int = 10  # environment steps, summed over all environments, between gradient steps
-    exploration_noise: float = 0.1  # standard deviation of the noise in box actions; 1 is the width of the box
+    exploration_noise: float = 0.2  # standard deviation of the noise on actions in training, for a box of [-1, 1]
     output_coef: float = 1e-3  # weight of the penalty in [2]
 
     def __post_init__(self) -> None:
-        check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
+        check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf),
+                           beta2=(0, 0.9999))  # fmt: skip
         if self.continuous_actions and ":" in self.env_id:
             refuse(f"--continuous-actions is for mpe2's environments; --env-id {self.env_id} chooses by itself")
         if self.continuous_actions and self.actor_gradient == "exact":
@@ -154,12 +163,13 @@ class Actor(nn.Module):
         if self.discrete:
             return self.best(gumbel(outputs))
         best = self.best(outputs)
-        return (best + noise * (self.high - self.low) * torch.randn_like(best)).clamp(self.low, self.high)
+        return (best + noise * (self.high - self.low) / 2 * torch.randn_like(best)).clamp(self.low, self.high)
 
-    def weighed(self, outputs: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (K, B), (K, B, action_dim)
-        """For [2]: K actions and their probabilities; only one of the two has a gradient. K = 1 takes a sample of the
-        discrete actions, a larger K all of them, and fills up with zeros of probability 0. The one action in a box
-        comes K times.
+    def weighted(self, outputs: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (K, B), (K, B, action_dim)
+        """For [2]: weights and actions, K of each for each row; only one of the two has a gradient.
+
+        Discrete, K > 1: all actions, weighted by their probabilities, and up to K zeros of weight 0. Discrete, K = 1:
+        one sample, of weight 1. In a box: its one action, K times, each of weight 1 / K.
         """
         if self.discrete and k > 1:
             probabilities = nn.functional.pad(outputs.softmax(-1), (0, k - self.action_dim)).T
@@ -181,10 +191,10 @@ def gumbel(logits: Tensor) -> Tensor:
 class Actors(nn.Module):
     """The actors of all N agents. A row of O numbers holds what all agents observe, a row of A what all do."""
 
-    def __init__(self, env: "JointEnv", hidden_size: int):
+    def __init__(self, obs_space_n: list[gym.Space], action_space_n: list[gym.Space], hidden_size: int):
         super().__init__()
-        self.obs_dims = [gym.spaces.flatdim(space) for space in env.obs_space_n]
-        pairs = zip(self.obs_dims, env.action_space_n, strict=True)
+        self.obs_dims = [gym.spaces.flatdim(space) for space in obs_space_n]
+        pairs = zip(self.obs_dims, action_space_n, strict=True)
         self.actor_n = nn.ModuleList(Actor(obs_dim, space, hidden_size) for obs_dim, space in pairs)
         self.action_dims = [actor.action_dim for actor in self.actor_n]
 
@@ -278,12 +288,13 @@ class MADDPG(nn.Module):
         central = args.algorithm == "maddpg"  # then all critics see all columns
         self.register_buffer("own_action", own_action.view(n, 1, -1), persistent=False)  # (N, 1, A)
         discrete = [actor.action_dim for actor in actors.actor_n if actor.discrete]
-        self.num_actions = max(discrete, default=1) if args.actor_gradient == "exact" else 1  # K, that [2] weighs
+        self.num_actions = max(discrete, default=1) if args.actor_gradient == "exact" else 1  # K in [2]
         self.critics = Critics(own_obs | central, own_action | central, args.hidden_size)
         self.target_actors, self.target_critics = copy.deepcopy(actors), copy.deepcopy(self.critics)
         self.to(args.device)
-        self.actor_optimizer = torch.optim.Adam(actors.parameters(), args.learning_rate, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), args.learning_rate, fused=True)
+        adam = {"lr": args.learning_rate, "betas": (0.9, args.beta2), "fused": True}
+        self.actor_optimizer = torch.optim.Adam(actors.parameters(), **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), **adam)
 
     def targets(self, rewards: Tensor, terminated: Tensor, next_obs: Tensor) -> Tensor:
         """The y_i of all agents: (B, N), (B, N), (B, O) -> (N, B)"""
@@ -299,14 +310,14 @@ class MADDPG(nn.Module):
 
     def actor_losses(self, obs: Tensor, actions: Tensor) -> Tensor:  # (B, O), (B, A) -> (N,)
         pairs = self.actors.with_outputs(obs)
-        weighed = [actor.weighed(outputs, self.num_actions) for actor, outputs in pairs]
-        probabilities = torch.stack([p for p, _ in weighed])  # (N, K, B)
-        own = torch.cat([a for _, a in weighed], -1).flatten(0, 1)  # (K * B, A)
+        weighted = [actor.weighted(outputs, self.num_actions) for actor, outputs in pairs]
+        weights = torch.stack([w for w, _ in weighted])  # (N, K, B)
+        own = torch.cat([a for _, a in weighted], -1).flatten(0, 1)  # (K * B, A)
         # For critic i, agent i's action alone is new: (N, K * B, A)
         joint = torch.where(self.own_action, own, actions.repeat(self.num_actions, 1))
-        values = self.critics(obs.repeat(self.num_actions, 1), joint).view_as(probabilities)
+        values = self.critics(obs.repeat(self.num_actions, 1), joint).view_as(weights)
         penalty = torch.stack([outputs.square().mean() for _, outputs in pairs])
-        return -(probabilities * values).sum(1).mean(1) + self.args.output_coef * penalty  # [2], negated
+        return -(weights * values).sum(1).mean(1) + self.args.output_coef * penalty  # [2], negated
 
     def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """A gradient step of all networks with a batch of the buffer. Returns what to log, (N,) each."""
@@ -340,7 +351,7 @@ def make_agent(args: Args, env: "JointEnv") -> Actors:
         box = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
         if not isinstance(action_space, gym.spaces.Discrete) and not (box and action_space.is_bounded()):
             refuse(f"--env-id {args.env_id}: {name} acts in {action_space}; maddpg.py knows Discrete and bounded Box")
-    return Actors(env, args.hidden_size)
+    return Actors(env.obs_space_n, env.action_space_n, args.hidden_size)
 
 
 def train(args: Args) -> None:
@@ -371,7 +382,7 @@ def train(args: Args) -> None:
             episode_returns, episode_length = np.zeros((args.num_envs, n)), np.zeros(args.num_envs)
             history, logged_step, seconds = defaultdict(list), global_step, 0.0  # since the last row of losses
 
-        # 3. Act: one step in each of N environments
+        # 3. Act: one step in each of the environments
         start_time = time.perf_counter()
         with torch.inference_mode():
             actions = actors.noisy(torch.from_numpy(obs).to(args.device), args.exploration_noise).cpu().numpy()
@@ -389,6 +400,9 @@ def train(args: Args) -> None:
             obs[i] = envs[i].reset()
 
         # 4. Learn: a gradient step for every train_frequency environment steps, whatever the number of environments
+        if args.anneal_lr:
+            for optimizer in optimizers.values():
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - previous_step / args.total_timesteps)
         if global_step >= args.learning_starts:
             for _ in range(previous_step // args.train_frequency, global_step // args.train_frequency):
                 metrics = learner.update(buffer.sample(args.batch_size))
@@ -401,7 +415,7 @@ def train(args: Args) -> None:
             metrics = {}
             for name, values in history.items():
                 metrics |= env.by_agent(name, torch.stack(values).mean(0))
-            metrics["charts/learning_rate"] = args.learning_rate
+            metrics["charts/learning_rate"] = learner.actor_optimizer.param_groups[0]["lr"]
             metrics["charts/SPS"] = (global_step - logged_step) / seconds
             run.log(global_step, metrics)
             history, logged_step, seconds = defaultdict(list), global_step, 0.0

@@ -234,9 +234,9 @@ FACTS = {
         changes={
             "env_id": "simple_tag_v3", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 512,
             "eval_episodes": 3, "checkpoint_frequency": 512, "capture_video": True, "algorithm": "ddpg",
-            "continuous_actions": True, "actor_gradient": "exact", "learning_rate": 0.1, "hidden_size": 8,
-            "buffer_size": 64, "batch_size": 16, "learning_starts": 128, "train_frequency": 16, "gamma": 0.5,
-            "tau": 0.5, "output_coef": 1.0,
+            "continuous_actions": True, "actor_gradient": "exact", "learning_rate": 0.1, "anneal_lr": True,
+            "beta2": 0.9, "hidden_size": 8, "buffer_size": 64, "batch_size": 16, "learning_starts": 128,
+            "train_frequency": 16, "gamma": 0.5, "tau": 0.5, "output_coef": 1.0,
             "exploration_noise": None, "opponent_dir": None,  # tested in test_maddpg.py
         },
         mistakes={
@@ -245,6 +245,7 @@ FACTS = {
             "--env-id nowhere:env": "nowhere",
             "--env-id mpe2.simple_spread_v3:env": "parallel",
             "--algorithm qmix": "maddpg",
+            "--beta2 1": "--beta2",
             "--hidden-size 0": "--hidden-size",
             "--buffer-size 0": "--buffer-size",
             "--batch-size 0": "--batch-size",

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import shutil
 import sys
 
@@ -259,8 +260,8 @@ def test_each_agents_row_is_what_happened_to_it(num_envs, replayed):
     assert left > 3 * num_envs, "b was away in some"
 
 
-def test_exploration_noise_is_a_part_of_the_boxs_width_and_evaluation_has_none(replayed, tmp_path):
-    for noise in 0.0, 0.2:
+def test_exploration_noise_is_for_a_box_of_minus_1_to_1_and_evaluation_has_none(replayed, tmp_path):
+    for noise in 0.0, 0.4:  # mpe2's boxes are half as wide
         flags = {"total_timesteps": 2000, "learning_starts": 10**9, "run_dir": str(tmp_path / str(noise))}
         args = maddpg.Args(continuous_actions=True, exploration_noise=noise, **TINY | flags)
         maddpg.train(args)
@@ -268,7 +269,7 @@ def test_exploration_noise_is_a_part_of_the_boxs_width_and_evaluation_has_none(r
         maddpg.load_file(tmp_path / str(noise) / "model.pt", model=actors)
         obs, actions, *_ = replayed[-1].rows.split(replayed[-1].widths, 1)
         difference = actions - torch.from_numpy(actors.act(obs.numpy()))
-        assert difference.std().item() == pytest.approx(noise, abs=0.01)
+        assert difference.std().item() == pytest.approx(noise / 2, abs=0.01)
 
 
 def test_an_episode_is_over_once_every_agent_has_ended_listed_or_not():
@@ -398,7 +399,7 @@ def test_targets_and_losses_equal_the_papers_one_agent_at_a_time(algorithm, grad
                 joint[:, a_n[i]] = torch.eye(actor.action_dim)[k]
                 value += outputs.softmax(1)[:, k] * critic_alone(learner.critics, i, obs, joint)
         else:
-            joint[:, a_n[i]] = actor.weighed(outputs, 1)[1][0]
+            joint[:, a_n[i]] = actor.weighted(outputs, 1)[1][0]
             value = critic_alone(learner.critics, i, obs, joint)
         expected = -value.mean() + 0.7 * (outputs**2).mean()
         torch.testing.assert_close(actor_losses[i], expected)
@@ -542,6 +543,23 @@ def test_the_order_of_updates_does_not_matter(order):
             torch.testing.assert_close(ours[key], theirs[key], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("anneal", [False, True])
+def test_the_learning_rate_of_all_networks_ends_near_0_or_stays(anneal, tmp_path, monkeypatch):
+    rates, update = [], maddpg.MADDPG.update
+
+    def spy(self, batch):
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in (self.actor_optimizer, self.critic_optimizer)])
+        return update(self, batch)
+
+    monkeypatch.setattr(maddpg.MADDPG, "update", spy)
+    flags = TINY | {"learning_starts": 0, "train_frequency": 2, "learning_rate": 0.5, "anneal_lr": anneal}
+    maddpg.train(maddpg.Args(env_id="test_maddpg:Trio", run_dir=str(tmp_path / "run"), **flags))
+    expected = [0.5 * (1 - step / 60 * anneal) for step in range(0, 60, 2)]
+    assert rates == [[rate, rate] for rate in expected]
+    logged = [row["charts/learning_rate"] for row in rows(tmp_path / "run") if "charts/learning_rate" in row]
+    assert logged[-1] == expected[-1]
+
+
 def test_targets_share_nothing_with_the_networks_and_no_optimizer_holds_them():
     """T11."""
     args = maddpg.Args(env_id="test_maddpg:Trio", **TINY)
@@ -556,6 +574,23 @@ def test_targets_share_nothing_with_the_networks_and_no_optimizer_holds_them():
         for net, target in zip(nets.parameters(), targets.parameters(), strict=True):
             assert torch.equal(net, target)
             assert net.data_ptr() != target.data_ptr()
+
+
+@pytest.mark.parametrize(("beta2", "leap"), [(0.999, 0.1 / math.sqrt(0.001)), (0.9, 0.1 / math.sqrt(0.1))])
+def test_a_gradient_after_many_of_zero_is_a_leap_unless_both_means_forget_alike(beta2, leap):
+    """By Adam's own equations: 3.2 learning rates after 0.999, a third of one after 0.9."""
+    learner = make(learning_rate=0.01, beta2=beta2)[-1]
+    for nets, optimizer in (
+        (learner.actors, learner.actor_optimizer),
+        (learner.critics, learner.critic_optimizer),
+    ):
+        weight = next(nets.parameters())
+        before = weight.detach().clone()
+        for i in range(8001):  # by then bias correction has ended
+            for parameter in nets.parameters():
+                parameter.grad = torch.full_like(parameter, float(i == 8000))
+            optimizer.step()
+        torch.testing.assert_close(before - weight, torch.full_like(weight, 0.01 * leap), atol=0, rtol=0.01)
 
 
 def test_actor_step_leaves_the_critics_as_the_critic_step_left_them():
@@ -588,7 +623,7 @@ def discrete_actor(actions=3):
 def test_gumbel_noise_samples_the_softmax_and_the_sample_is_one_hot():
     torch.manual_seed(0)
     actor, logits = discrete_actor(4), torch.tensor([0.0, 1.0, -1.0, 2.0])
-    for method in (lambda x: actor.noisy(x, 0.0)), (lambda x: actor.weighed(x, 1)[1][0]):
+    for method in (lambda x: actor.noisy(x, 0.0)), (lambda x: actor.weighted(x, 1)[1][0]):
         samples = method(logits.expand(40_000, -1))
         torch.testing.assert_close(samples.sum(1), torch.ones(40_000))
         torch.testing.assert_close(samples.max(1).values, torch.ones(40_000))
@@ -602,7 +637,7 @@ def test_discrete_gradient_is_that_of_the_expected_soft_action():
     logits = torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     torch.manual_seed(1)
-    ((probability,), (action,)) = actor.weighed(logits.expand(n, -1), 1)
+    ((probability,), (action,)) = actor.weighted(logits.expand(n, -1), 1)
     assert (probability == 1).all()
     (action @ weights).mean().backward()
 
@@ -627,14 +662,14 @@ def test_box_actions_fill_their_box_and_noise_stays_in_it():
     actor = maddpg.Actor(2, space, 8)
     for value, expected in (0.0, [1, 5, -2.5]), (99.0, [3, 10, 0]), (-99.0, [-1, 0, -5]):
         np.testing.assert_allclose(actor.best(torch.full((1, 3), value))[0], expected, atol=1e-6)
-    noisy = actor.noisy(torch.zeros(50_000, 3), 0.1)
+    noisy = actor.noisy(torch.zeros(50_000, 3), 0.2)
     torch.testing.assert_close(noisy.mean(0), torch.tensor([1, 5, -2.5]), atol=0.02, rtol=0)
     torch.testing.assert_close(noisy.std(0), torch.tensor([0.4, 1.0, 0.5]), atol=0.01, rtol=0)
-    edge = actor.noisy(torch.full((1000, 3), 99.0), 0.5)
+    edge = actor.noisy(torch.full((1000, 3), 99.0), 1.0)
     assert all(space.contains(row) for row in edge.numpy())
     assert (edge < torch.tensor([3.0, 10, 0])).any()
     outputs = torch.zeros(1, 3, requires_grad=True)
-    actor.weighed(outputs, 1)[1].sum().backward()
+    actor.weighted(outputs, 1)[1].sum().backward()
     torch.testing.assert_close(outputs.grad[0], torch.tensor([4.0, 10, 5]) / 4)
 
 
@@ -666,7 +701,7 @@ def test_learns_a_game_with_a_known_optimum(env_id, gradient, tmp_path):
     """T22. The pair of actions that each would choose against a random other is not the best."""
     args = maddpg.Args(env_id=f"test_maddpg:{env_id}", total_timesteps=4000, num_envs=4, learning_starts=500,
                        train_frequency=4, batch_size=128, hidden_size=32, learning_rate=3e-3, eval_episodes=1,
-                       run_dir=str(tmp_path / "run"), exploration_noise=0.2, actor_gradient=gradient,
+                       run_dir=str(tmp_path / "run"), exploration_noise=0.4, actor_gradient=gradient,
                        device="cpu")  # fmt: skip
     maddpg.train(args)
     assert rows(tmp_path / "run")[-1]["eval/episodic_return"] / 2 > (0.9 if env_id == "BoxGame" else 0.99)
