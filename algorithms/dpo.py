@@ -1,23 +1,23 @@
 """Direct preference optimisation (DPO): fine-tune a language model on pairs of replies, of which people prefer one.
 
-RLHF fits a reward model r to the preferences, and then has the language model, the policy pi, maximise r less beta
-times the KL divergence of pi from the reference pi_ref, the model at the start. The optimum of that objective is known
-[3]. Solved for the reward, it says that every policy is optimal for some reward, its implicit reward [4]. DPO fits the
-implicit reward to the preferences, as a classifier would: no reward model, and no sampling. x is a prompt, y a reply,
-and of the two replies in a pair y_w was preferred to y_l.
+Reinforcement learning from human feedback (RLHF) fits a reward model r to the preferences, and then has the language
+model, the policy pi, maximise r less beta times the KL divergence of pi from the reference pi_ref, the model at the
+start. The optimum of that objective is known [3]. Solved for the reward, it says that every policy is optimal for some
+reward, its implicit reward [4]. DPO fits the implicit reward to the preferences, as a classifier would: no reward
+model, and no sampling. x is a prompt, y a reply, and of the two replies in a pair y_w was preferred to y_l.
 
     [1] log pi(y|x) = sum over the tokens of y, its end token included, of log pi(y_t | x, y_<t)
-    [2] P(y_w is preferred to y_l) = sigmoid(r(x, y_w) - r(x, y_l))                       DPO, Eq. 1 (Bradley-Terry)
-    [3] pi*(y|x) proportional to pi_ref(y|x) exp(r(x, y) / beta)                          DPO, Eq. 4
-    [4] r(x, y) = beta log(pi(y|x) / pi_ref(y|x)), up to a function of x                  DPO, Eq. 5
-    [5] sigmoid: L = -(1 - epsilon) log P - epsilon log(1 - P)                            DPO, Eq. 7; cDPO, Eq. 3
-    [6] hinge:   L = max(0, 1 - (r(x, y_w) - r(x, y_l)))                                  RSO, hinge-norm (gamma: beta)
-    [7] ipo:     L = ((r(x, y_w) - r(x, y_l)) / beta - 1 / (2 beta))^2                    IPO, Eq. 17 (tau: beta)
-    [8] added to L: -alpha log pi(y_w|x) / |y_w|                                          Iterative RPO
+    [2] P(y_w is preferred to y_l) = sigmoid(r(x, y_w) - r(x, y_l))                   DPO, Eq. 1 (Bradley-Terry)
+    [3] pi*(y|x) proportional to pi_ref(y|x) exp(r(x, y) / beta)                      DPO, Eq. 4
+    [4] r(x, y) = beta log(pi(y|x) / pi_ref(y|x)), up to a function of x              DPO, Eq. 5
+    [5] sigmoid: L = -(1 - epsilon) log P - epsilon log(1 - P)                        DPO, Eq. 7; cDPO, Eq. 3
+    [6] hinge:   L = max(0, 1 - (r(x, y_w) - r(x, y_l)))                              RSO, hinge-norm (its gamma: beta)
+    [7] ipo:     L = ((r(x, y_w) - r(x, y_l)) / beta - 1 / (2 beta))^2                IPO, Eq. 17 (its tau: beta)
+    [8] added to L: -alpha log pi(y_w|x) / |y_w|                                      Iterative RPO
 
 [5], [6] and [7] are what --loss-type chooses from, with P of [2] and r of [4]. They depend on the difference of the two
 rewards only, so both replies may lose probability, to texts that no pair contains. [8], with |y_w| the number of y_w's
-tokens, prevents that; the papers of [5] to [7] are without it: --nll-coef 0.
+tokens, counteracts that; the papers of [5] to [7] are without it: --nll-coef 0.
 
 DPO: Rafailov et al. 2023, arXiv:2305.18290. cDPO, where a share epsilon of the labels is wrong: Mitchell 2023,
 ericmitchell.ai/cdpo.pdf. RSO: Liu et al. 2023, arXiv:2309.06657, with the hinge of SLiC-HF: Zhao et al. 2023,
@@ -26,8 +26,8 @@ arXiv:2305.10425. IPO: Azar et al. 2023, arXiv:2310.12036. Iterative RPO: Pang e
 Differs from the papers: AdamW instead of RMSprop, and the learning rate rises, then falls to 0. The reference is
 the model as given; DPO first fits it to the preferred replies if another model wrote them. Its log-probabilities are
 computed once, before training. [8] is on by default; with it, [3] is not quite the optimum any more. RSO's sampling of
-new pairs is left out, and so are the further rounds of Iterative RPO. [7] sums over the tokens, as Eq. 17 reads; TRL
-averages, and says that IPO's authors did.
+new pairs is left out, and so are the further rounds of Iterative RPO. [7] sums over the tokens, as Eq. 17 reads; the
+library TRL averages, and says that IPO's authors did.
 
 By default it learns to write reviews. A small GPT is fitted to reviews made by a grammar. It is the reference: it
 writes pairs of reviews, and [2] labels them by a reward that is known. So the true reward of the policy's reviews can
@@ -103,7 +103,7 @@ class Args:
     eval_replies: int = 1000  # reviews that the policy writes in an evaluation
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     learning_rate: float = 5e-4  # of AdamW; for real models rather 1e-6, with LoRA 1e-5
-    warmup: float = 0.1  # share of the run in which the learning rate rises; it also falls linearly to 0, all the time
+    warmup: float = 0.1  # share of the run in which the learning rate rises, times a linear fall to 0 over all of it
     batch_size: int = 32  # pairs of an update, summed over all processes
     micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
@@ -128,7 +128,7 @@ class Args:
 
 def sequence_log_prob(model: nn.Module, ids: Tensor, is_reply: Tensor) -> Tensor:
     """[1] of each row's reply. ids: (B, T), padded at the end; is_reply: (B, T), true on its tokens -> (B,)"""
-    first = int(is_reply.any(0).int().argmax())  # before it all rows have prompt only: K = T - first are predicted
+    first = int(is_reply.any(0).int().argmax())  # no row's reply begins earlier; K = T - first tokens are predicted
     device = model.device
     targets = ids.masked_fill(~is_reply, -100)[:, first:].to(device)  # (B, K); cross_entropy gives 0 at -100
     # Attention looks back only, so padding behind a row changes nothing in it and needs no mask
@@ -177,7 +177,7 @@ def optimum(rewards: np.ndarray, kl: float) -> tuple[np.ndarray, float]:
         beta = math.sqrt(low * high)
         weights = np.exp((rewards - rewards.max(1, keepdims=True)) / beta)  # [3]; the maximum cancels
         weights /= weights.sum(1, keepdims=True)
-        log_ratio = np.log(np.maximum(weights * rewards.shape[1], 1e-300))  # to 1 / N; 1e-300 for 0, as 0 log 0 is 0
+        log_ratio = np.log(np.maximum(weights * rewards.shape[1], 1e-300))  # 1e-300: 0 log 0 is 0
         divergence = (weights * log_ratio).sum(1).mean()
         low, high = (beta, high) if divergence > kl else (low, beta)
     return weights, beta
@@ -590,7 +590,7 @@ def load_model(name: str | Path, args: Args) -> nn.Module:
 
 
 def prepare_model(model: nn.Module, task: str, args: Args) -> nn.Module:
-    # Dropout off: in every pass the same text must get the same value, and in DPO's first that of the reference.
+    # Dropout off: in every pass the same text must get the same value; in dpo.py's first pass, the reference's.
     # Some modules are nn.Dropout, others, like attention, hold their rate as a number
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
@@ -816,7 +816,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -902,7 +902,8 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -998,7 +999,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)

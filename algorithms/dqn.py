@@ -10,7 +10,7 @@ copy of the weights, so that the targets don't move with every step.
     [4] Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')                                                Dueling, Eq. 9
     [5] explore: with probability epsilon any action, else argmax_a Q(s, a)                        DQN, Algorithm 1
         or Boltzmann: the action a with a probability proportional to exp(Q(s, a) / temperature)
-    [6] hold the random action of [5] for n steps, with a probability proportional to 1 / n^2      ez-greedy, Sec. 4.2
+    [6] hold the random action of [5] for n steps, with P(n) proportional to 1 / n^2               ez-greedy, Sec. 4.2
     [7] theta' <- tau theta + (1 - tau) theta'  every so many gradient steps; tau 1: a copy        DQN, Algorithm 1
 
 Here gamma is the discount; a prime marks what comes next, and the target network, whose weights are theta'.
@@ -19,18 +19,18 @@ DQN: Mnih et al. 2015, doi:10.1038/nature14236; without a target network already
 Hasselt et al. 2016, arXiv:1509.06461. Dueling networks: Wang et al. 2016, arXiv:1511.06581. ez-greedy, for goals that
 single random steps never come upon: Dabney et al. 2021, arXiv:2006.01782.
 
-Differs from the papers: Adam in place of RMSprop, with a learning rate annealed to 0; errors are clipped only with
---huber (the derivative of half of [3], to [-1, 1]), the gradient's norm only with --max-grad-norm; evaluation is
-greedy; the dueling streams part after the last hidden layer, not before it, and gradients are not scaled there; a held
-action ends with its episode. By default the target network follows a little at each gradient step; with --tau 1 and,
-say, --target-network-frequency 500 it is copied every 500 of them, as in DQN. A time limit does not count as a terminal
-state: the value of the last observation stands for the rest of the episode. Prioritised replay and n-step returns are
-left out.
+Differs from the papers: Adam in place of RMSprop, with a learning rate annealed to 0; errors in the gradient of [3] are
+clipped to [-1, 1] only with --huber, the gradient's norm only with --max-grad-norm; evaluation is greedy; the dueling
+streams part after the last hidden layer, not before it, and gradients are not scaled there; a held action ends with its
+episode. By default y is Double DQN's, with [2], and the target network follows a little at each gradient step, as in
+DDPG: Lillicrap et al. 2016, arXiv:1509.02971. DQN's own are --no-double-q, and --tau 1 with, say,
+--target-network-frequency 500: a copy every 500 gradient steps. A time limit does not count as a terminal state: the
+value of the last observation stands for the rest of the episode. Prioritised replay and n-step returns are left out.
 
-Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each action held for four, four stacked, up to 30 no-ops,
-sticky actions, the sign of the reward; an episode is a game, not a life. Usual settings for it are --total-timesteps
-10000000 --buffer-size 1000000 --learning-starts 80000 --train-frequency 4 --batch-size 32 --learning-rate 1e-4
---tau 1 --target-network-frequency 2000 --end-e 0.01 --huber.
+Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each action held for four frames, the last four images
+stacked, up to 30 no-ops, sticky actions, the sign of the reward; an episode is a game, not a life. Usual settings for
+it are --total-timesteps 10000000 --buffer-size 1000000 --learning-starts 80000 --train-frequency 4 --batch-size 32
+--learning-rate 1e-4 --tau 1 --target-network-frequency 2000 --end-e 0.01 --huber.
 
     python algorithms/dqn.py --env-id CartPole-v1
 """
@@ -100,11 +100,11 @@ class Args:
     tau: float = 0.01  # [7] share of the new weights in such an update; 1: a copy
     exploration: Literal["epsilon-greedy", "ez-greedy", "boltzmann"] = "epsilon-greedy"  # [5], [6]
     start_e: float = 1.0  # [5] epsilon, or Boltzmann's temperature in units of the return, at the start
-    end_e: float = 0.05  # [5] ... and after the exploration
-    exploration_fraction: float = 0.2  # share of the run in which it goes linearly from start to end
+    end_e: float = 0.05  # [5] the same from the end of exploration_fraction on
+    exploration_fraction: float = 0.2  # share of the run in which it goes linearly from start_e to end_e
     max_grad_norm: float | None = None  # gradients with a larger norm are scaled down to it; None: none are
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
-    huber: bool = False  # [3] halved, and linear in errors above 1: their derivative is clipped, as in DQN
+    huber: bool = False  # [3] as Huber loss, e^2 / 2, and |e| - 1/2 where |e| > 1: its slope is clipped, as in DQN
     double_q: bool = True  # [2] Double DQN
     dueling: bool = False  # [4] dueling network
 
@@ -173,12 +173,12 @@ class QNetwork(nn.Module):
     """The values of all actions in a state: two hidden layers for vectors, the Nature CNN for images."""
 
     def __init__(
-        self, obs_shape: tuple[int, ...], num_actions: int, first_action: int,
+        self, obs_shape: tuple[int, ...], num_actions: int, start: int,
         dueling: bool = False, norm_obs: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.num_actions = num_actions
-        self.first_action = first_action  # the environment counts from here, the network from 0
+        self.start = start  # the environment counts from here, the network from 0
         if len(obs_shape) == 3:
             self.hidden, hidden_dim = NatureCNN(), 512
         else:  # not orthogonal(): with biases at 0 the values would start in proportion to the input
@@ -197,7 +197,7 @@ class QNetwork(nn.Module):
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The best actions: deterministic, for evaluation. (B, *obs_shape) -> (B,)"""
-        return self.q_values(obs).argmax(-1).numpy() + self.first_action
+        return self.q_values(obs).argmax(-1).numpy() + self.start
 
 
 class ReplayBuffer:
@@ -393,8 +393,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
-        #    interrupted: so one that is killed and resumed from there equals it
+        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
+        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             buffer.begin(obs)
@@ -407,7 +407,7 @@ def train(args: Args) -> None:
         duration = args.exploration_fraction * args.total_timesteps
         epsilon = linear_schedule(args.start_e, args.end_e, duration, global_step)
         actions = explore(q_network, obs, epsilon, held, args)
-        obs, rewards, terminated, truncated, infos = envs.step(actions + q_network.first_action)
+        obs, rewards, terminated, truncated, infos = envs.step(actions + q_network.start)
         previous_step, global_step = global_step, global_step + args.num_envs
         episode_return += rewards
         episode_length += 1
@@ -431,8 +431,8 @@ def train(args: Args) -> None:
                 history[name].append(value)
             if number % args.target_network_frequency == 0:
                 with torch.no_grad():
-                    slow, online = [*target_network.parameters()], [*q_network.parameters()]
-                    torch._foreach_lerp_(slow, online, args.tau)  # [7]: a step of tau from slow to online
+                    target, online = [*target_network.parameters()], [*q_network.parameters()]
+                    torch._foreach_lerp_(target, online, args.tau)  # [7]: a step of tau from target to online
 
         # 5. Log
         seconds += time.perf_counter() - start_time
@@ -456,7 +456,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -641,7 +641,8 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -737,7 +738,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)

@@ -12,7 +12,7 @@ agent's reward, agents may cooperate, compete, or both.
 
 Here gamma is the discount; a prime marks what comes next, and the target networks, whose weights theta' follow slowly.
 Agent i observes o_i, does a_i by its policy mu_i, and earns r_i; x is (o_1, ..., o_N). In [2] the other agents' actions
-are those of the replay buffer, as in the paper; EPyMARL takes those that the present actors would choose.
+are those of the replay buffer, as in the paper; the library EPyMARL takes what the present actors would choose.
 
 MADDPG: Lowe et al. 2017, arXiv:1706.02275. A discrete a_i in [2] is a sample of the actor's softmax, and gets its
 gradient through the straight-through Gumbel-softmax: Jang et al. 2017, arXiv:1611.01144. That gradient is biased
@@ -334,9 +334,9 @@ class MADDPG(nn.Module):
         self.actor_optimizer.step()
 
         with torch.no_grad():
-            slow = [*self.target_actors.parameters(), *self.target_critics.parameters()]
+            target = [*self.target_actors.parameters(), *self.target_critics.parameters()]
             online = [*self.actors.parameters(), *self.critics.parameters()]
-            torch._foreach_lerp_(slow, online, self.args.tau)  # [3]: a step of tau from slow to online
+            torch._foreach_lerp_(target, online, self.args.tau)  # [3]: a step of tau from target to online
         return {
             "losses/td_loss": critic_losses.detach(),
             "losses/q_values": values.detach().mean(1),
@@ -375,8 +375,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
-        #    interrupted: so one that is killed and resumed from there equals it
+        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
+        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_returns, episode_length = np.zeros((args.num_envs, n)), np.zeros(args.num_envs)
@@ -609,7 +609,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -702,7 +702,8 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -798,7 +799,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)

@@ -12,19 +12,20 @@ objective gains nothing from moving the policy far from the one that collected t
     [3] L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                    PPO, Eq. 9; R_t: as in Baselines
     [4] maximise L_clip - c_1 L_value + c_2 entropy(pi)                                PPO, Eq. 9
 
-Here gamma is the discount; lambda goes from 0, one step of rewards, to 1, all that follow. PPO: Schulman et al. 2017,
-arXiv:1707.06347. Generalised advantage estimation (GAE), which is [1]: Schulman et al. 2016, arXiv:1506.02438.
+Here gamma is the discount; with lambda = 0, [1] takes one reward and then V, with lambda = 1 all rewards to the end.
+PPO: Schulman et al. 2017, arXiv:1707.06347. Generalised advantage estimation (GAE), which is [1]: Schulman et al. 2016,
+arXiv:1506.02438.
 
 Differs from the paper: as in OpenAI Baselines, advantages are normalised in each minibatch, the norm of the gradient is
 clipped, weights start orthogonal, Adam's epsilon is 1e-5, and rewards are divided by the running standard deviation of
-the discounted return; unlike there, these are not clipped, nor is the change of V in [3]. The learning rate is annealed
-in all tasks and epsilon in none; the paper anneals both, on Atari only. A time limit does not count as a terminal
-state: the value of the last observation stands for the rest of the episode.
+the discounted return; but, unlike there, neither the rewards nor the change of V in [3] are clipped. The learning rate
+is annealed in all tasks and epsilon in none; the paper anneals both, on Atari only. A time limit does not count as a
+terminal state: the value of the last observation stands for the rest of the episode.
 
 Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
 the log-probability is that of the unclipped sample. Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each
-action held for four, four stacked, up to 30 no-ops, sticky actions, the sign of the reward, and the Nature CNN (the
-paper took the smaller network of A3C); an episode is a game, not a life.
+action held for four frames, the last four images stacked, up to 30 no-ops, sticky actions, the sign of the reward, and
+the Nature CNN (the paper took the smaller network of A3C); an episode is a game, not a life.
 
     python algorithms/ppo.py --env-id LunarLander-v3
 """
@@ -92,7 +93,7 @@ class Args:
     vf_coef: float = 0.5  # [4] c_1; CleanRL halves the loss as well: its 0.5 is 0.25 here
     ent_coef: float = 0.0  # [4] c_2
     max_grad_norm: float = 0.5  # gradients with a larger norm are scaled down to it
-    target_kl: float | None = None  # skip a batch's other epochs if the last approx_kl of one exceeds this; None: never
+    target_kl: float | None = None  # skip a batch's further epochs once one ends with a larger approx_kl; None: never
     norm_adv: bool = True  # normalise the advantages of each minibatch
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return; on Atari always the sign
@@ -203,7 +204,7 @@ class GaussianPolicy(nn.Module):
     def __init__(self, low: np.ndarray, high: np.ndarray):
         super().__init__()
         self.low, self.high = low, high
-        bounded = np.isfinite(low) & np.isfinite(high)  # a component without bounds keeps its own coordinates
+        bounded = np.isfinite(low) & np.isfinite(high)  # a component without bounds is not rescaled
         low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
         self.center, self.scale = (high + low) / 2, (high - low) / 2
         self.num_outputs = low.size
@@ -305,7 +306,7 @@ def ppo_loss(
 def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], args: Args) -> dict:
     """Several epochs over a batch: observations, actions, old log-probabilities, advantages, returns, (B, ...) each.
 
-    Returns what to log: means over all minibatches, of the gradient's norm before clipping.
+    Returns what to log, each the mean over all minibatches; grad_norm is the norm before clipping.
     """
     loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss  # compiled the first time only
     minibatch_size = args.num_envs * args.num_steps // args.num_minibatches
@@ -369,8 +370,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
-        #    interrupted: so one that is killed and resumed from there equals it
+        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
+        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_return, episode_length, discounted_sum = np.zeros((3, args.num_envs))
@@ -443,7 +444,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -628,7 +629,8 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -724,7 +726,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 Q(s, a) is the discounted sum of the rewards to expect after action a in state s. It is learned as a table: after each
 step one entry moves towards a better estimate, the reward plus what the table says that the next state s' is worth.
-The four algorithms differ in nothing but this worth.
+The four algorithms differ in nothing but this value of s'.
 
     [1] Q-learning         target = r + gamma max_a Q(s', a)                     Watkins & Dayan 1992
     [2] SARSA              target = r + gamma Q(s', a')                          Rummery & Niranjan 1994
@@ -11,7 +11,7 @@ The four algorithms differ in nothing but this worth.
     [5] all                Q(s, a) <- Q(s, a) + alpha (target - Q(s, a))
 
 Here gamma is the discount, alpha the learning rate, a' the action that is taken next, and pi the policy that explores.
-[4] has two tables, and tosses a coin at each step for which of them is Q_1, the one that is updated.
+[4] has two tables and acts by their mean; a coin tossed at each step says which of them is Q_1, the one to update.
 
 Watkins & Dayan: doi:10.1007/BF00992698. Rummery & Niranjan: CUED/F-INFENG/TR 166, with a network and traces. van
 Seijen et al.: doi:10.1109/ADPRL.2009.4927542. van Hasselt: Double Q-learning, NeurIPS 2010. All four also: Sutton &
@@ -90,8 +90,8 @@ class Args:
     initial_value: float = 1.0  # of all Q(s, a); optimistic if no return exceeds it
     exploration: Literal["epsilon-greedy", "boltzmann", "ucb"] = "epsilon-greedy"  # how actions are chosen
     start_e: float = 1.0  # epsilon, or Boltzmann's temperature in units of the return, at the start
-    end_e: float = 0.02  # ... and after the exploration
-    exploration_fraction: float = 0.5  # share of the run in which it goes linearly from start to end
+    end_e: float = 0.02  # the same from the end of exploration_fraction on
+    exploration_fraction: float = 0.5  # share of the run in which it goes linearly from start_e to end_e
     ucb_c: float = 1.0  # ucb: weight of the uncertainty, in units of the return
     plot_values: bool = False  # draw the final values as values.png in the run's folder; needs matplotlib
 
@@ -190,14 +190,14 @@ def td_target(
     if terminated:
         return reward  # a terminal state is worth nothing
     if args.algorithm == "q-learning":
-        worth = max(next_q)  # [1]
+        next_value = max(next_q)  # [1]
     elif args.algorithm == "sarsa":
-        worth = next_q[next_action]  # [2]
+        next_value = next_q[next_action]  # [2]
     elif args.algorithm == "expected-sarsa":
-        worth = sum(prob * q for prob, q in zip(next_probs, next_q, strict=True))  # [3]
+        next_value = sum(prob * q for prob, q in zip(next_probs, next_q, strict=True))  # [3]
     else:
-        worth = other_next_q[next_q.index(max(next_q))]  # [4]
-    return reward + args.gamma * worth
+        next_value = other_next_q[next_q.index(max(next_q))]  # [4]
+    return reward + args.gamma * next_value
 
 
 class Transitions:
@@ -238,7 +238,10 @@ class Transitions:
         return float(expected)
 
     def evaluate(self, act: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-        """Exact returns. The optimal policy is best for discounted rewards without end: here another may win."""
+        """Exact undiscounted returns, up to the time limit: of act's policy, and of value iteration's.
+
+        Value iteration's is optimal for discounted rewards without a time limit, so the other can be the larger one.
+        """
         expected = self.expected_return(act(np.arange(len(self.start))))
         return {"eval/exact_return": expected, "eval/optimal_return": self.optimal_return}
 
@@ -271,8 +274,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environment anew and reseed, even in a run that is never
-        #    interrupted: so one that is killed and resumed from there equals it
+        # 2. At the start and after each checkpoint, make the environment anew and reseed, also in a run that nothing
+        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
         if global_step == run.checkpoint_step:
             env, state = make_envs(args, global_step)
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
@@ -472,7 +475,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -562,7 +565,8 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -658,7 +662,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)

@@ -1,7 +1,7 @@
 """REINFORCE: play whole episodes, then make each action more likely in proportion to the return that followed it.
 
-The gradient of the expected return is itself an expectation over the policy's own episodes, so an average over episodes
-estimates it, without a model and, but for what is left out below, without bias; but with much noise. A baseline, a
+The gradient of the expected return is itself an expectation over the policy's own episodes. So an average over episodes
+estimates it, with no model, and with no bias but for the simplifications below, though with much noise. A baseline, a
 number that does not depend on the action, is subtracted from the return: it leaves the expectation as it is and takes
 noise away. How much it takes is measured in every batch, under three baselines at once (losses/gradient_variance_...),
 whichever --baseline learns with.
@@ -82,7 +82,7 @@ class Args:
     resume: bool = False  # continue the run in --run-dir with its own arguments
     evaluate: bool = False  # only evaluate the model in --run-dir
 
-    num_steps: int = 128  # a batch: all episodes that an environment begins within so many steps
+    num_steps: int = 128  # a batch: the episodes that each environment begins in so many steps, played to their ends
     learning_rate: float = 5e-3  # of the policy's Adam
     anneal_lr: bool = True  # anneal it linearly to 0
     value_learning_rate: float = 1e-2  # of the value network's Adam
@@ -119,7 +119,7 @@ class PolicyAndValue(nn.Module):
         self.critic = mlp(obs_dim, 1, gain=1.0)
         if not self.discrete:
             self.actor.log_std = nn.Parameter(torch.zeros(num_outputs))  # in the actor, so that its optimizer has it
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)  # a component without bounds keeps its own
+            bounded = np.isfinite(space.low) & np.isfinite(space.high)  # a component without bounds is not rescaled
             low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
             self.center, self.scale = (high + low) / 2, (high - low) / 2
 
@@ -271,8 +271,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
-        #    interrupted: so one that is killed and resumed from there equals it
+        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
+        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             current = [Episode([first], [], []) for first in obs]
@@ -329,7 +329,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -514,7 +514,8 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -610,7 +611,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)

@@ -6,7 +6,7 @@ that the one reply is preferred to the other [2], and the model is fitted to tha
 y a reply, and of the two replies in a pair y_w was preferred to y_l.
 
     [1] log pi(y|x) = sum over the tokens of y, its end token included, of log pi(y_t | x, y_<t)
-        not of the reward model: it is what the small GPT below is fitted by
+        (of the small GPT that writes the default task's replies; the reward model itself is [2] to [4])
     [2] P(y_w is preferred to y_l) = sigmoid(r(x, y_w) - r(x, y_l))        Christiano et al., Eq. 1 (Bradley-Terry)
     [3] r(x, y) = w . h, with h the last layer's state at the end of y     Stiennon et al., Section 3.4
     [4] L = -log P                                                         Ouyang et al., Eq. 1
@@ -97,7 +97,7 @@ class Args:
     eval_pairs: int = 1000  # pairs held out for evaluation, at most a tenth of all
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     learning_rate: float = 1e-3  # of AdamW; for real models rather 1e-5, with LoRA 1e-4
-    warmup: float = 0.1  # share of the run in which the learning rate rises; it also falls linearly to 0, all the time
+    warmup: float = 0.1  # share of the run in which the learning rate rises, times a linear fall to 0 over all of it
     batch_size: int = 32  # pairs of an update, summed over all processes
     micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
@@ -423,7 +423,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 def sequence_log_prob(model: nn.Module, ids: Tensor, is_reply: Tensor) -> Tensor:
     """[1] of each row's reply. ids: (B, T), padded at the end; is_reply: (B, T), true on its tokens -> (B,)"""
-    first = int(is_reply.any(0).int().argmax())  # before it all rows have prompt only: K = T - first are predicted
+    first = int(is_reply.any(0).int().argmax())  # no row's reply begins earlier; K = T - first tokens are predicted
     device = model.device
     targets = ids.masked_fill(~is_reply, -100)[:, first:].to(device)  # (B, K); cross_entropy gives 0 at -100
     # Attention looks back only, so padding behind a row changes nothing in it and needs no mask
@@ -533,7 +533,7 @@ def load(name: str | Path, source: str | Path, args: Args) -> tuple[nn.Module, P
 
 
 def prepare_model(model: nn.Module, task: str, args: Args) -> nn.Module:
-    # Dropout off: in every pass the same text must get the same value, and in DPO's first that of the reference.
+    # Dropout off: in every pass the same text must get the same value; in dpo.py's first pass, the reference's.
     # Some modules are nn.Dropout, others, like attention, hold their rate as a number
     for module in model.modules():
         for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
@@ -727,7 +727,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -813,7 +813,8 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -909,7 +910,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)

@@ -118,7 +118,7 @@ class Actor(nn.Module):
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """(B, obs_dim) -> mean and log of the standard deviation before the squashing, (B, action_dim) each"""
         mean, log_std = self.net(obs).chunk(2, -1)
-        return mean, log_std.clamp(-20, 2)  # as in the authors' code
+        return mean, log_std.clamp(-20, 2)  # as in the code of SAC's authors
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, obs_dim) -> (B, action_dim), (B,)
         mean, log_std = self(obs)
@@ -261,8 +261,8 @@ class SAC(nn.Module):
             alpha_loss.backward()
             self.alpha_optimizer.step()
         with torch.no_grad():
-            slow, online = [*self.target_critics.parameters()], [*self.critics.parameters()]
-            torch._foreach_lerp_(slow, online, self.args.tau)  # [6]: a step of tau from slow to online
+            target, online = [*self.target_critics.parameters()], [*self.critics.parameters()]
+            torch._foreach_lerp_(target, online, self.args.tau)  # [6]: a step of tau from target to online
         return metrics
 
 
@@ -304,8 +304,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
-        #    interrupted: so one that is killed and resumed from there equals it
+        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
+        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_return, episode_length = np.zeros((2, args.num_envs))
@@ -359,7 +359,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -544,7 +544,8 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -640,7 +641,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)

@@ -248,9 +248,9 @@ class TD3(nn.Module):
             self.actor_optimizer.step()
             metrics["losses/actor_loss"] = actor_loss.detach()
             with torch.no_grad():
-                slow = [*self.target_actor.parameters(), *self.target_critics.parameters()]
+                target = [*self.target_actor.parameters(), *self.target_critics.parameters()]
                 online = [*self.actor.parameters(), *self.critics.parameters()]
-                torch._foreach_lerp_(slow, online, self.args.tau)  # [6]: a step of tau from slow to online
+                torch._foreach_lerp_(target, online, self.args.tau)  # [6]: a step of tau from target to online
         return metrics
 
 
@@ -291,8 +291,8 @@ def train(args: Args) -> None:
         if global_step == args.total_timesteps:
             break
 
-        # 2. After a checkpoint, and at the start, make the environments anew and reseed, even in a run that is never
-        #    interrupted: so one that is killed and resumed from there equals it
+        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
+        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
         if global_step == run.checkpoint_step:
             envs, obs = make_envs(args, global_step)
             episode_return, episode_length = np.zeros((2, args.num_envs))
@@ -347,7 +347,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default counts start at 1, other numbers at 0. Fills in what None stands for."""
+    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
@@ -532,7 +532,8 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
 class Run:
     """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
 
-    Each of the parts has state_dict and load_state_dict. All of them make a checkpoint; model, alone, is what acts.
+    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
+    acts, also into a file of its own.
     """
 
     def __init__(self, args: Args, task: str, **parts: object):
@@ -628,7 +629,7 @@ class Run:
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # a killed run has sent it rows that it makes again
+            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
                 self.wandb.log(row, step=self.num_rows, commit=True)
         except Exception as error:  # it must not end the run
             tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
