@@ -196,7 +196,7 @@ class GoalBuffer:
     def __init__(
         self, buffer_size: int, num_envs: int, obs_dim: int, action_dim: int, achieved: slice, desired: slice
     ):  # fmt: skip
-        self.widths = obs_dim, action_dim, obs_dim, 1, 1
+        self.widths = obs_dim, action_dim, 1, 1, obs_dim
         needed = 4 * buffer_size * sum(self.widths)  # bytes: a float32 has four
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > 0.9 * memory:
@@ -213,11 +213,11 @@ class GoalBuffer:
         self.episode_start[which] = self.num_added
 
     def add(
-        self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray, rewards: np.ndarray, terminated: np.ndarray
+        self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, next_obs: np.ndarray
     ) -> None:
         """A step of N environments, (N, ...) each. Where an episode has ended, next_obs is its last observation."""
         row = self.num_added
-        self.rows[row % self.length] = np.hstack([obs, actions, next_obs, rewards[:, None], terminated[:, None]])
+        self.rows[row % self.length] = np.hstack([obs, actions, rewards[:, None], terminated[:, None], next_obs])
         self.first[row % self.length] = self.episode_start
         # So far each episode ends in this row: in all its rows that are still kept, last becomes this row
         for env_index, start in enumerate(self.episode_start):
@@ -225,32 +225,32 @@ class GoalBuffer:
         self.num_added += 1
 
     def read(self, row: np.ndarray, env_index: np.ndarray) -> list[np.ndarray]:
-        """Copies of obs, actions, next_obs, rewards, terminated: (B, width) each; row, env_index: (B,)"""
+        """Copies of obs, actions, rewards, terminated, next_obs: (B, width) each; row, env_index: (B,)"""
         return np.split(self.rows[row % self.length, env_index], np.cumsum(self.widths)[:-1], axis=1)
 
     def sample(self, batch_size: int, device: str, env: gym.Env, args: Args) -> tuple[Tensor, ...]:
-        """obs, actions, next_obs, rewards, terminated: (B, obs_dim), (B, action_dim), (B, obs_dim), (B,), (B,)
+        """obs, actions, rewards, terminated, next_obs: (B, obs_dim), (B, action_dim), (B,), (B,), (B, obs_dim)
 
         env tells what a transition would have earned with another goal.
         """
         oldest = max(0, self.num_added - self.length)
         row = np.random.randint(oldest, self.num_added, batch_size)
         env_index = np.random.randint(self.rows.shape[1], size=batch_size)
-        obs, actions, next_obs, rewards, terminated = self.read(row, env_index)
+        obs, actions, rewards, terminated, next_obs = self.read(row, env_index)
 
         # [7] R of the B transitions get another goal: the one achieved in a random row from earliest to last
         relabelled = np.random.random(batch_size) < args.her_ratio / (args.her_ratio + 1)  # (B,) bool
         row, env_index = row[relabelled], env_index[relabelled]
         first, last = self.first[row % self.length, env_index], self.last[row % self.length, env_index]  # (R,) each
         earliest = {"future": row, "episode": np.maximum(first, oldest), "final": last}[args.her_strategy]
-        _, _, reached, _, _ = self.read(np.random.randint(earliest, last + 1), env_index)
+        *_, reached = self.read(np.random.randint(earliest, last + 1), env_index)
         goals = reached[:, self.achieved]  # (R, goal_dim)
         obs[relabelled, self.desired] = next_obs[relabelled, self.desired] = goals
         achieved = next_obs[relabelled, self.achieved]
         rewards[relabelled, 0] = env.compute_reward(achieved, goals, {})  # [8]; {}: infos are not kept
         pairs = zip(achieved, goals, strict=True)  # one after the other, as compute_terminated knows no batches
         terminated[relabelled, 0] = [env.compute_terminated(*pair, {}) for pair in pairs]
-        columns = obs, actions, next_obs, rewards[:, 0], terminated[:, 0]
+        columns = obs, actions, rewards[:, 0], terminated[:, 0], next_obs
         return tuple(torch.from_numpy(np.ascontiguousarray(column)).to(device) for column in columns)
 
     def state_dict(self) -> dict:
@@ -295,7 +295,7 @@ class SAC(nn.Module):
 
     def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """A gradient step with a batch of the buffer. Returns what to log."""
-        obs, actions, next_obs, rewards, terminated = batch
+        obs, actions, rewards, terminated, next_obs = batch
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_actions, next_log_prob = self.actor.sample(next_obs)
@@ -396,7 +396,7 @@ def train(args: Args) -> None:
                     ended["charts/success"] = infos["final_info"][name][i]
             run.log(global_step, ended)
             episode_return[i] = episode_length[i] = 0
-        buffer.add(obs, actions.cpu().numpy(), final_obs, rewards, terminated)
+        buffer.add(obs, actions.cpu().numpy(), rewards, terminated, final_obs)
         buffer.begin(terminated | truncated)
         obs = next_obs
 

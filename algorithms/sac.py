@@ -170,7 +170,7 @@ class TransitionBuffer:
     """The last transitions of all environments, each one row: s, a, s', r, terminated. A batch is read in one go."""
 
     def __init__(self, buffer_size: int, obs_dim: int, action_dim: int):
-        self.widths = obs_dim, action_dim, obs_dim, 1, 1
+        self.widths = obs_dim, action_dim, 1, 1, obs_dim
         needed = 4 * buffer_size * sum(self.widths)  # bytes: a float32 has four
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > 0.9 * memory:
@@ -180,19 +180,19 @@ class TransitionBuffer:
         self.num_added = 0
 
     def add(
-        self, obs: np.ndarray, actions: np.ndarray, next_obs: np.ndarray, rewards: np.ndarray, terminated: np.ndarray
+        self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, next_obs: np.ndarray
     ) -> None:
         """A step of N environments, (N, ...) each. Where an episode has ended, next_obs is its last observation."""
         where = np.arange(self.num_added, self.num_added + len(obs)) % len(self.rows)
-        self.rows[where] = np.hstack([obs, actions, next_obs, rewards[:, None], terminated[:, None]])
+        self.rows[where] = np.hstack([obs, actions, rewards[:, None], terminated[:, None], next_obs])
         self.num_added += len(obs)
 
     def sample(self, batch_size: int, device: str) -> tuple[Tensor, ...]:
-        """obs, actions, next_obs, rewards, terminated: (B, obs_dim), (B, action_dim), (B, obs_dim), (B,), (B,)"""
+        """obs, actions, rewards, terminated, next_obs: (B, obs_dim), (B, action_dim), (B,), (B,), (B, obs_dim)"""
         where = torch.randint(min(self.num_added, len(self.rows)), (batch_size,))
         rows = self.tensor.index_select(0, where).to(device)  # (B, sum of widths)
-        obs, actions, next_obs, rewards, terminated = rows.split(self.widths, -1)
-        return obs, actions, next_obs, rewards.squeeze(-1), terminated.squeeze(-1)
+        obs, actions, rewards, terminated, next_obs = rows.split(self.widths, -1)
+        return obs, actions, rewards.squeeze(-1), terminated.squeeze(-1), next_obs
 
     def state_dict(self) -> dict:
         # torch.save writes all the memory behind a tensor; behind that of a NumPy slice is only the slice
@@ -234,7 +234,7 @@ class SAC(nn.Module):
 
     def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """A gradient step with a batch of the buffer. Returns what to log."""
-        obs, actions, next_obs, rewards, terminated = batch
+        obs, actions, rewards, terminated, next_obs = batch
         alpha = self.log_alpha.detach().exp()
         with torch.no_grad():
             next_actions, next_log_prob = self.actor.sample(next_obs)
@@ -328,7 +328,7 @@ def train(args: Args) -> None:
             ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
             run.log(global_step, ended)
             episode_return[i] = episode_length[i] = 0
-        buffer.add(obs, actions.cpu().numpy(), final_obs, rewards, terminated)
+        buffer.add(obs, actions.cpu().numpy(), rewards, terminated, final_obs)
         obs = next_obs
 
         # 4. Learn: utd gradient steps for every environment step, whatever the number of environments

@@ -23,7 +23,7 @@ def fill(buffer, num_envs, steps, seed=0):
     for t in range(steps):
         obs = np.array([[t, i, 1000.0, 1000.0, t, i] for i in range(num_envs)])
         next_obs = np.array([[t + 0.5, i, 1000.0, 1000.0, t + 0.5, i] for i in range(num_envs)])
-        buffer.add(obs, np.zeros((num_envs, 1)), next_obs, np.full(num_envs, -7.0), np.zeros(num_envs, bool))
+        buffer.add(obs, np.zeros((num_envs, 1)), np.full(num_envs, -7.0), np.zeros(num_envs, bool), next_obs)
         ended = rng.random(num_envs) < 0.25
         buffer.begin(ended)
         for i in range(num_envs):
@@ -42,8 +42,8 @@ def test_goals_come_from_where_the_strategy_says(strategy, num_envs, steps):
     episodes = fill(buffer, num_envs, steps)
     episode_of = {(t, i): episode for i in range(num_envs) for episode in episodes[i] for t in episode}
     np.random.seed(0)
-    obs, actions, next_obs, rewards, terminated = buffer.sample(4000 * num_envs, "cpu", Point(), args_of(strategy))
-    assert [part.shape[1:] for part in (obs, actions, next_obs, rewards, terminated)] == [(6,), (1,), (6,), (), ()]
+    obs, actions, rewards, terminated, next_obs = buffer.sample(4000 * num_envs, "cpu", Point(), args_of(strategy))
+    assert [part.shape[1:] for part in (obs, actions, rewards, terminated, next_obs)] == [(6,), (1,), (), (), (6,)]
     assert torch.equal(obs[:, 2:4], next_obs[:, 2:4]), "one goal in both"
     assert torch.equal(obs[:, :2] + torch.tensor([0.5, 0]), next_obs[:, :2]), "what was achieved stays"
     relabelled = obs[:, 2] != 1000
@@ -76,7 +76,7 @@ def test_a_replayed_goal_ends_the_episode_where_reaching_it_would_have(ends, mon
     monkeypatch.setattr(Point, "ENDS", ends)
     buffer = her.GoalBuffer(50, 1, 6, 1, slice(0, 2), slice(2, 4))
     fill(buffer, 1, 50)
-    _, _, _, rewards, terminated = buffer.sample(500, "cpu", Point(), args_of())
+    _, _, rewards, terminated, _ = buffer.sample(500, "cpu", Point(), args_of())
     assert torch.equal(terminated == 1, (rewards == 0) & ends)
     assert (rewards == 0).any()
 
@@ -93,7 +93,7 @@ def test_the_environment_is_told_what_was_achieved_and_what_was_the_goal():
 
     buffer = her.GoalBuffer(50, 1, 6, 1, slice(0, 2), slice(2, 4))
     fill(buffer, 1, 50)
-    obs, _, next_obs, rewards, terminated = buffer.sample(500, "cpu", Ordered(), args_of("episode"))
+    obs, _, rewards, terminated, next_obs = buffer.sample(500, "cpu", Ordered(), args_of("episode"))
     relabelled = obs[:, 2] != 1000
     assert torch.equal(rewards[relabelled], obs[relabelled, 2])
     assert torch.equal(terminated[relabelled] == 1, (next_obs[:, 0] > obs[:, 2])[relabelled])

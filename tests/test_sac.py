@@ -80,7 +80,7 @@ def test_a_learning_step_of_sac_is_that_of_its_equations(autotune, monkeypatch):
     learner = make_learner(sac, gamma=0.9, tau=0.2, alpha=0.3, autotune=autotune, policy_lr=1e-3, q_lr=2e-3).double()
     for parameter in learner.target_critics.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    obs, actions, next_obs, rewards, terminated = batch = [part.double() for part in random_batch(16)]
+    obs, actions, rewards, terminated, next_obs = batch = [part.double() for part in random_batch(16)]
     mirror = copy.deepcopy(learner)
     noises = list(torch.randn(2, 16, 3, dtype=torch.float64))
     waiting = iter(noises)

@@ -66,11 +66,11 @@ def make_learner(script, obs_dim=3, low=LOW, high=HIGH, seed=0, **flags):
 
 
 def random_batch(size=8, obs_dim=3, action_dim=3, seed=0):
-    """obs, actions, next_obs, rewards, terminated"""
+    """obs, actions, rewards, terminated, next_obs"""
     g = torch.Generator().manual_seed(seed)
     obs, next_obs = torch.randn(2, size, obs_dim, generator=g)
     actions, rewards = torch.rand(size, action_dim, generator=g) * 2 - 1, torch.randn(size, generator=g)
-    return obs, actions, next_obs, rewards, (torch.rand(size, generator=g) < 0.3).float()
+    return obs, actions, rewards, (torch.rand(size, generator=g) < 0.3).float(), next_obs
 
 
 def step(learner, batch, number=1):
@@ -108,18 +108,16 @@ def assert_same_parameters(module, expected, atol):
 def test_buffer_is_a_list_of_the_last_transitions(script, num_envs):
     rng, buffer, oracle = np.random.default_rng(0), script.TransitionBuffer(10, 2, 3), []
     for _ in range(3 * 10 + 4):
-        columns = [rng.normal(size=(num_envs, n)).astype(np.float32) for n in (2, 3, 2)]
-        rewards, terminated = rng.normal(size=num_envs), rng.random(num_envs) < 0.3
-        buffer.add(*columns, rewards, terminated)
-        oracle += [
-            (*(column[i].copy() for column in columns), np.float32(rewards[i]), float(terminated[i]))
-            for i in range(num_envs)
-        ]
-        for array in (*columns, rewards, terminated):
+        obs, actions, next_obs = (rng.normal(size=(num_envs, n)).astype(np.float32) for n in (2, 3, 2))
+        rewards, terminated = rng.normal(size=num_envs).astype(np.float32), rng.random(num_envs) < 0.3
+        columns = obs, actions, rewards, terminated, next_obs
+        buffer.add(*columns)
+        oracle += [tuple(column[i].copy() for column in columns) for i in range(num_envs)]
+        for array in columns:
             array[:] = 0  # what the caller does with them afterwards is its own affair
         torch.manual_seed(0)
         sample = buffer.sample(400, "cpu")
-        assert [tuple(part.shape) for part in sample] == [(400, 2), (400, 3), (400, 2), (400,), (400,)]
+        assert [tuple(part.shape) for part in sample] == [(400, 2), (400, 3), (400,), (400,), (400, 2)]
         seen = {tuple(np.hstack(row).astype(np.float32)) for row in zip(*(p.numpy() for p in sample), strict=True)}
         assert seen == {tuple(np.hstack(row).astype(np.float32)) for row in oracle[-10:]}
 
@@ -128,7 +126,7 @@ def test_buffer_is_a_list_of_the_last_transitions(script, num_envs):
 def test_buffer_samples_all_its_rows_alike(script):
     buffer = script.TransitionBuffer(100, 1, 1)
     for i in range(10):
-        buffer.add(np.full((1, 1), i), np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), np.zeros(1))
+        buffer.add(np.full((1, 1), i), np.zeros((1, 1)), np.zeros(1), np.zeros(1), np.zeros((1, 1)))
     torch.manual_seed(0)
     counts = torch.bincount(buffer.sample(20_000, "cpu")[0][:, 0].long(), minlength=10)
     assert len(counts) == 10
@@ -140,7 +138,7 @@ def test_buffer_samples_all_its_rows_alike(script):
 @pytest.mark.parametrize("steps", [4, 10, 23])
 def test_buffer_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(script, steps, tmp_path):
     def add(buffer, i):
-        buffer.add(np.full((1, 2), i), np.full((1, 3), -i), np.full((1, 2), i + 0.5), np.array([i]), np.array([False]))
+        buffer.add(np.full((1, 2), i), np.full((1, 3), -i), np.array([i]), np.array([False]), np.full((1, 2), i + 0.5))
 
     buffer, other = script.TransitionBuffer(10, 2, 3), script.TransitionBuffer(10, 2, 3)
     for i in range(steps):
@@ -162,7 +160,7 @@ def test_buffer_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(script,
 @both
 def test_a_checkpoint_of_a_big_buffer_is_small(script, tmp_path):
     buffer = script.TransitionBuffer(100_000, 2, 3)
-    buffer.add(np.zeros((5, 2)), np.zeros((5, 3)), np.zeros((5, 2)), np.zeros(5), np.zeros(5))
+    buffer.add(np.zeros((5, 2)), np.zeros((5, 3)), np.zeros(5), np.zeros(5), np.zeros((5, 2)))
     torch.save(buffer.state_dict(), tmp_path / "file")
     assert (tmp_path / "file").stat().st_size < 5_000
 
@@ -395,7 +393,7 @@ def recorded(monkeypatch):
 def test_what_reaches_the_buffer_is_what_happened(script, num_envs, recorded):
     script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=10 * num_envs, num_envs=num_envs,
                              checkpoint_frequency=99, **TINY))  # fmt: skip
-    obs, actions, next_obs, rewards, terminated = (np.stack(column) for column in zip(*recorded["add"], strict=True))
+    obs, actions, rewards, terminated, next_obs = (np.stack(column) for column in zip(*recorded["add"], strict=True))
     expected_obs =        [0, 1, 2, 100, 101, 200, 201, 202, 203, 300]  # fmt: skip
     expected_next_obs =   [1, 2, 3, 101, 102, 201, 202, 203, 204, 301]  # fmt: skip
     expected_rewards =    [1, 2, 3, 1,   2,   1,   2,   3,   4,   1]  # fmt: skip
@@ -526,7 +524,7 @@ def test_a_learning_step_of_td3_is_that_of_its_equations(ddpg, monkeypatch):
                            **flags).double()  # fmt: skip
     for parameter in [*learner.target_actor.parameters(), *learner.target_critics.parameters()]:
         parameter.data += 0.05 * torch.randn_like(parameter)
-    obs, actions, next_obs, rewards, terminated = batch = [part.double() for part in random_batch(16)]
+    obs, actions, rewards, terminated, next_obs = batch = [part.double() for part in random_batch(16)]
     mirror = copy.deepcopy(learner)
     noise = torch.randn(16, 3, dtype=torch.float64)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
