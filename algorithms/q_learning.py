@@ -598,7 +598,10 @@ class Run:
         """What another person needs to know to repeat the run."""
         git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
         commit_status, commit = subprocess.getstatusoutput(git)
+        cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
         gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
+        cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
+        gpus = gpus if gpu_status == 0 else "none"
         packages = [distribution.metadata for distribution in distributions()]  # read once each
         return {
             "script": Path(__file__).stem,
@@ -606,7 +609,7 @@ class Run:
             "command": sys.argv,
             "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
             "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
-            "hardware": f"{platform.platform()}, {os.cpu_count()} cores, GPUs: {gpus if gpu_status == 0 else 'none'}",
+            "hardware": f"{platform.platform()}, {os.cpu_count()} cores ({cpu}), GPUs: {gpus}",
             "wandb_id": os.urandom(8).hex(),
         }
 

@@ -64,7 +64,7 @@ class Args:
     command: str | None = None  # what to run; the launcher adds --env-id, --seed and --run-dir
     env_ids: tuple[str, ...] = ()  # environments for --command
     suite: str | None = None  # instead of a command: the name of a file in benchmark/suites, or the path of one
-    num_seeds: int | None = None  # seeds of each environment; None: 3, or what the suite says
+    num_seeds: int | None = None  # seeds of each environment; None: 3, or what the suite says, else 5
     start_seed: int = 1  # the first of them
     output: str | None = None  # folder of the ledger and the runs; None: runs/sweep, or runs/ and the suite's name
     workers: int = 1  # runs at a time
@@ -109,6 +109,12 @@ class Run:
     sps: float | None = None
     episodic_return: float | None = None  # of the last evaluation, or before it the last episode
     final: float | None = None  # the result at the last step
+
+    @property
+    def command(self) -> list[str]:
+        """The words that start it; the launcher adds --run-dir."""
+        env_id = [f"--env-id={self.env_id}"] if self.env_id else []
+        return [*self.launch, *self.flags, *env_id, f"--seed={self.seed}"]
 
 
 @dataclass
@@ -254,10 +260,8 @@ def find(folder: Path) -> list[psutil.Process]:
 def start(run: Run, call: Call) -> None:
     folder = call.output / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [*run.flags, *([f"--env-id={run.env_id}"] if run.env_id else []), f"--seed={run.seed}"]
-    if (folder / "config.json").exists():
-        flags = ["--resume"]
-    command = [*run.launch, *flags, f"--run-dir={folder}"]
+    command = [*run.launch, "--resume"] if (folder / "config.json").exists() else run.command
+    command = [*command, f"--run-dir={folder}"]
     wandb = {"WANDB_RUN_GROUP": run.group, "WANDB_TAGS": call.commit, "WANDB_JOB_TYPE": Path(run.launch[-1]).stem}
     note = {"attempt": run.attempts + 1, "earlier_s": run.wall_s, "host": socket.gethostname(), "commit": call.commit}
     with open(folder / "output.log", "ab") as log:
@@ -661,7 +665,7 @@ def main() -> None:
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done; output folder {output}")
     if args.dry_run:
         for run in todo:
-            print(f"{run.status}: {run.name}: {shlex.join([*run.launch, *run.flags])}")
+            print(f"{run.status}: {run.name}: {shlex.join(run.command)}")
         return
 
     git = f"git -C '{Path(runs[0].launch[-1]).parent}' describe --always --abbrev=40 --exclude='*' --dirty"

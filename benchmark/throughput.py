@@ -41,6 +41,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from multiprocessing import get_context
@@ -313,22 +314,29 @@ def trl_trainer(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
         return steps / (time.perf_counter() - clock.started)
 
 
-def time_model(env_id: str, steps: int) -> float:
-    """Pairs a second of the language model alone, forward and backward, in batches of similar length."""
+def time_model(env_id: str, steps: int, scores: bool = False) -> float:
+    """Pairs a second of the model alone, forward and backward, in batches of similar length.
+
+    scores: with a head that gives a text one number, not each of its words a probability.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         make_pairs(folder, steps)
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        if scores:
+            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder)
         rows = [json.loads(line) for line in open(f"{folder}/pairs.jsonl")][:steps]
     texts = [[len((row["prompt"] + row[name]).split()) + 1 for name in ("chosen", "rejected")] for row in rows]
     texts, size = sorted(texts, key=max), PREFERENCE_SETTINGS["batch_size"]
     started = time.perf_counter()
     for i in range(0, steps, size):
         ids = torch.randint(2, 1000, (2 * len(texts[i : i + size]), max(texts[i : i + size][-1])))
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        output = model(input_ids=ids, labels=None if scores else ids, use_cache=False)
+        (output.logits.sum() if scores else output.loss).backward()
         model.zero_grad()
     return steps / (time.perf_counter() - started)
 
@@ -435,7 +443,8 @@ def preference_work(script: str, peer: str, settings: dict, passes: int) -> Work
     flop = passes * tokens * (4 * mlp_flop(128, 3 * 128) + 4 * mlp_flop(128, 128) + 4 * mlp_flop(128, 512, 128))
     flop += passes * tokens * mlp_flop(128, 1002) * (script == "dpo")
     common = {"multiple": settings["batch_size"], "flop_per_step": flop, "note": f"({tokens:.0f} tokens a pair)"}
-    special = {"share_of_steps": 0.02, "make_data": make_pairs, "time_alone": time_model}
+    special = {"share_of_steps": 0.02, "make_data": make_pairs}
+    special["time_alone"] = partial(time_model, scores=script == "reward_model")
     return Work(script, "pairs", settings, peer, trl_arguments, trl_trainer, **common, **special)
 
 
@@ -761,9 +770,11 @@ def main() -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         refuse(f"--output {args.output} can't be used: {error!r}")
     git = f"git -C '{ROOT}' describe --always --abbrev=40 --exclude='*' --dirty"
+    cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
+    cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
     where = {
         "commit": subprocess.getoutput(git),
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "hardware": f"{os.cpu_count()} cores ({cpu}), {platform.system()}",
         "versions": " ".join(f"{n} {version(n)}" for n in ("torch", "gymnasium", "numpy", "stable-baselines3", "trl")),
     }
     jobs = [("rows", work) for work in works] + [("starts", script) for script in scripts]

@@ -181,7 +181,7 @@ def test_one_seed_has_no_interval_in_the_report(call, tmp_path):
     _, result, _ = call(make_run(tmp_path / "runs" / "only"))
     row = result["Results"][0]
     assert (row["n"], row["mean"], row["mean 95 %"], row["deviation"], row["IQM 95 %"]) == (1, 500, None, None, None)
-    assert result["All environments, normalised"][0]["95 %"] is None
+    assert result["Environments with a reference, normalised"][0]["95 %"] is None
 
 
 def test_normalised_aggregate_by_hand(call, tmp_path):
@@ -191,7 +191,7 @@ def test_normalised_aggregate_by_hand(call, tmp_path):
     make_runs(tmp_path / "runs", (half,) * 3, env_id="LunarLander-v3")
     make_runs(tmp_path / "runs", (1e9,) * 3, env_id="Unknown-v0")
     _, result, _ = call(tmp_path / "runs")
-    row = result["All environments, normalised"][0]
+    row = result["Environments with a reference, normalised"][0]
     assert row["environments"] == 2
     assert row["IQM"] == pytest.approx((0.5 + 0.5 + 1 + 1) / 4)
     assert "Unknown-v0" in (tmp_path / "out" / "report.md").read_text().split("Without a reference")[1]
@@ -243,14 +243,14 @@ def test_a_missing_seed_is_named_and_withholds_the_headline(call, tmp_path):
     assert code == 1
     assert "seed 4: timed out" in printed.out
     assert (result["Results"][0]["n"], result["Results"][0]["of"]) == (3, 4)
-    assert "All environments, normalised" not in result
+    assert "Environments with a reference, normalised" not in result
     assert not (tmp_path / "out" / "aggregate.png").exists()
     assert "seed 4: timed out" in (tmp_path / "out" / "report.md").read_text()
 
     code, result, printed = call(runs, "--allow-missing")
     assert code == 0
     assert "seed 4: timed out" in printed.out
-    assert result["All environments, normalised"]
+    assert result["Environments with a reference, normalised"]
 
 
 @pytest.mark.parametrize("returns", [(1.0, None), (1.0, float("nan"))])
@@ -561,7 +561,7 @@ def test_with_actions_in_a_box_it_is_another_environment(call, tmp_path):
     make_runs(tmp_path / "runs" / "a", (best,) * 3, env_id=env_id, continuous_actions=True)
     make_runs(tmp_path / "runs" / "b", (best,) * 3, env_id=env_id, continuous_actions=False)
     low, high, *_ = report.REFERENCES[env_id]
-    row = call(tmp_path / "runs")[1]["All environments, normalised"][0]
+    row = call(tmp_path / "runs")[1]["Environments with a reference, normalised"][0]
     assert row["IQM"] == pytest.approx((1 + (best - low) / (high - low)) / 2)
     run = {"script": "ppo", "env_id": env_id, "seed": 4, "run_dir": "gone", "status": "failed"}
     (tmp_path / "launched").mkdir()
@@ -570,6 +570,17 @@ def test_with_actions_in_a_box_it_is_another_environment(call, tmp_path):
     _, result, _ = call(tmp_path / "runs", tmp_path / "launched")
     found = {row["environment"]: (row["n"], row["of"]) for row in result["Results"]}
     assert found == {env_id: (3, 3), f"{env_id}, continuous": (3, 4)}
+
+
+def test_a_return_that_is_exact_goes_before_one_of_episodes_and_says_so(call, tmp_path):
+    for seed in 1, 2, 3:
+        folder = make_run(tmp_path / "runs" / str(seed), "q_learning", "Taxi-v4", seed)
+        write_rows(folder, [{"global_step": 200, "time": 2.0, "eval/exact_return": 7.5, "eval/episodic_return": 3.0}])
+    _, result, _ = call(tmp_path / "runs", "--save-baseline", tmp_path / "kept.json")
+    assert result["Results"][0]["mean"] == 7.5
+    for source in tmp_path / "runs", tmp_path / "kept.json":
+        call(source)
+        assert "evaluation at the last step, exact; mean" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_accuracies_and_rewards_share_no_panel(call, tmp_path):
@@ -604,7 +615,7 @@ def test_no_two_curves_look_alike(tmp_path):
 
 def test_an_environment_of_a_module_has_its_reference(call, tmp_path):
     make_runs(tmp_path / "runs", (-27.1,) * 3, env_id="mpe2:simple_spread_v3")
-    assert call(tmp_path / "runs")[1]["All environments, normalised"][0]["IQM"] == pytest.approx(1)
+    assert call(tmp_path / "runs")[1]["Environments with a reference, normalised"][0]["IQM"] == pytest.approx(1)
 
 
 def test_nothing_but_missing_runs(call, tmp_path):

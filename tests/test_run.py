@@ -394,8 +394,7 @@ def test_each_run_of_a_suite_passes_the_checks_of_its_script(suite, launcher_mod
     """Its flags and its environment are good: it begins, with its folder's config.json."""
     for planned in launcher_module.plan(launcher_module.Args(suite=suite, num_seeds=1)):
         folder = tmp_path / planned.name
-        env_id = [f"--env-id={planned.env_id}"] if planned.env_id else []
-        script = start(Path(planned.launch[-1]).stem, *planned.flags, *env_id, f"--run-dir={folder}")
+        script = start(Path(planned.launch[-1]).stem, *planned.command[2:], f"--run-dir={folder}")
         deadline = time.time() + 60
         while script.poll() is None and not (folder / "config.json").exists() and time.time() < deadline:
             time.sleep(0.02)
@@ -411,6 +410,9 @@ def test_a_suite_leaves_out_scripts_that_do_not_exist(output):
         "flags = { norm_obs = false, learning_rate = 1e-3 }\n"
         '[[run]]\nscript = "algorithms/not_yet.py"\ntotal_timesteps = 5\n'
     )
+    dry = run(output, "--suite", str(suite), "--dry-run")
+    command = f"{FAKE} --total-timesteps=12 --no-norm-obs --learning-rate=0.001 --env-id=fine-0 --seed=2\n"
+    assert command in dry, "what is run, but for its folder"
     text = run(output, "--suite", str(suite))
     assert "left out, for there is no such script yet: not_yet.py" in text
     assert sorted(row["seed"] for row in ledger(output).values()) == [1, 2]
