@@ -42,8 +42,8 @@ format: $(VENV)/scripts ## mend the style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-benchmark: $(VENV)/all ## the smoke suite and its report; another in ARGS="--suite classic"
-	$(VENV)/bin/python benchmark/run.py $(or $(ARGS),--suite smoke)
+benchmark: $(VENV)/all ## the smoke suite; another in ARGS="--suite classic --workers 2"
+	$(VENV)/bin/python benchmark/run.py $(or $(ARGS),--suite smoke --workers 2)
 
 clean: ## remove the virtual environment and caches, not the runs
 	rm -rf $(VENV) .pytest_cache .ruff_cache
