@@ -159,6 +159,17 @@ def test_trl_learns_the_same_from_the_same_pairs(script, tmp_path):
     assert forward_and_backward == pytest.approx(work.flop_per_step * (3 / 4 if script is dpo else 1), rel=0.15)
 
 
+def test_the_model_alone_has_the_head_of_the_script():
+    flop, expected = [], []
+    for script, share in ("dpo", 3 / 4), ("reward_model", 1):  # a quarter of dpo's is the reference
+        (work,) = (work for work in throughput.WORKS if work.script == script)
+        with FlopCounterMode(display=False) as counter:
+            assert work.time_alone("pairs", 160) > 0
+        flop.append(counter.get_total_flops())
+        expected.append(work.flop_per_step * share)
+    assert flop[0] / flop[1] == pytest.approx(expected[0] / expected[1], rel=0.05), "the words are a seventh of it"
+
+
 def test_our_flags_say_what_the_peer_is_called_with():
     from stable_baselines3 import PPO
 
