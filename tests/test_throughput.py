@@ -98,7 +98,7 @@ def test_floating_point_operations_of_a_learning_step_are_those_that_torch_count
     learner = getattr(script, name.upper())(
         script.Actor(17, -np.ones(6, np.float32), np.ones(6, np.float32)), script.Critics(2, 17, 6), args
     )
-    batch = torch.rand(256, 17), torch.rand(256, 6), torch.rand(256, 17), torch.rand(256), torch.zeros(256)
+    batch = torch.rand(256, 17), torch.rand(256, 6), torch.rand(256), torch.zeros(256), torch.rand(256, 17)
     with FlopCounterMode(display=False) as counter:
         for number in 1, 2:
             learner.update(batch, number) if script is td3 else learner.update(batch)
