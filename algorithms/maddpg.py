@@ -23,8 +23,8 @@ probability (Allen et al. 2017, arXiv:1709.00503).
 A pair that makes up a language, in simple_speaker_listener_v4, may also unlearn it. The buffer keeps messages that had
 another meaning when they were sent; --buffer-size 100000 drops them sooner. And a speaker's gradients may be near zero
 for long; then Adam, which divides by the root of their mean square, leaps. With --beta2 0.9 it forgets that mean square
-as fast as their mean, and no step is longer than the learning rate (Dohare et al. 2023, Overcoming Policy Collapse in
-Deep Reinforcement Learning). With --anneal-lr the language settles.
+as fast as their mean, and no weight moves by more than the learning rate in a step (Dohare et al. 2023, Overcoming
+Policy Collapse in Deep Reinforcement Learning). With --anneal-lr the language settles.
 
 Differs from the paper: agents don't infer the others' policies (Section 4.2) and have one policy each, no ensemble
 (Section 4.3); all agents learn from the same batch. Discrete actions are one-hot, in y_i the most likely ones; in the
@@ -609,7 +609,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
+    """Refuses numbers out of range, by default integers below 1, others below 0. Fills in frequencies that are None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count

@@ -727,7 +727,7 @@ def refuse(message: object) -> NoReturn:
 
 
 def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: integers below 1, others below 0, but for those in ranges. Replaces None."""
+    """Refuses numbers out of range, by default integers below 1, others below 0. Fills in frequencies that are None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count

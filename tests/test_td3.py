@@ -109,7 +109,7 @@ def test_buffer_is_a_list_of_the_last_transitions(script, num_envs):
     rng, buffer, oracle = np.random.default_rng(0), script.TransitionBuffer(10, 2, 3), []
     for _ in range(3 * 10 + 4):
         obs, actions, next_obs = (rng.normal(size=(num_envs, n)).astype(np.float32) for n in (2, 3, 2))
-        rewards, terminated = rng.normal(size=num_envs).astype(np.float32), rng.random(num_envs) < 0.3
+        rewards, terminated = rng.normal(size=num_envs), rng.random(num_envs) < 0.3  # float64, as environments give
         columns = obs, actions, rewards, terminated, next_obs
         buffer.add(*columns)
         oracle += [tuple(column[i].copy() for column in columns) for i in range(num_envs)]
