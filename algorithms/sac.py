@@ -167,7 +167,7 @@ class Critics(nn.Module):
 
 
 class TransitionBuffer:
-    """The last transitions of all environments, each one row: s, a, s', r, terminated. A batch is read in one go."""
+    """The last transitions of all environments, each one row: s, a, r, terminated, s'. A batch is read in one go."""
 
     def __init__(self, buffer_size: int, obs_dim: int, action_dim: int):
         self.widths = obs_dim, action_dim, 1, 1, obs_dim
