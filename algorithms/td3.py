@@ -22,10 +22,10 @@ with --tau 0.001.
 
 Differs from the paper: two hidden layers of 256 units, not of 400 and 300, batches of 256, not 100, and noise in
 proportion to the range of actions, all as in the authors' present code; tau is 0.01, not 0.005, so the targets, which
-move in every second step, are as fast as with 0.005 in every step; the first 1,000 actions are random, and learning
-starts after them, also in HalfCheetah and Ant, where the paper takes 10,000. As in the paper's Appendix D, a' is
-clipped to the range of actions, and a time limit does not count as a terminal state: the value of the last observation
-stands for the rest of the episode.
+move in every second step, are as fast as with 0.005 in every step; actions are random in the first tenth of the run,
+in 10,000 steps at most, and learning starts after them, where the paper takes 10,000 steps in HalfCheetah and Ant, and
+1,000 elsewhere. As in the paper's Appendix D, a' is clipped to the range of actions, and a time limit does not count as
+a terminal state: the value of the last observation stands for the rest of the episode.
 
 Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and noise is added there: its standard
 deviation then means the same for every range.
@@ -94,7 +94,7 @@ class Args:
     tau: float = 0.01  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step
-    learning_starts: int = 1_000  # environment steps, with random actions, before the first gradient step
+    learning_starts: int | None = None  # random steps before the first gradient step; None: a tenth, 10,000 at most
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
     num_critics: int = 2  # [1] number of critics
     policy_frequency: int = 2  # [2] d: the actor and all targets move in every d-th gradient step
@@ -104,6 +104,8 @@ class Args:
 
     def __post_init__(self) -> None:
         check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
+        if self.learning_starts is None:
+            self.learning_starts = min(self.total_timesteps // 10, 10_000)
 
 
 class Actor(nn.Module):
