@@ -27,7 +27,7 @@ import shlex
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import cycle, pairwise, product
 from pathlib import Path
@@ -275,29 +275,84 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     return run
 
 
+def without(words: list[str], names: Iterable[str]) -> list[str]:
+    """The words of a command without these flags, named as arguments are, and without their values."""
+    kept, is_value = [], False
+    for word in words:
+        is_value = is_value and not word.startswith("--")
+        dropped = word.startswith("--") and word[2:].split("=")[0].removeprefix("no-").replace("-", "_") in names
+        if not dropped and not is_value:
+            kept.append(word)
+        is_value = dropped and "=" not in word
+    return kept
+
+
+def read_flags(words: list[str]) -> dict:
+    """The arguments that flags stand for: --gamma=0.9 or --gamma 0.9, --anneal-lr, --no-anneal-lr."""
+    args = {}
+    for word, after in pairwise([*words, "--"]):
+        name, equals, value = word.partition("=")
+        name, value = name[2:].replace("-", "_"), value if equals else after
+        if not word.startswith("--"):
+            continue  # the value of the flag before it
+        if not equals and after.startswith("--"):
+            args[name.removeprefix("no_")] = not name.startswith("no_")
+        else:
+            try:
+                args[name] = json.loads(value)
+            except ValueError:  # a word
+                args[name] = value
+    return args
+
+
+def kind_of(row: dict) -> tuple:
+    """What the runs of one experiment share in a ledger: script, environment, flags."""
+    flags = without(row.get("flags") or [], SAME_EXPERIMENT)
+    return row.get("script") or Path(row["launch"][-1]).stem, row["env_id"], tuple(flags)
+
+
+def still_wanted(rows: list[dict], asked: list[str]) -> list[dict]:
+    """The runs that a launcher's last call asked for, and what earlier calls have left.
+
+    Of the latter not what a newer script has replaced, not what never began, and nothing of a kind of which no run is
+    done: a mistyped environment.
+    """
+    rows = sorted(rows, key=lambda row: row["name"] in asked)  # of two that say the same, the last one counts
+    newest = {kind_of(row): row.get("script_hash") for row in rows}
+    rows = [row for row in rows if row.get("script_hash") == newest[kind_of(row)]]
+    rows = {(kind_of(row), row["seed"]): row for row in rows}.values()
+    done = {kind_of(row) for row in rows if row["status"] == "done"}
+    return [row for row in rows if row["name"] in asked or (row["status"] != "pending" and kind_of(row) in done)]
+
+
 def read_ledger(path: Path, group: str) -> list[Run]:
-    """The runs that a launcher was asked for, also those without a folder; not those that a newer script repeats."""
+    """The runs that a launcher was asked for, also those without a folder."""
     ledger, entries = read_json(path), []
     try:
-        runs = ledger["runs"].values() if isinstance(ledger["runs"], dict) else ledger["runs"]
-        for row in sorted(runs, key=lambda row: row.get("name") not in ledger.get("asked", [])):
-            script = row.get("script") or Path(row["launch"][-1]).stem
-            key = script, row["env_id"], row["seed"], row.get("flags")
-            if key not in [other for other, *_ in entries] or "asked" not in ledger:
-                entries.append((key, Path(row.get("run_dir") or row["name"]), str(row["status"]), row.get("result")))
+        rows = list(ledger["runs"].values() if isinstance(ledger["runs"], dict) else ledger["runs"])
+        for row in still_wanted(rows, ledger["asked"]) if "asked" in ledger else rows:
+            folder, flags = Path(row.get("run_dir") or row["name"]), row.get("flags") or []
+            entries.append((kind_of(row), row["seed"], folder, flags, row.get("result"), str(row["status"])))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         refuse(f"{path}: every run needs script, env_id, seed, run_dir and status ({error!r})")
-    found = []
-    for (script, env_id, seed, flags), folder, status, result in entries:
-        # the folder as it is written, or, after a move, by its name beside the ledger
-        places = folder, path.parent / folder, path.parent / folder.name
-        folder = next((place.resolve() for place in places if (place / "config.json").exists()), None)
-        if folder is None:
-            name = name_env(env_id, result, "--continuous-actions" in (flags or []))
-            found.append(Run(places[1], group or script, name, seed, trouble=f"{status}, no config.json"))
-        else:
-            found.append(run := read_run(folder, group, result))
+    found, absent, configs = [], [], {}
+    for kind, seed, folder, flags, result, status in entries:
+        # beside the ledger, also after a move, or the folder as it is written
+        places = path.parent / folder, path.parent / folder.name, folder
+        there = next((place.resolve() for place in places if (place / "config.json").exists()), None)
+        if there:
+            run = read_run(there, group, result)
             run.trouble = run.trouble and f"{status}, {run.trouble}"
+            configs[kind] = run.config
+        else:
+            script, env_id, _ = kind
+            config = {"script": script, "args": read_flags(flags)}
+            name = name_env(env_id, result, config["args"].get("continuous_actions", False))
+            run = Run(places[0], group or script, name, seed, config, trouble=f"{status}, no config.json")
+            absent.append((kind, run))
+        found.append(run)
+    for kind, run in absent:  # it would have had the arguments of the others of its kind
+        run.config = configs.get(kind, run.config)
     return found
 
 
@@ -307,7 +362,8 @@ def read_baseline(path: Path, group: str) -> list[Run]:
     try:
         for entry in read_json(path)["experiments"]:
             for seed, kept in entry["runs"].items():
-                folder = path / entry["label"] / entry["env_id"] / seed  # there is none: a name for messages
+                # There is none: a name for messages
+                folder = path.with_name(f"{path.stem}: {entry['label']}, {entry['env_id']}, {seed}".replace("/", "-"))
                 run = Run(folder, group or entry["group"], entry["env_id"], int(seed), entry, sps=kept["SPS"])
                 run.curve = np.array(kept["curve"], dtype=float)  # null becomes NaN
                 run.curve[-1, 2] = kept["return"]  # in full
@@ -348,7 +404,7 @@ def sort_out(runs: list[Run], seeds: tuple[int, ...]) -> list[Experiment]:
     for (group, env_id), members in sorted(together.items()):
         arguments = [{"script": run.config["script"], **run.config["args"]} if run.config else {} for run in members]
         names = {name for args in arguments for name in args} - SAME_EXPERIMENT
-        names = [name for name in sorted(names) if len({json.dumps(a.get(name)) for a in arguments if a}) > 1]
+        names = [name for name in sorted(names) if len({json.dumps(a[name]) for a in arguments if name in a}) > 1]
         by_label = defaultdict(list)
         for run, args in zip(members, arguments, strict=True):
             by_label[" ".join([group, *(f"{name}={args[name]}" for name in names if name in args)])].append(run)
@@ -394,13 +450,7 @@ def summarise(experiment: Experiment) -> dict:
 def command_of(config: dict) -> list[str]:
     """The words of a run's command without its seed and without the folders of the machine that it ran on."""
     path, *words = [str(word) for word in config.get("command") or [""]]
-    kept, skip = [Path("algorithms", Path(path).name).as_posix()] if path else [], False
-    for word in words:
-        is_own = word.split("=")[0] in ("--seed", "--run-dir")
-        if not skip and not is_own:
-            kept.append(word)
-        skip = not skip and is_own and "=" not in word  # its value is the next word
-    return kept
+    return [Path("algorithms", Path(path).name).as_posix()] * bool(path) + without(words, ("seed", "run_dir"))
 
 
 def reproduce(experiment: Experiment) -> dict:
@@ -422,15 +472,16 @@ def reproduce(experiment: Experiment) -> dict:
 
 def aggregate(experiments: list[Experiment]) -> list[dict]:
     """For each label the interquartile mean of the normalised scores over all environments that have a reference."""
-    by_label = defaultdict(list)
+    by_label = defaultdict(dict)
     for experiment in experiments:
         if experiment.env_id in REFERENCES:
             random, reference, *_ = REFERENCES[experiment.env_id]
-            by_label[experiment.label].append((experiment.scores - random) / (reference - random))
-    return [
-        {"script": label, "environments": len(scores), "IQM": iqm(*scores), "95 %": interval(iqm, *scores)}
-        for label, scores in by_label.items()
-    ]
+            by_label[experiment.label][experiment.env_id] = (experiment.scores - random) / (reference - random)
+    rows = []
+    for label, scores in by_label.items():
+        row = {"script": label, "IQM": iqm(*scores.values()), "95 %": interval(iqm, *scores.values())}
+        rows.append(row | {"environments": len(scores), "which": list(scores)})
+    return rows
 
 
 def compare(experiments: list[Experiment], sets: list[str]) -> list[dict]:
@@ -485,26 +536,49 @@ def baseline_entry(experiment: Experiment) -> dict:
 
 
 def gate(experiments: list[Experiment], path: Path) -> list[dict]:
-    """Worse: the whole interval of the difference to the baseline lies below 0. Returns and speed are judged apart."""
-    now = {(e.label, e.env_id): baseline_entry(e) for e in experiments}
-    rows = []
+    """Worse: the whole interval of the difference to the baseline lies below 0. Returns and speed are judged apart.
+
+    Each experiment is held against the one of the baseline whose arguments are nearest to its own.
+    """
+    rows, found = [], {}
     try:
-        for old in read_json(path)["experiments"]:
-            new = now.get((old["label"], old["env_id"]), old | {"runs": {}})
-            flat = [{"hardware": entry["hardware"], **entry["versions"], **entry["args"]} for entry in (new, old)]
-            differ = [name for name in sorted(flat[0] | flat[1]) if flat[0].get(name) != flat[1].get(name)]
+        olds = read_json(path)["experiments"]
+        for new in map(baseline_entry, experiments):
+            same = [i for i, old in enumerate(olds) if (old["group"], old["env_id"]) == (new["group"], new["env_id"])]
+            apart = {i: len(differences(new["args"], olds[i]["args"])) for i in same}
+            nearest = min(same, key=apart.get, default=None)
+            if nearest is not None and apart[nearest] < found.get(nearest, (math.inf,))[0]:
+                found[nearest] = apart[nearest], new
+        for i, old in enumerate(olds):
+            new = found[i][1] if i in found else old | {"runs": {}}
+            differ = differences(*({"hardware": e["hardware"], **e["versions"], **e["args"]} for e in (new, old)))
             for what in "return", "SPS":
                 values = [[run[what] for run in entry["runs"].values()] for entry in (new, old)]
-                news, olds = (np.array([v for v in sample if v is not None], dtype=float) for sample in values)
-                if len(olds):
-                    bounds = interval(difference, news, olds)
-                    row = {"script": old["label"], "environment": old["env_id"], "of": what, "before": olds.mean()}
-                    row |= {"now": news.mean() if len(news) else None, "difference 95 %": bounds, "differs in": differ}
-                    verdict = "not judged: under three seeds" if not bounds else "worse" if bounds[1] < 0 else "ok"
-                    rows.append(row | {"verdict": verdict})
+                now, before = (np.array([v for v in sample if v is not None], dtype=float) for sample in values)
+                if len(before):
+                    bounds = interval(difference, now, before)
+                    row = {"script": old["label"], "environment": old["env_id"], "of": what, "before": before.mean()}
+                    row |= {"now": now.mean() if len(now) else None, "difference 95 %": bounds, "differs in": differ}
+                    rows.append(row | {"verdict": judge(row, len(before), i in found)})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         refuse(f"--baseline {path} is not what --save-baseline writes ({error!r})")
     return rows
+
+
+def differences(a: dict, b: dict) -> list[str]:
+    """The names whose values differ."""
+    return [name for name in sorted(a | b) if a.get(name) != b.get(name)]
+
+
+def judge(row: dict, seeds_before: int, found: bool) -> str:
+    """A verdict of the gate."""
+    if not found:
+        return "not judged: no such runs"
+    if seeds_before < 3:
+        return "not judged: the baseline has under three seeds"
+    if row["difference 95 %"] is None:
+        return "not judged: under three seeds"
+    return "worse" if row["difference 95 %"][1] < -1e-9 * abs(row["before"]) else "ok"  # less is rounding
 
 
 def published(experiment: Experiment) -> list[dict]:
@@ -599,8 +673,9 @@ def plot_curves(experiments: list[Experiment], seconds: bool, threshold: float |
 
 
 def plot_aggregate(rows: list[dict]) -> Figure:
-    labels = [textwrap.fill(row["script"], 36) for row in rows]
-    figure = Figure(figsize=(6.4, 1.0 + sum(0.3 + 0.16 * label.count("\n") for label in labels)), layout="constrained")
+    names = [", ".join(row["which"]) if len(row["which"]) <= 5 else f"{len(row['which'])} environments" for row in rows]
+    labels = [textwrap.fill(f"{row['script']}: {name}", 48) for row, name in zip(rows, names, strict=True)]
+    figure = Figure(figsize=(8, 1.0 + sum(0.3 + 0.16 * label.count("\n") for label in labels)), layout="constrained")
     axes = figure.add_subplot()
     for i, row in enumerate(rows):
         color = COLORS[i % len(COLORS)]
@@ -638,7 +713,7 @@ def plot_overview(experiments: list[Experiment]) -> Figure:
     return figure
 
 
-def plot_frontier(runs: list[Run]) -> Figure:
+def plot_frontier(experiments: list[Experiment]) -> Figure:
     """Preference learning: reward against divergence from the reference policy, one point a run, a line over beta.
 
     Where the runs know it, the best reward at each divergence stands above, from the reference's own on.
@@ -646,15 +721,16 @@ def plot_frontier(runs: list[Run]) -> Figure:
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.add_subplot()
     groups = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        point = [run.frontier.get(key, np.nan) for key in FRONTIER_KEYS]
-        groups[run.group][run.config["args"].get("beta")].append(point)
-    for color, (group, by_beta) in zip(COLORS * len(groups), groups.items(), strict=False):
+    for e in experiments:
+        for run in [run for run in e.done if run.frontier]:
+            point = [run.frontier.get(key, np.nan) for key in FRONTIER_KEYS]
+            groups[re.sub(r" beta=\S+", "", e.label)][run.config["args"].get("beta")].append(point)
+    for color, (label, by_beta) in zip(COLORS * len(groups), groups.items(), strict=False):
         means = sorted((*np.mean(points, axis=0), beta) for beta, points in by_beta.items())  # by divergence
         kls, rewards, best, references, betas = zip(*means, strict=True)
         if np.isfinite([*best, *references]).all():
             axes.plot([0, *kls], [np.mean(references), *best], color=color, linestyle=":", label="the optimum")
-        axes.plot(kls, rewards, color=color, label=group)
+        axes.plot(kls, rewards, color=color, label=label)
         axes.scatter(*np.concatenate(list(by_beta.values()))[:, :2].T, color=color, s=26, linewidth=0)
         for kl, reward, beta in zip(kls, rewards, betas, strict=True):
             axes.annotate(f"β = {beta}", (kl, reward), (6, -12), textcoords="offset points", fontsize=9, color=color)
@@ -667,7 +743,7 @@ def plot_frontier(runs: list[Run]) -> Figure:
 
 def draw(experiments: list[Experiment], headline: list[dict], output: Path, threshold: float | None) -> list[str]:
     """Writes the pictures; returns their names. Of an earlier report there in the same place none is left."""
-    frontier = [run for e in experiments for run in e.done if run.frontier]
+    frontier = [e for e in experiments if any(run.frontier for run in e.done)]
     timed = [e for e in experiments if all(np.isfinite(run.curve[:, 1]).all() for run in e.done)]
     plots = {
         "curves-steps.png": (plot_curves, experiments, False, threshold),
@@ -725,9 +801,9 @@ def main() -> None:
         sections[title] = [until(e, args.threshold, args.in_a_row) for e in experiments]
     if args.baseline:
         sections[f"Against {args.baseline}"] = gate(experiments, args.baseline)
-    red = [row for rows in sections.values() for row in rows if row.get("verdict", "ok") != "ok"]
-    if args.allow_missing:
-        red = [row for row in red if row["verdict"] == "worse"]
+    missed = "not judged: no such runs", "not judged: under three seeds"
+    verdicts = ("worse",) if args.allow_missing else ("worse", *missed)
+    red = [row for rows in sections.values() for row in rows if row.get("verdict") in verdicts]
 
     console = Console(soft_wrap=True, markup=False, highlight=False)
     for title, rows in sections.items():

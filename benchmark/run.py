@@ -67,8 +67,8 @@ class Args:
     num_seeds: int | None = None  # seeds of each environment; None: 3, or what the suite says, else 5
     start_seed: int = 1  # the first of them
     output: str | None = None  # folder of the ledger and the runs; None: runs/sweep, or runs/ and the suite's name
-    workers: int = 1  # runs at a time
-    threads: int | None = None  # CPU threads of a run; None: the cores shared among the workers
+    workers: int = 1  # runs at a time; with Ray as many as the cluster has room for
+    threads: int | None = None  # CPU threads of a run; None: the cores shared among the workers, 1 with Ray or Slurm
     retry: int = 0  # further attempts in this call at a run that failed
     timeout: float | None = None  # seconds after which an attempt is stopped
     grace: float = 60  # seconds for a checkpoint between being told to stop and being killed
@@ -204,6 +204,8 @@ def plan_suite(args: Args) -> list[Run]:
     try:
         for entry in tomllib.loads(path.read_text())["run"]:
             script, env_ids, seeds = ROOT / entry.pop("script"), entry.pop("env_ids", [""]), entry.pop("seeds", 5)
+            if not isinstance(env_ids, list):
+                refuse(f"{path}: env_ids = {env_ids!r} must be a list")
             flags = {"total_timesteps": entry.pop("total_timesteps")} | entry.pop("flags", {})
             flags = [to_flag(name, value) for name, value in flags.items()]
             if script.is_file():
@@ -225,17 +227,16 @@ def to_flag(name: str, value: object) -> str:
 def make_runs(
     args: Args, launch: list[str], flags: list[str], env_ids: list[str], num_seeds: int, result: str = RESULT
 ) -> list[Run]:
-    """The runs of one script with the same flags. Another text or another flag makes another folder."""
-    flags = [*flags, "--track"] if args.track else flags
+    """The runs of one script with the same flags. Another text or another flag, but --track, makes another folder."""
     script = Path(launch[-1]).stem
     script_hash = hashlib.sha256(Path(launch[-1]).read_bytes()).hexdigest()
-    runs = []
+    runs, track = [], ["--track"] * args.track
     for env_id in env_ids:
         digest = hashlib.sha256(repr([script_hash, flags, env_id, result]).encode()).hexdigest()[:8]
         env = re.sub(r"[^\w.-]", "-", env_id or "default")
         for seed in range(args.start_seed, args.start_seed + num_seeds):
             name, group = f"{env}__{script}__{seed}__{digest}", f"{env}__{script}__{digest}"
-            runs.append(Run(name, group, launch, flags, env_id, seed, result, script_hash))
+            runs.append(Run(name, group, launch, [*flags, *track], env_id, seed, result, script_hash))
     return runs
 
 
@@ -443,8 +444,11 @@ def slurm_pool(args: Args, folder: Path) -> Submit:
             if run.job and args.slurm_cluster == "slurm":
                 job = submitit.SlurmJob(folder, run.job)
                 jobs |= {} if job.done() else {run.name: job}
-        with executor.batch():
-            new = {run.name: executor.submit(execute, run, call) for run in runs if run.name not in jobs}
+        try:
+            with executor.batch():
+                new = {run.name: executor.submit(execute, run, call) for run in runs if run.name not in jobs}
+        except RuntimeError as error:  # in it is what sbatch said
+            refuse(f"--slurm: {error}")
         jobs |= new
         for run in runs:
             run.job = jobs[run.name].job_id
@@ -515,7 +519,8 @@ def probe(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledge
     trials = []
     for group, run in first.items():
         flags = [flag for flag in run.flags if flag != "--track"]
-        trials.append(replace(run, name=f"probe-{group}", flags=flags, status="pending", attempts=0, wall_s=0.0))
+        new = {"status": "pending", "attempts": 0, "wall_s": 0.0, "job": None}
+        trials.append(replace(run, name=f"probe-{group}", flags=flags, **new))
     if trials:
         print(f"probing {len(trials)} kinds of run for {args.probe_seconds:g} s each")
     drive(trials, replace(call, timeout=args.probe_seconds), submit, replace(args, retry=0), ledger)
@@ -611,7 +616,8 @@ def check(args: Args) -> None:
     if args.slurm and args.ray_address:
         refuse("give either --slurm or --ray-address")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    args.threads = args.threads or max(1, cores // args.workers)
+    elsewhere = args.slurm or args.ray_address  # other machines have other cores
+    args.threads = args.threads or (1 if elsewhere else max(1, cores // args.workers))
 
 
 def lock_output(output: Path) -> filelock.FileLock:
@@ -648,13 +654,13 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
     args = tyro.cli(Args, description=__doc__)
     check(args)
-    runs = plan(args)
+    runs = list({run.name: run for run in plan(args)}.values())  # what is asked for twice runs once
     output = Path(args.output or f"runs/{Path(args.suite).stem if args.suite else 'sweep'}").resolve()
     lock = None if args.dry_run else lock_output(output)
     ledger = Ledger(output / "ledger.json", asked=[run.name for run in runs])
     ledger.load()
     for i, run in enumerate(runs):
-        runs[i] = run = replace(ledger.runs.get(run.name, run), launch=run.launch)
+        runs[i] = run = replace(ledger.runs.get(run.name, run), launch=run.launch, flags=run.flags)
         ledger.runs[run.name] = run
         if is_running(output / run.name):
             run.status = "running"

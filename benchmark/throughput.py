@@ -40,6 +40,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -515,16 +517,22 @@ def time_script(work: Work, warm_up: int, steps: int) -> tuple[float, list[str]]
         time_command(command)
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
     learned = [(row["global_step"], row["time"]) for row in rows if "charts/SPS" in row]
-    first, started = (0, 0.0) if work.make_data else next(row for row in learned if row[0] >= warm_up)
-    last, ended = learned[-1]
+    timed = [(0, 0.0), *learned] if work.make_data else [row for row in learned if row[0] >= warm_up]
+    if len(timed) < 2:
+        refuse(f"--steps: {work.name} learns too seldom in {steps} steps to be timed; give more")
+    (first, started), (last, ended) = timed[0], timed[-1]
     # The data are made and gone: in the record, FOLDER is where they were
     return (last - first) / (ended - started), [flag.replace(folder, "FOLDER") for flag in flags]
 
 
 def in_new_process(function: Callable, *args: object) -> float:
     os.environ.update(ONE_CORE)
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:  # it was killed, as by a lack of memory
+            print(f"error: the process of {function.__name__} died", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def time_env(env_id: str, steps: int) -> float:
@@ -607,10 +615,11 @@ def measure_start(script: str, args: Args) -> dict:
             ours.append(time_command([sys.executable, str(ROOT / command[0]), *command[1:], run_dir]))
             limit.append(time_command([sys.executable, "-c", f"import {imports}"]))
     ours, limit = ours[1:], limit[1:]
+    words = [word.replace(folder, "FOLDER") for word in command]
     ratios = [a / b for a, b in zip(ours, limit, strict=True)]
     print(f"start/{script}: {statistics.median(ours):.1f} s, of which import {imports}: {statistics.median(limit):.1f}")
     return {
-        "name": f"start/{script}", "command": ["python", *command], "ours": ours, "imports": imports, "limit": limit,
+        "name": f"start/{script}", "command": ["python", *words], "ours": ours, "imports": imports, "limit": limit,
         "ratios": ratios, "ratio": statistics.median(ratios),
     }  # fmt: skip
 
@@ -742,7 +751,7 @@ def speeds(rows: list[dict]) -> list[str]:
         cells = [row["name"], f"{median(row['ours']):,.0f}", row["peer"], f"{median(row['theirs']):,.0f}", ratio]
         lines.append("| " + " | ".join([*cells, *limits]) + " |")
     settings = {" ".join(f"{k}={v}" for k, v in row["settings"].items()): row["name"] for row in rows}
-    lines += ["", *(f"Both sides of {name.split('/')[0]}: {text}." for text, name in settings.items()), ""]
+    lines += ["", *(f"Settings of {name.split('/')[0]} and its peer: {text}." for text, name in settings.items()), ""]
     return lines if rows else []
 
 
@@ -767,13 +776,14 @@ def main() -> None:
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         kept_rows(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"--output {args.output} can't be used: {error!r}")
     git = f"git -C '{ROOT}' describe --always --abbrev=40 --exclude='*' --dirty"
+    git_status, commit = subprocess.getstatusoutput(git)
     cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
     cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
     where = {
-        "commit": subprocess.getoutput(git),
+        "commit": commit if git_status == 0 else "unknown",
         "hardware": f"{os.cpu_count()} cores ({cpu}), {platform.system()}",
         "versions": " ".join(f"{n} {version(n)}" for n in ("torch", "gymnasium", "numpy", "stable-baselines3", "trl")),
     }
@@ -786,7 +796,9 @@ def main() -> None:
         kept = kept_rows(path)  # read now: another measurement may have added to it
         kept[kind][row["name"]] = row
         result = {key: list(rows.values()) for key, rows in kept.items()}
-        path.write_text(json.dumps(result, indent=1) + "\n")  # after each: an hour's measurements are not lost
+        # After each, and whole: an hour's measurements are not lost
+        path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".tmp").replace(path)
         path.with_suffix(".md").write_text(to_markdown(result))
     print(f"\n{to_markdown(result)}\nWritten to {args.output}: throughput.json, throughput.md")
 

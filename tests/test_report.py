@@ -40,6 +40,10 @@ def make_runs(root, finals, **settings):
     return root
 
 
+def experiments(path):
+    return report.sort_out(report.find_runs(str(path), ""), ())
+
+
 def evaluation(step, value, seconds=0.0):
     return {"global_step": step, "time": seconds, "eval/episodic_return": value}
 
@@ -192,7 +196,7 @@ def test_normalised_aggregate_by_hand(call, tmp_path):
     make_runs(tmp_path / "runs", (1e9,) * 3, env_id="Unknown-v0")
     _, result, _ = call(tmp_path / "runs")
     row = result["Environments with a reference, normalised"][0]
-    assert row["environments"] == 2
+    assert (row["environments"], row["which"]) == (2, ["CartPole-v1", "LunarLander-v3"])
     assert row["IQM"] == pytest.approx((0.5 + 0.5 + 1 + 1) / 4)
     assert "Unknown-v0" in (tmp_path / "out" / "report.md").read_text().split("Without a reference")[1]
 
@@ -329,6 +333,96 @@ def test_what_a_newer_script_has_repeated_is_left_out(call, tmp_path):
     assert "3 folders" in printed.err
 
 
+def launched(root, calls):
+    """A ledger after some calls of the launcher: each (seeds, env_id, script_hash, flags, status)."""
+    runs, asked = {}, []
+    for seeds, env_id, script_hash, flags, status in calls:
+        asked = []
+        for seed in seeds:
+            asked.append(name := f"{env_id}__ppo__{seed}__{abs(hash((script_hash, *flags)))}")
+            runs[name] = {"name": name, "launch": ["python", "algorithms/ppo.py"], "flags": flags, "env_id": env_id}
+            runs[name] |= {"seed": seed, "status": status, "script_hash": script_hash}
+            if status == "done":
+                args = {"gamma": 0.9} | report.read_flags(flags)
+                make_run(root / name, env_id=env_id, seed=seed, returns=(float(script_hash),), **args)
+    root.mkdir(exist_ok=True)
+    (root / "ledger.json").write_text(json.dumps({"asked": asked, "runs": runs, "probes": {}}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),  # expected: by label and environment, the seeds' returns and how many there should be
+    [
+        pytest.param(
+            [([1, 2], "CartPole-v1", "1", [], "done"), ([1], "Acrobot-v1", "1", [], "failed")],
+            {("ppo", "CartPole-v1"): ([1, 1], 2), ("ppo", "Acrobot-v1"): ([], 1)}, id="asked for, all failed",
+        ),
+        pytest.param(
+            [([1], "Typo-v1", "1", [], "failed"), ([1, 2], "CartPole-v1", "1", [], "done")],
+            {("ppo", "CartPole-v1"): ([1, 1], 2)}, id="a typo of an earlier call",
+        ),
+        pytest.param(
+            [([1, 2, 3], "CartPole-v1", "1", [], "pending"), ([1, 2], "CartPole-v1", "1", [], "done")],
+            {("ppo", "CartPole-v1"): ([1, 1], 2)}, id="fewer seeds than at first",
+        ),
+        pytest.param(
+            [([1, 2], "CartPole-v1", "1", [], "done"), ([3], "CartPole-v1", "1", [], "failed"),
+             ([1], "Acrobot-v1", "1", [], "done")],
+            {("ppo", "CartPole-v1"): ([1, 1], 3), ("ppo", "Acrobot-v1"): ([1], 1)}, id="an earlier call's failure",
+        ),
+        pytest.param(
+            [([1, 2, 3], "CartPole-v1", "1", [], "done"), ([1, 2], "CartPole-v1", "2", [], "done")],
+            {("ppo", "CartPole-v1"): ([2, 2], 2)}, id="fewer seeds of a newer script",
+        ),
+        pytest.param(
+            [([1], "CartPole-v1", "1", [], "done"), ([1], "CartPole-v1", "2", [], "done"),
+             ([1], "Acrobot-v1", "2", [], "done")],
+            {("ppo", "CartPole-v1"): ([2], 1), ("ppo", "Acrobot-v1"): ([2], 1)}, id="a newer script, not the last call",
+        ),
+        pytest.param(
+            [([1], "CartPole-v1", "1", ["--eval-frequency=10"], "done"),
+             ([1], "CartPole-v1", "1", ["--eval-frequency", "20"], "done")],
+            {("ppo", "CartPole-v1"): ([1], 1)}, id="other evaluations",
+        ),
+        pytest.param(
+            [([1, 2], "CartPole-v1", "1", ["--gamma=0.5"], "done"),
+             ([1, 2], "CartPole-v1", "1", ["--gamma=0.6"], "pending")],
+            {("ppo gamma=0.5", "CartPole-v1"): ([1, 1], 2), ("ppo gamma=0.6", "CartPole-v1"): ([], 2)},
+            id="another experiment that has not begun",
+        ),
+        pytest.param(
+            [([1], "CartPole-v1", "1", ["--gamma", "0.5"], "done"), ([1], "CartPole-v1", "1", [], "done"),
+             ([2], "CartPole-v1", "1", [], "failed")],
+            {("ppo gamma=0.5", "CartPole-v1"): ([1], 1), ("ppo gamma=0.9", "CartPole-v1"): ([1], 2)},
+            id="a run without a folder among its like",
+        ),
+    ],
+)  # fmt: skip
+def test_which_runs_of_a_ledger_count(call, tmp_path, calls, expected):
+    _, result, _ = call(launched(tmp_path / "runs", calls))
+    found = {(row["script"], row["environment"]): (row.get("returns", []), row["of"]) for row in result["Results"]}
+    assert found == expected
+
+
+def test_flags_as_arguments():
+    words = ["--gamma=0.9", "--seed", "3", "--no-anneal-lr", "--ent-coef", "-1e-2", "--optimizer", "adam", "--track"]
+    expected = {"gamma": 0.9, "seed": 3, "anneal_lr": False, "ent_coef": -0.01, "optimizer": "adam", "track": True}
+    assert report.read_flags(words) == expected
+    assert report.without(words, ("seed", "anneal_lr", "track")) == [words[0], *words[4:8]]
+
+
+def test_a_ledgers_own_folders_go_before_those_of_the_same_name_elsewhere(call, tmp_path, monkeypatch):
+    for name in "here", "there":
+        launched(tmp_path / name, [([1, 2, 3], "CartPole-v1", {"here": "1", "there": "2"}[name], [], "done")])
+        for i, run in enumerate(sorted((tmp_path / name).glob("Cart*")), 1):
+            run.rename(tmp_path / name / f"{i}")
+        text = json.loads((tmp_path / name / "ledger.json").read_text())
+        runs = {str(row["seed"]): row | {"name": str(row["seed"])} for row in text["runs"].values()}
+        (tmp_path / name / "ledger.json").write_text(json.dumps({"asked": list(runs), "runs": runs}))
+    monkeypatch.chdir(tmp_path / "here")
+    assert call(tmp_path / "there")[1]["Results"][0]["returns"] == [2, 2, 2]
+
+
 # ---- Comparison, thresholds, regression gate ----
 
 
@@ -391,8 +485,42 @@ def test_gate_does_not_pass_what_it_can_not_judge(call, tmp_path, baseline):
     assert code == 1
     assert {row["verdict"] for row in result[f"Against {baseline}"]} == {"not judged: under three seeds"}
     make_runs(tmp_path / "other", (200.0, 210.0, 190.0), env_id="Acrobot-v1")
-    assert call(tmp_path / "other", "--baseline", baseline)[0] == 1
+    code, result, _ = call(tmp_path / "other", "--baseline", baseline)
+    assert code == 1
+    assert {row["verdict"] for row in result[f"Against {baseline}"]} == {"not judged: no such runs"}
     assert call(tmp_path / "other", "--baseline", baseline, "--allow-missing")[0] == 0
+
+
+def test_gate_holds_an_experiment_against_its_like(call, tmp_path):
+    """Labels name what differs within a call, and so are others when fewer experiments are there."""
+    for name, gamma, final in ("a", 0.9, 100.0), ("b", 0.99, 300.0):
+        make_runs(tmp_path / "before" / name, (final, final + 1, final + 2), gamma=gamma)
+    path = tmp_path / "kept.json"
+    assert call(tmp_path / "before", "--save-baseline", path)[0] == 0
+    make_runs(tmp_path / "after", (300.0, 301.0, 302.0), gamma=0.99, new_flag=True)
+    code, result, _ = call(tmp_path / "after", "--baseline", path)
+    rows = [row for row in result[f"Against {path}"] if row["of"] == "return"]
+    assert code == 1
+    assert [(row["script"], row["verdict"], row["differs in"]) for row in rows] == [
+        ("ppo gamma=0.9", "not judged: no such runs", []), ("ppo gamma=0.99", "ok", ["new_flag"]),
+    ]  # fmt: skip
+    assert call(tmp_path / "after", "--baseline", path, "--allow-missing")[0] == 0
+
+
+def test_gate_takes_no_rounding_for_a_regression(call, tmp_path):
+    path, returns = tmp_path / "kept.json", (0.1 + 0.2, 0.1 + 0.2, 0.1 + 0.2)
+    assert call(make_runs(tmp_path / "before", returns), "--save-baseline", path)[0] == 0
+    assert call(make_runs(tmp_path / "after", (0.3, 0.3, 0.3)), "--baseline", path)[0] == 0
+    assert call(make_runs(tmp_path / "worse", (0.29999, 0.29999, 0.29999)), "--baseline", path)[0] == 1
+
+
+def test_a_baseline_of_one_seed_judges_nothing(call, tmp_path):
+    path = tmp_path / "kept.json"
+    assert call(make_runs(tmp_path / "before", (100.0,)), "--save-baseline", path)[0] == 0
+    code, result, _ = call(make_runs(tmp_path / "after", (1.0, 2.0, 3.0)), "--baseline", path)
+    assert code == 0
+    verdicts = {row["verdict"] for row in result[f"Against {path}"]}
+    assert verdicts == {"not judged: the baseline has under three seeds"}
 
 
 def test_baseline_says_where_it_comes_from(baseline):
@@ -483,11 +611,19 @@ def test_frontier(call, tmp_path):
     means = {row["script"]: round(row["mean"], 6) for row in result["Results"]}
     assert means == {"dpo beta=0.1": 1.9, "dpo beta=1.0": 1.0}
     assert colourful(tmp_path / "out" / "frontier.png")[0] > 0.003
-    runs = report.find_runs(str(tmp_path / "runs"), "")
-    axes = report.plot_frontier(runs).axes[0]
+    axes = report.plot_frontier(experiments(tmp_path / "runs")).axes[0]
     assert len(axes.lines) == 1
     assert np.allclose(np.array(axes.lines[0].get_data()).T, [[1, 1], [10, 1.9]])
     assert sorted(text.get_text() for text in axes.texts) == ["β = 0.1", "β = 1.0"]
+
+
+def test_a_line_of_the_frontier_is_one_experiment(tmp_path):
+    for loss_type in "ipo", "sigmoid":
+        for beta in 0.1, 1.0:
+            run = make_run(tmp_path / f"{loss_type}{beta}", "dpo", "", beta=beta, loss_type=loss_type)
+            write_rows(run, [{"global_step": 200, "time": 1.0, "eval/true_reward": 1.0, "eval/kl": 1 / beta}])
+    labels = [line.get_label() for line in report.plot_frontier(experiments(tmp_path)).axes[0].lines]
+    assert labels == ["dpo loss_type=ipo", "dpo loss_type=sigmoid"]
 
 
 def test_frontier_beside_the_optimum(call, tmp_path):
@@ -500,7 +636,7 @@ def test_frontier_beside_the_optimum(call, tmp_path):
     path = tmp_path / "dpo.json"
     assert call(tmp_path / "runs", "--save-baseline", path)[0] == 0
     for place in tmp_path / "runs", path:
-        best, reached = report.plot_frontier(report.find_runs(str(place), "")).axes[0].lines
+        best, reached = report.plot_frontier(experiments(place)).axes[0].lines
         assert np.allclose(np.array(best.get_data()).T, [[0, -3], [1, 4], [10, 4.9]]), place
         assert np.allclose(np.array(reached.get_data()).T, [[1, 1], [10, 1.9]]), place
 
@@ -508,8 +644,7 @@ def test_frontier_beside_the_optimum(call, tmp_path):
 def test_curves_show_the_mean_on_the_common_steps(tmp_path):
     make_run(tmp_path / "1", seed=1, returns=(0.0, 10.0, 20.0), total_timesteps=1)
     make_run(tmp_path / "2", seed=2, returns=(10.0, 30.0), total_timesteps=1)
-    experiments = report.sort_out(report.find_runs(str(tmp_path), ""), ())
-    line = report.plot_curves(experiments, False, None).axes[0].lines[0]
+    line = report.plot_curves(experiments(tmp_path), False, None).axes[0].lines[0]
     assert np.array(line.get_data()).T.tolist() == [[100, 5], [200, 20]]
 
 
@@ -592,14 +727,14 @@ def test_accuracies_and_rewards_share_no_panel(call, tmp_path):
     rows = {row["script"]: (row["environment"], round(row["mean"], 3)) for row in result["Results"]}
     assert rows == {"dpo": ("preferences, true reward", 0.85), "reward_model": ("preferences, accuracy", 0.85)}
     assert (tmp_path / "out" / "report.md").read_text().count("evaluation at the last step, held-out data;") == 2
-    panels = report.plot_curves(report.sort_out(report.find_runs(str(tmp_path / "runs"), ""), ()), False, None).axes
+    panels = report.plot_curves(experiments(tmp_path / "runs"), False, None).axes
     assert [axes.get_title() for axes in panels] == ["preferences, true reward", "preferences, accuracy"]
 
 
 def test_the_overview_tells_experiments_of_one_script_apart(tmp_path):
     for algorithm in "maddpg", "ddpg":
         make_run(tmp_path / "runs" / algorithm, script="maddpg", env_id="simple_spread_v3", algorithm=algorithm)
-    figure = report.plot_overview(report.sort_out(report.find_runs(str(tmp_path / "runs"), ""), ()))
+    figure = report.plot_overview(experiments(tmp_path / "runs"))
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert sorted(names) == [f"maddpg algorithm={name}  simple_spread_v3, 200" for name in ("ddpg", "maddpg")]
 
@@ -607,7 +742,7 @@ def test_the_overview_tells_experiments_of_one_script_apart(tmp_path):
 def test_no_two_curves_look_alike(tmp_path):
     for number in range(2 * len(report.COLORS)):
         make_run(tmp_path / "runs" / f"script{number:02}", script=f"script{number:02}")
-    figure = report.plot_curves(report.sort_out(report.find_runs(str(tmp_path / "runs"), ""), ()), False, None)
+    figure = report.plot_curves(experiments(tmp_path / "runs"), False, None)
     looks = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines]
     assert len(set(looks)) == len(looks) == 2 * len(report.COLORS)
     assert [(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()] == looks
@@ -643,7 +778,7 @@ def test_markdown_gives_published_results_with_source_and_protocol(call, tmp_pat
 @pytest.mark.parametrize("steps", [100_000, 1_000_000])
 def test_of_one_source_the_nearest_budget_is_shown(tmp_path, steps):
     make_run(tmp_path / "run", "sac", "HalfCheetah-v5", returns=(1.0,), steps=steps)
-    (experiment,) = report.sort_out(report.find_runs(str(tmp_path), ""), ())
+    (experiment,) = experiments(tmp_path)
     shown = [row for row in report.published(experiment) if row["source"].startswith("openai/spinningup")]
     assert {row["steps"] for row in shown} == {steps}
 
@@ -705,9 +840,11 @@ def test_unwritable_output(monkeypatch, tmp_path, capsys):
 
 def test_default_output_is_beside_the_runs(monkeypatch, tmp_path):
     make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "runs")])
-    for _ in range(2):  # the second time beside a report
+    flags = "--save-baseline", str(tmp_path / "kept" / "ppo.json")
+    for words in (tmp_path / "runs", *flags), (tmp_path / "runs",), flags[1:]:  # the second time beside a report
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
         with pytest.raises(SystemExit) as exit:
             report.main()
         assert exit.value.code == 0
-    assert (tmp_path / "runs" / "report" / "report.md").exists()
+    for name in "runs", "kept":
+        assert (tmp_path / name / "report" / "report.md").exists()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tyro
 from conftest import start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -448,6 +449,7 @@ def test_the_table_in_a_terminal(output):
 MISTAKES = {
     "--suite nothing": "no suite 'nothing', but atari, classic, frontier, mujoco, multiagent, preference, smoke",
     "--suite broken.toml": "is not a suite",
+    "--suite letters.toml": "env_ids = 'A-v1' must be a list",
     "--suite typo.toml": "unexpected keyword argument 'seed'",
     "--suite smoke --env-ids A": "a suite names its own environments",
     "--suite smoke --command x": "give either --command",
@@ -482,6 +484,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypat
     shutil.copy(FAKE, "fake_script.py")
     Path("broken.toml").write_text("[[run]\n")
     Path("typo.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nseed = 3\n')
+    Path("letters.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nenv_ids = "A-v1"\n')
     Path("damaged").mkdir()
     Path("damaged/ledger.json").write_text('{"runs": ')
     argv = words.replace("OK", "--command 'python fake_script.py' --env-ids fine-0 --probe-seconds 0")
@@ -497,6 +500,43 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypat
     assert complaint.startswith("error: ")
     assert complaint.count("\n") == 1
     assert MISTAKES[words] in complaint
+
+
+def test_what_is_asked_for_twice_runs_once(output):
+    text = run(output, "--env-ids", "fine-0", "fine-0", "--num-seeds", "1", "--workers", "2")
+    assert "1 of 1 runs are done" in text
+    assert [calls(output / name) for name in ledger(output)] == [["begin", "end"]]
+
+
+def test_logging_elsewhere_is_no_other_run(output):
+    """What is done is not trained again for --track; what begins anew is tracked."""
+    words = ("--env-ids", "fine-0", "--num-seeds", "1")
+    run(output, *words)
+    assert "1 of them done" in run(output, *words, "--track")
+    shutil.rmtree(output / next(iter(ledger(output))))
+    assert "--track" in run(output, *words, "--track", "--dry-run")
+
+
+def test_sbatch_that_refuses(output):
+    tools = output.with_name("tools")
+    tools.mkdir()
+    for name, script in ("srun", ""), ("sbatch", "echo sbatch: error: invalid partition >&2; exit 1"):
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    text = run(output, "--env-ids", "fine-0", "--slurm", code=2, env=environment)
+    assert text.splitlines()[-1].startswith("error: --slurm: ")
+    assert "invalid partition" in text.splitlines()[-1]
+    assert "Traceback" not in text
+
+
+def test_threads_of_a_run(launcher_module, monkeypatch):
+    """Here they share the cores; other machines have other cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
+    for flags, threads in {"": 8, "--workers 3": 2, "--workers 9": 1, "--slurm": 1, "--ray-address auto": 1}.items():
+        args = tyro.cli(launcher_module.Args, args=flags.split())
+        launcher_module.check(args)
+        assert args.threads == threads, flags
 
 
 def test_slurm_through_submitit(output):

@@ -1,6 +1,7 @@
 """throughput.py: both sides do the same work, the clock runs over the right rows, and a tiny run end to end."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -228,6 +229,31 @@ def test_a_script_that_fails_fails_the_measurement(monkeypatch, tmp_path, capsys
         throughput.time_script(work_of(), 10, 10)
     assert exit.value.code == 1
     assert "it broke" in capsys.readouterr().err
+
+
+def test_a_measurement_whose_process_dies_fails(capsys):
+    for end, code in (os._exit, 1), (sys.exit, 2):
+        with pytest.raises(SystemExit) as exit:
+            throughput.in_new_process(end, 2)
+        assert exit.value.code == code
+    assert capsys.readouterr().err == "error: the process of _exit died\n"  # the other says itself what it lacks
+
+
+def test_too_few_steps_get_one_line(monkeypatch, tmp_path, capsys):
+    row = "dict(global_step=400, time=4.0, **{'charts/SPS': 1.0})"  # the clock has a start, but no end
+    fake_script(tmp_path, f"print(json.dumps({row}), file=open(d + '/metrics.jsonl', 'w'))")
+    monkeypatch.setattr(throughput, "ROOT", tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        throughput.time_script(work_of(), 150, 250)
+    assert exit.value.code == 2
+    assert "learns too seldom in 250 steps" in capsys.readouterr().err
+
+
+def test_a_start_of_made_data_names_no_folder_of_this_machine(monkeypatch):
+    monkeypatch.setattr(throughput, "time_command", lambda command: 1.0)
+    monkeypatch.setattr(throughput, "make_pairs", lambda folder, pairs: {"dataset": f"{folder}/pairs.jsonl"})
+    row = throughput.measure_start("dpo", throughput.Args(repeats=1))
+    assert row["command"][-1] == "--dataset=FOLDER/pairs.jsonl"
 
 
 def test_repeats_alternate_and_their_median_counts(monkeypatch):
