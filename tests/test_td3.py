@@ -425,6 +425,12 @@ def test_learning_steps_keep_their_ratio_to_environment_steps(script, num_envs, 
         assert count == int(utd * (adds * num_envs - starts)), "none is late"
 
 
+def test_a_tenth_of_the_run_is_random_but_not_more_than_10_000_steps():
+    steps = {10: 1, 25_000: 2_500, 100_000: 10_000, 1_000_000: 10_000}
+    assert {total: td3.Args(total_timesteps=total).learning_starts for total in steps} == steps
+    assert td3.Args(learning_starts=0).learning_starts == 0
+
+
 @both
 @pytest.mark.parametrize("num_envs", [1, 2, 3])
 def test_each_episode_is_logged_once_at_its_step(script, num_envs, recorded, tmp_path):
