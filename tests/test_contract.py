@@ -23,6 +23,8 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+import tyro
 from conftest import ROOT, SCRIPTS, call, rows, start, timeless
 from facts import FACTS
 from safetensors.numpy import load_file as load_safetensors
@@ -32,6 +34,7 @@ each_script = pytest.mark.parametrize("script", [path.stem for path in SCRIPTS])
 KINDS = [path.stem for path in SCRIPTS if path.stem in ("ppo", "q_learning", "dpo")]
 each_kind = pytest.mark.parametrize("script", KINDS)
 ACTING = [path.stem for path in SCRIPTS if FACTS[path.stem].acts]  # in an environment: it has episodes and films
+IN_TORCH = [path.stem for path in SCRIPTS if path.stem != "q_learning"]
 IN_GYMNASIUM = [path.stem for path in SCRIPTS if FACTS[path.stem].env_class]
 
 
@@ -163,6 +166,61 @@ def test_same_seed_same_bits_in_another_process_and_another_seed_another_run(scr
     assert same(weights(script, a), weights(script, b))
     assert timeless(a) != timeless(c)
     assert not same(weights(script, a), weights(script, c))
+
+
+@pytest.mark.parametrize("script", ACTING)
+def test_no_two_parts_of_a_run_play_the_same_episodes(script, cli, monkeypatch):
+    """After each checkpoint the environments begin anew, with seeds that follow from the step."""
+    module, quarter, steps = importlib.import_module(f"algorithms.{script}"), FACTS[script].quarter, []
+    make_envs = module.make_envs
+    monkeypatch.setattr(module, "make_envs", lambda args, step: (steps.append(step), make_envs(args, step))[1])
+    short = ["--total-timesteps", quarter, "--checkpoint-frequency", quarter // 4]
+    assert cli(script, *tiny(script), *short)[0] == 0
+    assert len(set(steps)) == len(steps) > 1
+
+
+ON_DATA = ["--model-name", "a-model", "--dataset", "pairs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "name"),
+    [(script, [], "make_agent") for script in IN_TORCH if script in ACTING]
+    + [(script, ON_DATA, "load") for script in IN_TORCH if script not in ACTING]
+    + [(script, [], "word_tokenizer") for script in IN_TORCH if script not in ACTING],
+)
+def test_first_weights_are_drawn_with_the_seed(script, flags, name, cli, monkeypatch):
+    """Also those of the reviews' reference, which is made right after its tokenizer."""
+    seeds = []
+
+    def make(*_):
+        seeds.append(torch.initial_seed())
+        raise SystemExit
+
+    monkeypatch.setattr(f"algorithms.{script}.{name}", make)
+    for seed in 1, 2:
+        cli(script, *tiny(script), *flags, "--seed", seed)
+    assert seeds == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "small"),
+    [(script, [], True) for script in IN_TORCH]
+    + [(script, ["--env-id", "ALE/Pong-v5"], False) for script in ("ppo", "dqn")]
+    + [(script, ON_DATA, False) for script in IN_TORCH if script not in ACTING],
+)
+def test_only_small_networks_are_kept_from_a_gpu(script, flags, small, monkeypatch, tmp_path):
+    module, told = importlib.import_module(f"algorithms.{script}"), []
+
+    def choose(name, small):
+        told.append(small)
+        raise SystemExit
+
+    monkeypatch.setattr(module, "choose_device", choose)
+    args = tyro.cli(module.Args, args=[*tiny(script), *flags, "--run-dir", str(tmp_path / "run")])
+    for function in module.train, module.evaluate_saved:
+        with pytest.raises(SystemExit):
+            function(args)
+    assert told == [small, small]
 
 
 @each_script
