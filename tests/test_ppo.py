@@ -2,6 +2,7 @@
 
 import copy
 import random
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -233,18 +234,22 @@ def test_what_reaches_the_loss_is_what_happened(recorded, num_envs):
     np.testing.assert_allclose(advantages, targets - seen)
 
 
-def test_rows_of_several_environments_are_not_mixed_up(recorded, monkeypatch, tmp_path):
+@pytest.fixture
+def staggered(monkeypatch):
     """Environment k starts in its episode 10 k: all observations, lengths and ends differ between environments."""
     made, make_env = [], ppo.make_env
 
-    def staggered(*args, **kwargs):
+    def make(*args, **kwargs):
         env = make_env(*args, **kwargs)
         env.unwrapped.episode = 10 * (len(made) - 1) - 1  # the first one made is not stepped
         made.append(env)
         return env
 
-    monkeypatch.setattr(ppo, "make_env", staggered)
+    monkeypatch.setattr(ppo, "make_env", make)
     monkeypatch.setattr(ppo, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
+
+
+def test_rows_of_several_environments_are_not_mixed_up(recorded, staggered, tmp_path):
     ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=36, num_envs=3, gamma=0.5, gae_lambda=0, norm_reward=False,
                        run_dir=str(tmp_path / "run"), **TINY | {"num_steps": 12, "num_minibatches": 1}))  # fmt: skip
     expected, ended = np.zeros((12, 3, 2)), []
@@ -266,6 +271,14 @@ def test_rows_of_several_environments_are_not_mixed_up(recorded, monkeypatch, tm
     assert got == [(step, total, length) for step, _, total, length in sorted(ended)]
 
 
+def test_each_action_is_chosen_for_its_own_observation(recorded, staggered, monkeypatch):
+    """By a policy that says whether the observation is odd."""
+    monkeypatch.setattr(ppo.ActorCritic, "sample", lambda agent, obs: (obs % 2).long())
+    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=32, num_envs=2, **TINY))
+    observations, actions, *_ = recorded["update"][0]
+    assert torch.equal(actions, (observations % 2).long())
+
+
 def test_steps_a_second_are_the_steps_of_a_batch_over_its_time(tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(ppo.time, "perf_counter", lambda: next(clock))
@@ -281,6 +294,13 @@ def test_rewards_are_scaled_by_the_deviation_of_sums_that_restart_with_each_epis
     plain = [[1, 2, 3, 1, 2, 1, 2, 3], [4, 1, 2, 3, 1, 2, 1, 2]]
     for batch, n in zip(recorded["gae"], (1, 2), strict=True):
         np.testing.assert_allclose(batch[0][:, 0], plain[n - 1] / np.std(np.concatenate(sums[:n])), rtol=1e-5)
+
+
+def test_sums_restart_in_the_environment_whose_episode_ends_and_in_no_other(recorded, staggered):
+    ppo.train(ppo.Args(env_id="Counter-v0", total_timesteps=16, num_envs=2, gamma=0.5, **TINY | {"num_steps": 8}))
+    sums = [[1, 2.5, 4.25, 1, 2.5, 1, 2.5, 4.25], [1, 2.5, 1, 2.5, 4.25, 6.125, 1, 2.5]]
+    plain = [[1, 2, 3, 1, 2, 1, 2, 3], [1, 2, 1, 2, 3, 4, 1, 2]]
+    np.testing.assert_allclose(recorded["gae"][0][0].T, plain / np.std(sums), rtol=1e-5)
 
 
 def loss_of(log_prob, old_log_prob, advantages, entropy=None, values=None, returns=None, clip=0.2, vf=0.0, ent=0.0):
@@ -339,6 +359,19 @@ def test_categorical_policy_against_torch_distributions():
         torch.testing.assert_close(frequencies, part.probs[0], atol=0.015, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("space", "num_actions"),
+    [(gym.spaces.Discrete(3, start=5), 3), (gym.spaces.MultiDiscrete([[2, 3]], start=[[1, -4]]), 6)],
+)
+def test_actions_are_counted_from_the_environments_own_start(space, num_actions):
+    torch.manual_seed(0)
+    env = types.SimpleNamespace(observation_space=gym.spaces.Box(-1, 1, (4,)), action_space=space)
+    agent = ppo.make_agent(ppo.Args(), env)
+    actions = agent.policy.to_env(agent.sample(torch.randn(200, 4)))
+    assert all(space.contains(action) for action in actions)
+    assert len(np.unique(actions, axis=0)) == num_actions
+
+
 def test_gaussian_policy_against_torch_distributions():
     torch.manual_seed(0)
     policy, mean = ppo.GaussianPolicy(np.full(3, -1.0), np.full(3, 1.0)), torch.randn(7, 3)
@@ -359,6 +392,9 @@ def test_box_bounds_are_mapped_to_plus_minus_one_and_respected():
     policy = ppo.GaussianPolicy(low, high)
     for value, expected in (0, (1, 5, -2.5, 0)), (1, (3, 10, 0, 1)), (-1, (-1, 0, -5, -1)), (9, (3, 10, 0, 9)):
         np.testing.assert_allclose(policy.to_env(torch.full((1, 4), float(value)))[0], expected)
+    half = ppo.GaussianPolicy(np.array([0.0, -np.inf]), np.array([np.inf, 2.0]))  # not mapped, but respected
+    for value, expected in (0.5, (0.5, 0.5)), (9, (9, 2)), (-9, (0, -9)):
+        np.testing.assert_allclose(half.to_env(torch.full((1, 2), float(value)))[0], expected)
     # the density of the unclipped sample integrates to one
     grid = torch.linspace(-8, 8, 2001).unsqueeze(-1)
     one = ppo.GaussianPolicy(low[:1], high[:1])
@@ -464,14 +500,27 @@ def test_every_transition_once_an_epoch_and_a_rest_smaller_than_a_minibatch(monk
     assert advantages[2].item() == 0, "a single advantage is its mean"
 
 
-def test_target_kl_ends_the_epochs(monkeypatch):
-    calls, ppo_loss = [], ppo.ppo_loss
-    monkeypatch.setattr(ppo, "ppo_loss", lambda *args: (calls.append(1), ppo_loss(*args))[1])
-    for target_kl, expected in (None, 2 * 10), (1e-9, 2), (1e9, 2 * 10):
-        calls.clear()
+def test_target_kl_ends_the_epochs_after_one_whose_last_minibatch_exceeds_it(monkeypatch):
+    kls, ppo_loss = [], ppo.ppo_loss
+
+    def spy(*args):
+        loss, parts = ppo_loss(*args)
+        kls.append(parts["losses/approx_kl"].item())
+        return loss, parts
+
+    def kls_with(target_kl):
+        kls.clear()
         ppo.train(ppo.Args(env_id="CartPole-v1", total_timesteps=32, num_envs=2, learning_rate=0.01,
                            target_kl=target_kl, **TINY | {"update_epochs": 10}))  # fmt: skip
-        assert len(calls) == expected
+        return list(kls)
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    whole = kls_with(None)
+    assert len(whole) == 2 * 10
+    last = whole[1]  # of the first epoch
+    assert len(kls_with(0.99 * last)) == 2
+    assert len(kls_with(1.01 * last)) > 2
+    assert kls_with(1e9) == whole
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3])
@@ -561,7 +610,7 @@ def test_acting_and_evaluating_see_what_learning_sees():
     torch.testing.assert_close(agent.sample(obs), means, atol=1e-5, rtol=1e-4)
 
 
-def test_networks_start_orthogonal_and_images_are_scaled():
+def test_networks_start_orthogonal():
     torch.manual_seed(0)
     agent = ppo.ActorCritic((5,), ppo.CategoricalPolicy([4], np.zeros(())), norm_obs=False)
     hidden = [(weight, 2**0.5) for name in ("weight1", "weight2") for weight in getattr(agent.hidden, name)]
@@ -574,8 +623,17 @@ def test_networks_start_orthogonal_and_images_are_scaled():
     of_actor, of_critic = agent.hidden(obs)
     torch.testing.assert_close(agent(obs)[0], agent.actor(of_actor))
     torch.testing.assert_close(agent(obs)[1], agent.critic(of_critic)[:, 0])
-    images, cnn = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8), ppo.NatureCNN()
-    torch.testing.assert_close(cnn(images), torch.nn.Sequential(*cnn)(images.float() / 255))
+
+
+def test_nature_cnn_layer_by_layer():
+    """dqn.py has the same text."""
+    torch.manual_seed(0)
+    cnn, images = ppo.NatureCNN(), torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
+    *convolutions, linear = (layer for layer in cnn if hasattr(layer, "weight"))
+    hidden = images / 255
+    for layer, stride in zip(convolutions, (4, 2, 1), strict=True):
+        hidden = torch.nn.functional.conv2d(hidden, layer.weight, layer.bias, stride).clamp(min=0)
+    torch.testing.assert_close(cnn(images), (hidden.flatten(1) @ linear.weight.T + linear.bias).clamp(min=0))
 
 
 def test_normalised_observations_are_clamped():

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -371,6 +372,22 @@ def test_a_batch_is_all_episodes_that_each_environment_begins_in_its_first_steps
     assert len({int(action) for episode in played.values() for action in episode.actions}) == 2
 
 
+def test_each_action_is_chosen_for_its_own_observation(monkeypatch):
+    """By a policy that says whether the observation is odd."""
+    episodes = []
+
+    def parity(agent, obs):
+        return types.SimpleNamespace(sample=lambda: obs[:, 0].long() % 2)
+
+    monkeypatch.setattr(reinforce.PolicyAndValue, "policy", parity)
+    monkeypatch.setattr(reinforce, "update", lambda *args: episodes.extend(args[3]) or {})
+    monkeypatch.setattr(reinforce, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
+    reinforce.train(reinforce.Args(env_id="ReinforceSteps-v0", total_timesteps=24, num_envs=2, **TINY))
+    assert episodes
+    for episode in episodes:
+        assert [int(action) for action in episode.actions] == [obs[0] % 2 for obs in episode.observations[:-1]]
+
+
 @pytest.mark.parametrize("num_envs", [1, 2, 3])
 def test_steps_are_transitions_and_each_episode_is_logged_once(num_envs, batches, tmp_path):
     MADE.clear()
@@ -444,6 +461,10 @@ def test_box_bounds_are_mapped_to_plus_minus_one_and_respected():
     agent = reinforce.PolicyAndValue(3, gym.spaces.Box(low, high, dtype=np.float64))
     for value, expected in (0, (1, 5, -2.5, 0)), (1, (3, 10, 0, 1)), (-1, (-1, 0, -5, -1)), (9, (3, 10, 0, 9)):
         np.testing.assert_allclose(agent.to_env(torch.full((1, 4), float(value)))[0], expected)
+    half = gym.spaces.Box(np.array([0.0, -np.inf]), np.array([np.inf, 2.0]), dtype=np.float64)
+    for value, expected in (0.5, (0.5, 0.5)), (9, (9, 2)), (-9, (0, -9)):  # not mapped, but respected
+        actions = reinforce.PolicyAndValue(3, half).to_env(torch.full((1, 2), float(value)))
+        np.testing.assert_allclose(actions[0], expected)
     agent.actor.log_std.data = torch.tensor([-1.0, 0.0, 0.5, 1.0])
     obs = torch.randn(7, 3)
     policy = agent.policy(obs)
