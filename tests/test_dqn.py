@@ -247,12 +247,13 @@ def every_transition(monkeypatch):
 
 
 @pytest.mark.parametrize("obs_shape", [(3,), (4, 5, 6)])
-@pytest.mark.parametrize(("num_envs", "capacity"), [(1, 30), (3, 60), (4, 62)])
+@pytest.mark.parametrize(("num_envs", "capacity"), [(1, 1), (1, 2), (2, 2), (1, 30), (3, 60), (4, 62)])
 @pytest.mark.parametrize("mean_length", [1, 5, 10**9])
 @pytest.mark.parametrize("restart_every", [None, 7])
 def test_buffer_equals_a_list(obs_shape, num_envs, capacity, mean_length, restart_every, every_transition):
     for num_rows in 1, 5, capacity // num_envs, capacity // num_envs + 1, 3 * capacity + 1:
         buffer = dqn.ReplayBuffer(capacity, num_envs, obs_shape)
+        assert len(buffer.frames) >= num_envs * (buffer.stack + 2), "fewer than a row may need, and add never ends"
         history = play(buffer, num_envs, obs_shape, num_rows, mean_length, restart_every=restart_every)
         batch = every_transition(buffer)
         kept = len(batch[0])
@@ -334,6 +335,17 @@ def test_a_buffer_that_memory_cannot_hold_is_refused_before_it_is_made(monkeypat
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("obs_shape", [(3,), (4, 5, 6)])
+def test_a_buffer_may_take_nine_tenths_of_the_memory(obs_shape, monkeypatch):
+    buffer = dqn.ReplayBuffer(60, 3, obs_shape)
+    memory = math.ceil(sum(getattr(buffer, name).nbytes for name in buffer.ARRAYS) / 0.9)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+    dqn.ReplayBuffer(60, 3, obs_shape)
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": memory - 1, "SC_PAGE_SIZE": 1}.get)
+    with pytest.raises(SystemExit):
+        dqn.ReplayBuffer(60, 3, obs_shape)
+
+
 # Targets, loss, update
 
 
@@ -381,8 +393,7 @@ def random_batch(num=32, dim=4):
 
 
 def two_networks(args):
-    q_network, target_network = (dqn.make_agent(args, dqn.make_env("CartPole-v1")) for _ in range(2))
-    return q_network, target_network.requires_grad_(False)
+    return [dqn.make_agent(args, dqn.make_env("CartPole-v1")) for _ in range(2)]
 
 
 @pytest.mark.parametrize("double_q", [True, False])
@@ -391,9 +402,10 @@ def test_update_is_a_gradient_step_on_the_loss(double_q, dueling, max_grad_norm)
     torch.manual_seed(0)
     args = dqn.Args(double_q=double_q, dueling=dueling, gamma=0.9, max_grad_norm=max_grad_norm)
     q_network, target_network = two_networks(args)
+    optimizer = torch.optim.SGD(q_network.parameters(), 0.1)
+    dqn.update(q_network, target_network, optimizer, random_batch(), args)  # its gradient must not come in again
     mirror, target_before = copy.deepcopy(q_network), copy.deepcopy(target_network.state_dict())
     batch = obs, actions, rewards, terminated, next_obs = random_batch()
-    optimizer = torch.optim.SGD(q_network.parameters(), 0.1)
     metrics = dqn.update(q_network, target_network, optimizer, batch, args)
 
     expected, disagreements, mean_value = 0.0, 0, 0.0
@@ -415,6 +427,7 @@ def test_update_is_a_gradient_step_on_the_loss(double_q, dueling, max_grad_norm)
     for ours, theirs, slope in zip(q_network.parameters(), mirror.parameters(), gradient, strict=True):
         torch.testing.assert_close(ours, theirs - 0.1 * scale * slope, atol=1e-6, rtol=1e-5)
     assert all(torch.equal(value, target_before[name]) for name, value in target_network.state_dict().items())
+    assert all(parameter.grad is None for parameter in target_network.parameters())
 
 
 def test_update_equals_that_of_stable_baselines3(monkeypatch):
@@ -564,8 +577,15 @@ def test_ez_greedy_holds_random_actions():
     assert np.mean(dqn.explore(network, obs, 1.0, held, args) == 2) < 0.3
 
 
-def test_ez_greedy_lets_go_at_the_end_of_an_episode(monkeypatch, no_evaluation):
-    seen, explore = [], dqn.explore
+def test_ez_greedy_lets_go_at_the_end_of_an_episode_in_its_environment_alone(monkeypatch, no_evaluation):
+    """The second environment begins with its episode 1."""
+    MADE.clear()
+    seen, explore, make_env = [], dqn.explore, dqn.make_env
+
+    def staggered(*args, **kwargs):
+        env = make_env(*args, **kwargs)
+        env.unwrapped.episode = len(MADE) - 3  # the first one made is not stepped
+        return env
 
     def spy(network, obs, epsilon, held, args):
         seen.append(held.copy())
@@ -574,9 +594,11 @@ def test_ez_greedy_lets_go_at_the_end_of_an_episode(monkeypatch, no_evaluation):
         return actions
 
     monkeypatch.setattr(dqn, "explore", spy)
+    monkeypatch.setattr(dqn, "make_env", staggered)
     flags = {"exploration": "ez-greedy", "total_timesteps": 40, "checkpoint_frequency": 40}
-    dqn.train(dqn.Args(env_id="DqnForever-v0", num_envs=2, **flags, **TINY))
-    assert [step for step, held in enumerate(seen) if not held[1].any()] == [0, 5, 10, 15]
+    dqn.train(dqn.Args(env_id="DqnCounter-v0", num_envs=2, **flags, **TINY))
+    let_go = [[step for step, held in enumerate(seen) if held[1, i] == 0] for i in range(2)]
+    assert let_go == [[0, 3, 5, 9, 12, 14, 18], [0, 2, 6, 9, 11, 15, 18]]
 
 
 def test_the_environment_gets_the_actions_that_are_learned_from_counted_from_its_own_start(updates, no_evaluation):
@@ -587,6 +609,14 @@ def test_the_environment_gets_the_actions_that_are_learned_from_counted_from_its
         _, actions, rewards, terminated, _ = update["batch"]
         assert torch.equal(actions, rewards.long())
         assert terminated.all()
+
+
+def test_actions_are_those_of_the_network_that_learns_and_not_of_its_target(monkeypatch, no_evaluation):
+    acting, learning, explore, update = [], [], dqn.explore, dqn.update
+    monkeypatch.setattr(dqn, "explore", lambda *args: (acting.append(args[0]), explore(*args))[1])
+    monkeypatch.setattr(dqn, "update", lambda *args: (learning.append(args[0]), update(*args))[1])
+    dqn.train(dqn.Args(env_id="DqnCounter-v0", total_timesteps=10, num_envs=2, **TINY))
+    assert len(set(acting + learning)) == 1
 
 
 def test_linear_schedule_at_both_ends():
