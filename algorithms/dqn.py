@@ -219,7 +219,7 @@ class ReplayBuffer:
         self.obs_shape, self.stack = obs_shape, obs_shape[0] if images else 1
         frame_shape, dtype = (obs_shape[1:], np.uint8) if images else (obs_shape, np.float32)
         max_rows = buffer_size // num_envs
-        max_frames = math.ceil(1.02 * buffer_size) + 2 * num_envs * self.stack  # at least enough for the newest row
+        max_frames = math.ceil(1.02 * buffer_size) + 2 * num_envs * (self.stack + 1)  # enough for the newest row
         frame_bytes = math.prod(frame_shape) * np.dtype(dtype).itemsize
         needed = max_frames * frame_bytes + buffer_size * (8 * (self.stack + 1) + 8 + 4 + 1)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

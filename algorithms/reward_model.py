@@ -631,6 +631,7 @@ def train(args: Args) -> None:
     run = Run(args, "reviews" if reviews else Path(args.dataset).stem) if RANK == 0 else None
     if reviews:
         make_reviews(run.dir, args)
+        torch.manual_seed(args.seed)  # for LoRA: a run that begins anew finds the reviews made, and draws nothing there
         loaded = load(run.dir / "reference", run.dir / "pairs.jsonl", args)
     model, tokenizer, pairs = loaded
     rows, eval_rows = split(pairs, args)

@@ -494,12 +494,26 @@ def test_resuming_a_finished_run_adds_nothing(script, cli, finished):
 @each_script
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(script, cli, finished):
     whole, cut = finished(script, "whole"), finished(script, "cut")
-    (cut / FACTS[script].checkpoint).unlink()
-    (cut / FACTS[script].model).unlink()
-    with (cut / "metrics.jsonl").open("a") as file:
-        file.write('{"global_step": 99')  # half a row
+    cut_before_its_first_checkpoint(script, cut)
     assert cli(script, "--run-dir", cut, "--resume")[0] == 0
     assert timeless(cut) == timeless(whole)
+
+
+@pytest.mark.parametrize("script", ["dpo", "reward_model"])
+def test_such_a_run_draws_the_same_lora(script, cli, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli(script, *tiny(script), "--lora-rank", 2, "--run-dir", whole)[0] == 0
+    shutil.copytree(whole, cut)
+    cut_before_its_first_checkpoint(script, cut)
+    assert cli(script, "--run-dir", cut, "--resume")[0] == 0
+    assert timeless(cut) == timeless(whole)
+
+
+def cut_before_its_first_checkpoint(script, run_dir):
+    (run_dir / FACTS[script].checkpoint).unlink()
+    (run_dir / FACTS[script].model).unlink(missing_ok=True)  # with LoRA it has another name
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"global_step": 99')  # half a row
 
 
 ELSEWHERE = {"device", "track", "wandb_project_name", "run_dir", "resume", "evaluate"}  # tested by themselves

@@ -247,13 +247,13 @@ def every_transition(monkeypatch):
 
 
 @pytest.mark.parametrize("obs_shape", [(3,), (4, 5, 6)])
-@pytest.mark.parametrize(("num_envs", "capacity"), [(1, 1), (1, 2), (2, 2), (1, 30), (3, 60), (4, 62)])
+@pytest.mark.parametrize(("num_envs", "capacity"), [(1, 1), (1, 2), (2, 2), (3, 3), (8, 8), (1, 30), (3, 60), (4, 62)])
 @pytest.mark.parametrize("mean_length", [1, 5, 10**9])
 @pytest.mark.parametrize("restart_every", [None, 7])
 def test_buffer_equals_a_list(obs_shape, num_envs, capacity, mean_length, restart_every, every_transition):
     for num_rows in 1, 5, capacity // num_envs, capacity // num_envs + 1, 3 * capacity + 1:
         buffer = dqn.ReplayBuffer(capacity, num_envs, obs_shape)
-        assert len(buffer.frames) >= num_envs * (buffer.stack + 2), "fewer than a row may need, and add never ends"
+        assert len(buffer.frames) >= 2 * num_envs * (buffer.stack + 1), "else a row may not fit, and add never ends"
         history = play(buffer, num_envs, obs_shape, num_rows, mean_length, restart_every=restart_every)
         batch = every_transition(buffer)
         kept = len(batch[0])
