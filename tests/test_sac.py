@@ -61,6 +61,7 @@ def test_samples_have_the_means_and_deviations_of_the_network_and_acting_has_non
     u = actions.double().clamp(-1 + 1e-7, 1 - 1e-7).atanh()
     torch.testing.assert_close(u.mean(0).float(), mean[0].detach(), atol=0.03, rtol=0)
     torch.testing.assert_close(u.std(0).float(), log_std.exp()[0].detach(), atol=0.03, rtol=0)
+    np.testing.assert_allclose(np.corrcoef(u.T), np.eye(3), atol=0.03)  # no two components share their noise
     assert log_prob.shape == (50_000,)
     expected = (LOW + HIGH) / 2 + (HIGH - LOW) / 2 * mean.tanh().detach().numpy()
     np.testing.assert_allclose(actor.act(obs.numpy()), expected, rtol=1e-5)

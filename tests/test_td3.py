@@ -23,14 +23,17 @@ MADE, RECEIVED = [], []  # by the environments below: themselves, and the action
 
 
 class Counter(gym.Env):
-    """Observes step + 100 * episode; its n-th episode lasts LENGTHS[n % 3] steps and ends as ENDS[n % 3] says."""
+    """Observes step + 100 * episode; its n-th episode lasts LENGTHS[n % 3] steps and ends as ENDS[n % 3] says.
+
+    The copies that train steps begin with episodes 0, 1, 2 and so on: they don't end together.
+    """
 
     LENGTHS, ENDS = (3, 2, 4), ("terminated", "truncated", "truncated")
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space = gym.spaces.Box(LOW, HIGH)
 
     def __init__(self, render_mode=None):
-        self.episode, self.t, self.steps = -1, 0, 0
+        self.episode, self.t, self.steps = len(MADE) - 2, 0, 0  # the first is made for its spaces, and never reset
         MADE.append(self)
 
     def reset(self, *, seed=None, options=None):
@@ -394,15 +397,16 @@ def test_what_reaches_the_buffer_is_what_happened(script, num_envs, recorded):
     script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=10 * num_envs, num_envs=num_envs,
                              checkpoint_frequency=99, **TINY))  # fmt: skip
     obs, actions, rewards, terminated, next_obs = (np.stack(column) for column in zip(*recorded["add"], strict=True))
-    expected_obs =        [0, 1, 2, 100, 101, 200, 201, 202, 203, 300]  # fmt: skip
-    expected_next_obs =   [1, 2, 3, 101, 102, 201, 202, 203, 204, 301]  # fmt: skip
-    expected_rewards =    [1, 2, 3, 1,   2,   1,   2,   3,   4,   1]  # fmt: skip
-    expected_terminated = [0, 0, 1, 0,   0,   0,   0,   0,   0,   0]  # fmt: skip
-    for i in range(num_envs):
-        np.testing.assert_array_equal(obs[:, i, 0], expected_obs)
-        np.testing.assert_array_equal(next_obs[:, i, 0], expected_next_obs)
-        np.testing.assert_array_equal(rewards[:, i], expected_rewards)
-        np.testing.assert_array_equal(terminated[:, i], expected_terminated)
+    expected_obs =        [0, 1, 2, 100, 101, 200, 201, 202, 203, 300, 301, 302, 400, 401, 500]  # fmt: skip
+    expected_next_obs =   [1, 2, 3, 101, 102, 201, 202, 203, 204, 301, 302, 303, 401, 402, 501]  # fmt: skip
+    expected_rewards =    [1, 2, 3, 1,   2,   1,   2,   3,   4,   1,   2,   3,   1,   2,   1]  # fmt: skip
+    expected_terminated = [0, 0, 1, 0,   0,   0,   0,   0,   0,   0,   0,   1,   0,   0,   0]  # fmt: skip
+    for i, start in enumerate([0, 3, 5][:num_envs]):  # where episode i begins
+        own = slice(start, start + 10)
+        np.testing.assert_array_equal(obs[:, i, 0], expected_obs[own])
+        np.testing.assert_array_equal(next_obs[:, i, 0], expected_next_obs[own])
+        np.testing.assert_array_equal(rewards[:, i], expected_rewards[own])
+        np.testing.assert_array_equal(terminated[:, i], expected_terminated[own])
     done = np.array(RECEIVED).reshape(10, num_envs, 3)
     np.testing.assert_allclose((LOW + HIGH) / 2 + (HIGH - LOW) / 2 * actions, done, atol=1e-5)
 
@@ -436,11 +440,16 @@ def test_a_tenth_of_the_run_is_random_but_not_more_than_10_000_steps():
 def test_each_episode_is_logged_once_at_its_step(script, num_envs, recorded, tmp_path):
     script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=27 * num_envs, num_envs=num_envs,
                              checkpoint_frequency=99, run_dir=str(tmp_path / "run"), **TINY))  # fmt: skip
-    ends = [(3, 6), (5, 3), (9, 10), (12, 6), (14, 3), (18, 10), (21, 6), (23, 3), (27, 10)]  # (step, return) of one
+    expected = []
+    for i in range(num_envs):
+        step = 0
+        for k in range(i, i + 9):  # nine episodes
+            step += (3, 2, 4)[k % 3]
+            expected.append((step * num_envs, i, (6, 3, 10)[k % 3], (3, 2, 4)[k % 3]))
     episodes = [row for row in rows(tmp_path / "run") if "charts/episodic_return" in row]
-    got = [(row["global_step"], row["charts/episodic_return"]) for row in episodes]
-    assert got == [(step * num_envs, reward) for step, reward in ends for _ in range(num_envs)]
-    assert [row["charts/episodic_length"] for row in episodes[::num_envs]] == [3, 2, 4] * 3
+    names = "global_step", "charts/episodic_return", "charts/episodic_length"
+    got = [tuple(row[name] for name in names) for row in episodes]
+    assert got == [(step, *figures) for step, _, *figures in sorted(expected)]
 
 
 @both
@@ -472,9 +481,15 @@ def test_speed_is_steps_a_second_of_training_alone(script, recorded, monkeypatch
 @both
 def test_first_actions_are_uniform_and_later_ones_the_policys(script, recorded, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    made = []
-    make_agent = script.make_agent
-    monkeypatch.setattr(script, "make_agent", lambda *args: (made.append(make_agent(*args)), made[0])[1])
+    made, learner = [], getattr(script, LEARNER[script])
+    init = learner.__init__
+
+    def keep(self, actor, *others):
+        init(self, actor, *others)
+        actor.net[0].weight.data /= -10_000  # for actions between the bounds; and away from a target that might act
+        made.append(actor)
+
+    monkeypatch.setattr(learner, "__init__", keep)
     script.train(script.Args(env_id="BoxCounter-v0", total_timesteps=2100, checkpoint_frequency=9999,
                              **TINY | {"learning_starts": 2000}))  # fmt: skip
     first, later = np.array(RECEIVED[:2000]), np.array(RECEIVED[2000:])
@@ -604,11 +619,13 @@ def test_smoothing_noise_is_of_each_component_its_own_clipped_and_normal():
 
 def test_exploration_noise_has_its_deviation_in_relation_to_the_box(recorded, monkeypatch):
     monkeypatch.setattr(td3.Actor, "forward", lambda self, obs: torch.zeros(len(obs), 3))
-    td3.train(td3.Args(env_id="BoxCounter-v0", total_timesteps=4000, exploration_noise=0.25,
+    td3.train(td3.Args(env_id="BoxCounter-v0", total_timesteps=4000, num_envs=2, exploration_noise=0.25,
                        checkpoint_frequency=9999, **TINY | {"utd": 0.0}))  # fmt: skip
     deviations = np.std(RECEIVED[4:], axis=0) / ((HIGH - LOW) / 2)
     np.testing.assert_allclose(deviations, 0.25, rtol=0.06)
     np.testing.assert_allclose(np.mean(RECEIVED[4:], axis=0), (LOW + HIGH) / 2, atol=0.08)
+    of_a_step = np.reshape(RECEIVED[4:], (-1, 6))  # no two components, and no two environments, share it
+    np.testing.assert_allclose(np.corrcoef(of_a_step.T), np.eye(6), atol=0.1)
 
 
 def test_explored_actions_stay_in_the_box(recorded, monkeypatch):
