@@ -1,5 +1,6 @@
 """What her.py adds to sac.py: which goals are replayed, and what they pay."""
 
+import inspect
 import types
 
 import gymnasium as gym
@@ -9,7 +10,33 @@ import torch
 from conftest import rows
 from goal_env import VECTOR, Point
 
-from algorithms import her
+from algorithms import her, sac
+
+STEPS = []  # of the environment below: the episode, and what happened
+
+
+class Noted(Point):
+    """Notes its steps. An episode ends in the right half plane, or after 12 steps."""
+
+    ENDS = True
+
+    def near(self, achieved, desired):
+        return achieved[..., 0] > 0.5
+
+    def reset(self, *, seed=None, options=None):
+        self.obs, info = super().reset(seed=seed)
+        self.episode = object()
+        return self.obs, info
+
+    def step(self, action):
+        before = self.obs
+        self.obs, reward, terminated, *others = super().step(action)
+        obs, next_obs = (gym.spaces.flatten(self.observation_space, part) for part in (before, self.obs))
+        STEPS.append((self.episode, [*obs, *(action / 0.5), reward, terminated, *next_obs]))
+        return self.obs, reward, terminated, *others
+
+
+gym.register("Noted-v0", Noted, disable_env_checker=True)
 
 
 def args_of(strategy="future", ratio=4.0):
@@ -138,6 +165,34 @@ def test_goals_are_found_in_flat_observations():
     flat = gym.spaces.flatten(other, sample)
     for name, place in zip(("achieved_goal", "desired_goal"), her.where_goals_are(other), strict=True):
         np.testing.assert_array_equal(flat[place], sample[name])
+
+
+def test_what_sac_has_too_is_the_same_to_the_letter():
+    """Here is what tests/test_consistency.py leaves out, and of the loop all but two lines."""
+    for name in "Actor", "td_target", "gradient_steps_until":
+        assert inspect.getsource(getattr(her, name)) == inspect.getsource(getattr(sac, name))
+    ours, theirs = (inspect.getsource(script.train).splitlines() for script in (her, sac))
+    replaced = [line.split("(")[0].strip() for line in theirs if line not in ours]
+    assert replaced == ["buffer = TransitionBuffer", "metrics = learner.update"]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_what_reaches_the_buffer_is_what_happened(num_envs, monkeypatch):
+    STEPS.clear()
+    buffers, make = [], her.GoalBuffer.__init__
+    monkeypatch.setattr(her.GoalBuffer, "__init__", lambda self, *args: (buffers.append(self), make(self, *args))[0])
+    monkeypatch.setattr(her, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
+    her.train(her.Args(env_id="Noted-v0", total_timesteps=90 * num_envs, num_envs=num_envs, device="cpu", utd=0.0,
+                       checkpoint_frequency=90 * num_envs))  # fmt: skip
+    for i in range(num_envs):
+        episodes, happened = zip(*STEPS[i::num_envs], strict=True)
+        np.testing.assert_allclose(buffers[0].rows[:, i], happened, atol=1e-6)
+        first = [episodes.index(episode) for episode in episodes]
+        lengths = [episodes.count(episode) for episode in episodes]
+        np.testing.assert_array_equal(buffers[0].first[:, i], first)
+        np.testing.assert_array_equal(buffers[0].last[:, i], np.add(first, lengths) - 1)
+        assert 12 in lengths
+        assert len(set(lengths)) > 2, "some end before"
 
 
 @pytest.mark.parametrize(("num_envs", "success"), [(1, "success"), (1, None), (3, "is_success")])
