@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import random
 import shutil
 import sys
 
@@ -70,6 +71,14 @@ class Trio(ParallelEnv):
         TRANSITIONS.append((self.number, self.last, actions, rewards, terminated, obs, set(acting)))
         self.last = obs
         return {name: obs[name] for name in acting}, rewards, terminated, truncated, {name: {} for name in acting}
+
+
+class Staggered(Trio):
+    """Its copies begin with different episodes, and don't end together."""
+
+    def __init__(self):
+        super().__init__()
+        self.episode += self.number % 3
 
 
 class Game(ParallelEnv):
@@ -141,6 +150,14 @@ class Staying(Game):
         return obs, rewards, {"row": True, "column": False}, {"row": False, "column": self.t == 2}, infos
 
 
+class Dice(Game):
+    """Draws from Python's and NumPy's global generators, as a careless environment does."""
+
+    def step(self, actions):
+        obs, _, *others = super().step(actions)
+        return obs, {"row": random.random(), "column": np.random.random()}, *others
+
+
 class Forever(Trio):
     """Never ends."""
 
@@ -164,6 +181,11 @@ class Unbounded(Trio):
 class ManyActions(Trio):
     def action_space(self, agent):
         return gym.spaces.MultiDiscrete([2, 3])
+
+
+class IntegerBox(Trio):
+    def action_space(self, agent):
+        return gym.spaces.Box(0, 9, (2,), np.int64)
 
 
 class NaN(Game):
@@ -230,7 +252,7 @@ def replayed(monkeypatch):
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_each_agents_row_is_what_happened_to_it(num_envs, replayed):
     TRANSITIONS.clear()
-    maddpg.train(maddpg.Args(env_id="test_maddpg:Trio", **TINY | {"num_envs": num_envs, "eval_frequency": 10**9,
+    maddpg.train(maddpg.Args(env_id="test_maddpg:Staggered", **TINY | {"num_envs": num_envs, "eval_frequency": 10**9,
                              "total_timesteps": 30 * num_envs, "learning_starts": 10**9,
                              "checkpoint_frequency": 10**9}))  # fmt: skip
     (replay,) = replayed
@@ -260,9 +282,18 @@ def test_each_agents_row_is_what_happened_to_it(num_envs, replayed):
     assert left > 3 * num_envs, "b was away in some"
 
 
-def test_exploration_noise_is_for_a_box_of_minus_1_to_1_and_evaluation_has_none(replayed, tmp_path):
+def test_exploration_noise_is_for_a_box_of_minus_1_to_1_and_evaluation_has_none(replayed, tmp_path, monkeypatch):
+    init = maddpg.MADDPG.__init__
+
+    def apart(self, *args):
+        init(self, *args)
+        for parameter in self.target_actors.parameters():  # which don't act
+            parameter.data += 1
+
+    monkeypatch.setattr(maddpg.MADDPG, "__init__", apart)
     for noise in 0.0, 0.4:  # mpe2's boxes are half as wide
-        flags = {"total_timesteps": 2000, "learning_starts": 10**9, "run_dir": str(tmp_path / str(noise))}
+        flags = {"total_timesteps": 2000, "learning_starts": 10**9, "eval_frequency": 2000,
+                 "run_dir": str(tmp_path / str(noise))}  # fmt: skip
         args = maddpg.Args(continuous_actions=True, exploration_noise=noise, **TINY | flags)
         maddpg.train(args)
         actors = maddpg.make_agent(args, maddpg.make_env(args))
@@ -270,6 +301,17 @@ def test_exploration_noise_is_for_a_box_of_minus_1_to_1_and_evaluation_has_none(
         obs, actions, *_ = replayed[-1].rows.split(replayed[-1].widths, 1)
         difference = actions - torch.from_numpy(actors.act(obs.numpy()))
         assert difference.std().item() == pytest.approx(noise / 2, abs=0.01)
+    of_a_step = difference.reshape(1000, 30)  # no two components, agents or copies share it
+    np.testing.assert_allclose(np.corrcoef(of_a_step.T), np.eye(30), atol=0.15)
+
+
+def test_an_action_at_a_float64_bound_is_not_beyond_it(monkeypatch):
+    monkeypatch.setitem(Trio.ACTIONS, "c", gym.spaces.Box(-0.1, 0.1, (2, 1), np.float64))
+    env = maddpg.make_env(maddpg.Args(**TINY | {"env_id": "test_maddpg:Trio"}))
+    env.reset()
+    for bound in np.float32([-0.1, 0.1]):
+        assert abs(float(bound)) > 0.1
+        env.step(np.full(7, bound))  # Trio fails where an action is not in its box
 
 
 def test_an_episode_is_over_once_every_agent_has_ended_listed_or_not():
@@ -487,13 +529,19 @@ def test_ddpg_critics_see_their_own_agent_only_and_maddpgs_see_all():
             for part, dims in zip(seen, ([1, 2, 3], [2, 3, 2]), strict=True):
                 for j, own in enumerate(columns(dims)):
                     assert (part[:, own].abs().sum() > 0) == (i == j or algorithm == "maddpg")
-    inputs = torch.tensor([1 + 2, 2 + 3, 3 + 2]) if algorithm == "ddpg" else None
-    for i in range(3):  # weights begin as those of nn.Linear with the inputs that the critic has
-        bound = inputs[i] ** -0.5
-        largest = max(learner.critics.obs_weight[i].abs().max(), learner.critics.action_weight[i].abs().max())
-        assert 0.9 * bound < largest <= bound
-    weights = torch.cat([part.flatten() for part in learner.critics.parameters()])
-    assert abs((weights < 0).float().mean() - 0.5) < 0.05
+
+
+def test_critics_start_as_linear_layers_do_with_the_inputs_that_each_sees():
+    torch.manual_seed(0)
+    sees_obs, sees_actions = torch.ones(200, 3, dtype=torch.bool), torch.ones(200, 4, dtype=torch.bool)
+    sees_obs[100:, 1:] = sees_actions[100:, 1:] = False
+    critics = maddpg.Critics(sees_obs, sees_actions, 16)
+    for half, inputs in (slice(0, 100), 3 + 4), (slice(100, 200), 1 + 1):
+        for name, parameter in critics.named_parameters():
+            fan_in = inputs if name in ("obs_weight", "action_weight", "bias1") else 16
+            scaled = parameter[half].detach() * fan_in**0.5
+            assert 0.9 < scaled.max() <= 1, name
+            assert -1 <= scaled.min() < -0.9, name
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -741,6 +789,38 @@ def test_no_two_resets_share_a_seed():
     assert len(set(training + evaluation)) == 16 + 6
 
 
+def test_only_the_first_reset_of_each_copy_is_seeded(monkeypatch):
+    monkeypatch.setattr(maddpg, "evaluate", lambda *_, **__: {"eval/episodic_return": 0.0})
+    SEEDS.clear()
+    maddpg.train(maddpg.Args(env_id="test_maddpg:Trio", checkpoint_frequency=60, **TINY))
+    assert len(SEEDS) == 2
+
+
+def seed_the_global_streams(seed):
+    for function in random.seed, np.random.seed, torch.manual_seed:
+        function(seed)
+
+
+def test_the_global_streams_in_training_follow_from_seed_and_step_alone():
+    args, drawn = maddpg.Args(env_id="test_maddpg:Dice", **TINY), []
+    for seed, step in (1, 0), (2, 0), (2, 1000):
+        seed_the_global_streams(seed)
+        maddpg.make_envs(args, step)
+        drawn.append((random.random(), np.random.random(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+    assert not set(drawn[1]) & set(drawn[2])
+
+
+def test_evaluation_leaves_the_global_streams_alone_and_is_not_moved_by_them():
+    args, results = maddpg.Args(env_id="test_maddpg:Dice", **TINY | {"eval_episodes": 3}), []
+    for seed in 1, 2:
+        seed_the_global_streams(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        results.append(maddpg.evaluate(lambda obs: np.zeros((1, 6)), args, "x"))
+        assert before == (random.getstate(), np.random.get_state()[1].tolist())
+    assert results[0] == results[1]
+
+
 def test_evaluation_sums_over_steps_and_agents(monkeypatch):
     episodes = itertools.cycle([-1, 0, 1])
     monkeypatch.setattr(
@@ -891,6 +971,20 @@ def test_cross_play_pairs_the_adversaries_of_each_run_with_the_agents_of_each(tm
     assert len(set(got)) == 4, "or the pairings would be the same"
 
 
+@pytest.mark.parametrize(("env_id", "adversaries"), [("simple_world_comm_v3", 4), ("simple_crypto_v3", 1)])
+def test_the_lead_adversary_and_eve_are_adversaries(env_id, adversaries, tmp_path):
+    one, other = (saved_run(tmp_path, str(seed), env_id, seed=seed, total_timesteps=2) for seed in (1, 2))
+    env = maddpg.make_env(one)
+    one.opponent_dir = other.run_dir
+    actors = {args.run_dir: maddpg.load_actors(args.run_dir, args, env) for args in (one, other)}
+    obs = torch.ones(1, sum(actors[one.run_dir].obs_dims))
+    outputs = {folder: [row for _, row in those.with_outputs(obs)] for folder, those in actors.items()}
+    teams = maddpg.pairings(one, env)
+    for (ours, theirs), team in zip(itertools.product(outputs, repeat=2), teams.values(), strict=True):
+        expected = outputs[ours][:adversaries] + outputs[theirs][adversaries:]
+        assert all(torch.equal(row, e) for (_, row), e in zip(team.with_outputs(obs), expected, strict=True))
+
+
 def test_cross_play_is_refused_where_it_makes_no_sense(tmp_path, monkeypatch, capsys):
     spread, tag = saved_run(tmp_path, "spread", "simple_spread_v3"), saved_run(tmp_path, "tag")
     for one, other, word in (
@@ -947,6 +1041,7 @@ def test_an_episode_is_filmed_from_its_first_frame(tmp_path, monkeypatch):
         ("test_maddpg:Pictures", ["a observes", "images"]),
         ("test_maddpg:Unbounded", ["a acts in", "bounded"]),
         ("test_maddpg:ManyActions", ["a acts in", "Discrete"]),
+        ("test_maddpg:IntegerBox", ["a acts in", "Box(0, 9"]),
     ],
 )
 def test_environments_it_cannot_use_get_one_line(env_id, words, monkeypatch, capsys, tmp_path):
