@@ -94,7 +94,7 @@ class Args:
     tau: float = 0.01  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step
-    learning_starts: int | None = None  # random steps before the first gradient step; None: a tenth, 10,000 at most
+    learning_starts: int | None = None  # random steps before learning starts; None: a tenth of the run, 10,000 at most
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
     num_critics: int = 2  # [1] number of critics
     policy_frequency: int = 2  # [2] d: the actor and all targets move in every d-th gradient step
