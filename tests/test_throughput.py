@@ -232,9 +232,9 @@ def test_a_script_that_fails_fails_the_measurement(monkeypatch, tmp_path, capsys
 
 
 def test_a_measurement_whose_process_dies_fails(capsys):
-    for end, code in (os._exit, 1), (sys.exit, 2):
+    for end, argument, code in (os._exit, 2, 1), (throughput.refuse, "it lacks memory", 2):
         with pytest.raises(SystemExit) as exit:
-            throughput.in_new_process(end, 2)
+            throughput.in_new_process(end, argument)
         assert exit.value.code == code
     assert capsys.readouterr().err == "error: the process of _exit died\n"  # the other says itself what it lacks
 
