@@ -97,11 +97,12 @@ class Args:
     norm_adv: bool = True  # normalise the advantages of each minibatch
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return; on Atari always the sign
+    log_std_init: float = 0.0  # log of the standard deviation of Box actions at the start, where bounds are -1 and 1
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: as A2C
     compile: bool = False  # torch.compile the update: some 20 s once, faster from then on
 
     def __post_init__(self) -> None:
-        check_and_complete(self, gae_lambda=(0, 1))
+        check_and_complete(self, gae_lambda=(0, 1), log_std_init=(-20, 2))
         batch_size = self.num_envs * self.num_steps
         if batch_size % self.num_minibatches:
             refuse(f"--num-minibatches {self.num_minibatches} must divide num_envs * num_steps = {batch_size}")
@@ -201,14 +202,14 @@ class CategoricalPolicy(nn.Module):
 class GaussianPolicy(nn.Module):
     """Box actions: independent normals for the D components; the standard deviations do not depend on the state."""
 
-    def __init__(self, low: np.ndarray, high: np.ndarray):
+    def __init__(self, low: np.ndarray, high: np.ndarray, log_std_init: float):
         super().__init__()
         self.low, self.high = low, high
         bounded = np.isfinite(low) & np.isfinite(high)  # a component without bounds is not rescaled
         low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
         self.center, self.scale = (high + low) / 2, (high - low) / 2
         self.num_outputs = low.size
-        self.log_std = nn.Parameter(torch.zeros(low.size))
+        self.log_std = nn.Parameter(torch.full((low.size,), log_std_init))
 
     def sample(self, mean: Tensor) -> Tensor:  # (B, D) -> (B, D)
         return mean + self.log_std.exp() * torch.randn_like(mean)
@@ -339,7 +340,7 @@ def make_agent(args: Args, env: gym.Env) -> ActorCritic:
     elif isinstance(space, gym.spaces.MultiDiscrete):
         policy = CategoricalPolicy(space.nvec.flatten().tolist(), space.start)
     elif isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
-        policy = GaussianPolicy(space.low, space.high)
+        policy = GaussianPolicy(space.low, space.high, args.log_std_init)
     else:
         refuse(f"--env-id {args.env_id} acts in {space}; ppo.py knows Discrete, MultiDiscrete and Box of floats")
     if args.norm_obs and len(env.observation_space.shape) == 3:

@@ -74,7 +74,7 @@ FACTS = {
             "anneal_lr": False, "num_steps": 32, "num_minibatches": 4, "update_epochs": 3, "gamma": 0.9,
             "gae_lambda": 0.5, "clip_coef": 0.01, "vf_coef": 0.1, "ent_coef": 0.1, "max_grad_norm": 0.01,
             "target_kl": 1e-9, "norm_adv": False, "norm_obs": True, "norm_reward": False, "optimizer": "rmsprop",
-            "compile": None,  # tested in test_ppo.py
+            "log_std_init": None, "compile": None,  # tested in test_ppo.py
         },
         mistakes={
             "--num-minibatches 3": "--num-minibatches",
@@ -89,6 +89,8 @@ FACTS = {
             "--target-kl -1": "--target-kl",
             "--target-kl x": "--target-kl",
             "--optimizer sgd": "adam",
+            "--log-std-init 3": "--log-std-init",
+            "--log-std-init nan": "--log-std-init",
             "--anneal-lr maybe": "maybe",
             "--env-id ALE/Pong-v5 --norm-obs": "--norm-obs",
             "--env-id BreakoutNoFrameskip-v4": "ALE/",

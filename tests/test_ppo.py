@@ -374,7 +374,7 @@ def test_actions_are_counted_from_the_environments_own_start(space, num_actions)
 
 def test_gaussian_policy_against_torch_distributions():
     torch.manual_seed(0)
-    policy, mean = ppo.GaussianPolicy(np.full(3, -1.0), np.full(3, 1.0)), torch.randn(7, 3)
+    policy, mean = ppo.GaussianPolicy(np.full(3, -1.0), np.full(3, 1.0), 0.0), torch.randn(7, 3)
     policy.log_std.data = torch.tensor([-1.0, 0.0, 0.5])
     actions = policy.sample(mean)
     normal = torch.distributions.Normal(mean, policy.log_std.exp())
@@ -389,15 +389,15 @@ def test_gaussian_policy_against_torch_distributions():
 
 def test_box_bounds_are_mapped_to_plus_minus_one_and_respected():
     low, high = np.array([-1.0, 0.0, -5.0, -np.inf]), np.array([3.0, 10.0, 0.0, np.inf])
-    policy = ppo.GaussianPolicy(low, high)
+    policy = ppo.GaussianPolicy(low, high, 0.0)
     for value, expected in (0, (1, 5, -2.5, 0)), (1, (3, 10, 0, 1)), (-1, (-1, 0, -5, -1)), (9, (3, 10, 0, 9)):
         np.testing.assert_allclose(policy.to_env(torch.full((1, 4), float(value)))[0], expected)
-    half = ppo.GaussianPolicy(np.array([0.0, -np.inf]), np.array([np.inf, 2.0]))  # not mapped, but respected
+    half = ppo.GaussianPolicy(np.array([0.0, -np.inf]), np.array([np.inf, 2.0]), 0.0)  # not mapped, but respected
     for value, expected in (0.5, (0.5, 0.5)), (9, (9, 2)), (-9, (0, -9)):
         np.testing.assert_allclose(half.to_env(torch.full((1, 2), float(value)))[0], expected)
     # the density of the unclipped sample integrates to one
     grid = torch.linspace(-8, 8, 2001).unsqueeze(-1)
-    one = ppo.GaussianPolicy(low[:1], high[:1])
+    one = ppo.GaussianPolicy(low[:1], high[:1], 0.0)
     log_prob, _ = one.log_prob_and_entropy(torch.zeros_like(grid), grid)
     assert torch.trapezoid(log_prob.exp(), grid[:, 0]).item() == pytest.approx(1, abs=1e-5)
 
@@ -600,7 +600,7 @@ def test_update_is_gradient_steps_on_the_loss(norm_adv):
 
 def test_acting_and_evaluating_see_what_learning_sees():
     torch.manual_seed(0)
-    agent = ppo.ActorCritic((3,), ppo.GaussianPolicy(np.full(2, -9.0), np.full(2, 9.0)), norm_obs=True)
+    agent = ppo.ActorCritic((3,), ppo.GaussianPolicy(np.full(2, -9.0), np.full(2, 9.0), 0.0), norm_obs=True)
     agent.obs_stats.update(torch.randn(100, 3) * 4 + 7)
     torch.nn.init.normal_(agent.actor.weight)
     obs = torch.randn(50, 3) * 4 + 7
@@ -618,7 +618,10 @@ def test_networks_start_orthogonal():
         torch.testing.assert_close(torch.linalg.svdvals(weight), torch.full((min(weight.shape),), float(gain)))
     for bias in agent.hidden.bias1, agent.hidden.bias2, agent.actor.bias, agent.critic.bias:
         assert (bias == 0).all()
-    assert (ppo.GaussianPolicy(np.full(2, -1.0), np.full(2, 1.0)).log_std == 0).all()
+    env = gym.make("HalfCheetah-v5")
+    for log_std in 0.0, -0.7:
+        policy = ppo.make_agent(ppo.Args(log_std_init=log_std), env).policy
+        torch.testing.assert_close(policy.log_std.data, torch.full((6,), log_std))
     obs = torch.randn(7, 5)
     of_actor, of_critic = agent.hidden(obs)
     torch.testing.assert_close(agent(obs)[0], agent.actor(of_actor))
