@@ -762,6 +762,7 @@ def kept_rows(path: Path) -> dict[str, dict[str, dict]]:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # in a file too, each line is there when it is measured
     args = tyro.cli(Args, description=__doc__)
     if args.repeats < 1 or args.steps < 1:
         refuse("--repeats and --steps must be at least 1")
