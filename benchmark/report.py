@@ -44,6 +44,7 @@ from scipy import stats
 
 RETURN_KEYS = "eval/exact_return", "eval/episodic_return", "eval/true_reward", "eval/accuracy"  # score: the first
 FRONTIER_KEYS = "eval/kl", "eval/true_reward", "eval/optimal_reward", "eval/reference_reward"  # of preference learning
+OF_EPISODES = "eval/return_std", "eval/episodic_length"  # beside the return, and not in the report
 # Arguments that don't change what is learned
 SAME_EXPERIMENT = {
     "seed", "env_id", "run_dir", "resume", "evaluate", "track", "wandb_project_name", "capture_video",
@@ -117,7 +118,7 @@ class Run:
     config: dict = field(default_factory=dict)
     curve: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # (evaluations, 3): step, seconds, return
     sps: float | None = None  # median steps a second
-    frontier: dict[str, float] | None = None  # FRONTIER_KEYS at the end, with the first two at least
+    last: dict[str, float] = field(default_factory=dict)  # all that the last evaluation found, eval/...
     trouble: str = ""  # why the run does not count
 
 
@@ -130,6 +131,10 @@ class Experiment:
     env_id: str
     done: list[Run]  # by seed
     missing: dict[int, str]  # seed: why
+
+    @property
+    def on_frontier(self) -> list[Run]:
+        return [run for run in self.done if run.last.keys() >= set(FRONTIER_KEYS[:2])]
 
     @property
     def scores(self) -> np.ndarray:  # (seeds,)
@@ -263,8 +268,8 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     run.curve = curve[np.isfinite(curve[:, 2])]
     speeds = series(rows, "charts/SPS")[:, 2]
     run.sps = float(np.nanmedian(speeds)) if np.isfinite(speeds).any() else None
-    last_values = {key: value for key in FRONTIER_KEYS for value in series(rows, key)[-1:, 2] if math.isfinite(value)}
-    run.frontier = last_values if {"eval/kl", "eval/true_reward"} <= last_values.keys() else None
+    newest = {key: value for row in rows for key, value in row.items() if key.startswith("eval/")}
+    run.last = {key: value for key, value in newest.items() if value is not None and math.isfinite(value)}
     total, last = args.get("total_timesteps", 0), rows[-1]["global_step"] if rows else 0
     if not len(curve):
         run.trouble = f"no evaluation, stopped at step {last:,}"
@@ -367,7 +372,7 @@ def read_baseline(path: Path, group: str) -> list[Run]:
                 run = Run(folder, group or entry["group"], entry["env_id"], int(seed), entry, sps=kept["SPS"])
                 run.curve = np.array(kept["curve"], dtype=float)  # null becomes NaN
                 run.curve[-1, 2] = kept["return"]  # in full
-                run.frontier = kept["frontier"] and {key: float(value) for key, value in kept["frontier"].items()}
+                run.last = {key: float(value) for key, value in kept["last"].items()}
                 found.append(run)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         refuse(f"{path} is not what --save-baseline writes ({error!r})")
@@ -447,6 +452,18 @@ def summarise(experiment: Experiment) -> dict:
     }
 
 
+def beside(experiment: Experiment) -> list[dict]:
+    """What the last evaluations found beside the score: such as the optimum, the divergence, the calibration."""
+    keys = list(dict.fromkeys(key for run in experiment.done for key in run.last))
+    where = {"script": experiment.label, "environment": experiment.env_id}
+    rows = []
+    for key in keys:
+        values = [run.last.get(key, math.nan) for run in experiment.done]
+        if key not in (*OF_EPISODES, experiment.done[0].config.get("result")) and np.isfinite(values).all():
+            rows.append(where | {"of": key.removeprefix("eval/"), "mean": np.mean(values), "by seed": values})
+    return rows
+
+
 def command_of(config: dict) -> list[str]:
     """The words of a run's command without its seed and without the folders of the machine that it ran on."""
     path, *words = [str(word) for word in config.get("command") or [""]]
@@ -519,7 +536,7 @@ def baseline_entry(experiment: Experiment) -> dict:
     runs = {}
     for run in experiment.done:
         curve = [[int(step), *(float(f"{value:.5g}") for value in values)] for step, *values in run.curve]
-        runs[str(run.seed)] = {"return": run.curve[-1, 2], "SPS": run.sps, "curve": curve, "frontier": run.frontier}
+        runs[str(run.seed)] = {"return": run.curve[-1, 2], "SPS": run.sps, "curve": curve, "last": run.last}
     return {
         "label": experiment.label,
         "group": experiment.group,
@@ -722,8 +739,8 @@ def plot_frontier(experiments: list[Experiment]) -> Figure:
     axes = figure.add_subplot()
     groups = defaultdict(lambda: defaultdict(list))
     for e in experiments:
-        for run in [run for run in e.done if run.frontier]:
-            point = [run.frontier.get(key, np.nan) for key in FRONTIER_KEYS]
+        for run in e.on_frontier:
+            point = [run.last.get(key, np.nan) for key in FRONTIER_KEYS]
             groups[re.sub(r" beta=\S+", "", e.label)][run.config["args"].get("beta")].append(point)
     for color, (label, by_beta) in zip(COLORS * len(groups), groups.items(), strict=False):
         means = sorted((*np.mean(points, axis=0), beta) for beta, points in by_beta.items())  # by divergence
@@ -743,7 +760,7 @@ def plot_frontier(experiments: list[Experiment]) -> Figure:
 
 def draw(experiments: list[Experiment], headline: list[dict], output: Path, threshold: float | None) -> list[str]:
     """Writes the pictures; returns their names. Of an earlier report there in the same place none is left."""
-    frontier = [e for e in experiments if any(run.frontier for run in e.done)]
+    frontier = [e for e in experiments if e.on_frontier]
     timed = [e for e in experiments if all(np.isfinite(run.curve[:, 1]).all() for run in e.done)]
     plots = {
         "curves-steps.png": (plot_curves, experiments, False, threshold),
@@ -791,6 +808,8 @@ def main() -> None:
     headline = aggregate(experiments) if whole else []
 
     sections = {"Results": [summarise(e) for e in all_experiments]}
+    if others := [row for e in experiments for row in beside(e)]:
+        sections["What the last evaluations found beside the score"] = others
     if headline:
         sections["Environments with a reference, normalised"] = headline
     if args.compare and whole:

@@ -526,7 +526,7 @@ def test_a_baseline_of_one_seed_judges_nothing(call, tmp_path):
 def test_baseline_says_where_it_comes_from(baseline):
     (entry,) = json.loads(baseline.read_text())["experiments"]
     curve = [[100, 1, 20], [200, 2, 210]]
-    assert entry["runs"]["2"] == {"return": 210, "SPS": 4000, "curve": curve, "frontier": None}
+    assert entry["runs"]["2"] == {"return": 210, "SPS": 4000, "curve": curve, "last": {"eval/episodic_return": 210}}
     assert (entry["commit"], entry["hardware"]) == ("abcdef0123456789", "here")
     assert (entry["args"]["eval_episodes"], entry["versions"]) == (20, {"torch": "2.15.0"})
     assert baseline.stat().st_size < 2000
@@ -639,6 +639,21 @@ def test_frontier_beside_the_optimum(call, tmp_path):
         best, reached = report.plot_frontier(experiments(place)).axes[0].lines
         assert np.allclose(np.array(best.get_data()).T, [[0, -3], [1, 4], [10, 4.9]]), place
         assert np.allclose(np.array(reached.get_data()).T, [[1, 1], [10, 1.9]]), place
+
+
+def test_what_the_last_evaluations_found_beside_the_score(call, tmp_path):
+    title, path = "What the last evaluations found beside the score", tmp_path / "kept.json"
+    for seed in 1, 2, 3:
+        run = make_run(tmp_path / "runs" / str(seed), "reward_model", "", seed)
+        found = {"eval/accuracy": 0.7, "eval/return_std": 9.0, "losses/loss": 5.0}
+        steps = {100: {"eval/bayes_accuracy": 0.0}, 200: {"eval/bayes_accuracy": 0.25 * seed, "eval/margin": None}}
+        write_rows(run, [{"global_step": step, "time": 1.0} | found | more for step, more in steps.items()])
+    row = {"script": "reward_model", "environment": "preferences, accuracy", "of": "bayes_accuracy"}
+    row |= {"mean": 0.5, "by seed": [0.25, 0.5, 0.75]}
+    assert call(tmp_path / "runs", "--save-baseline", path)[1][title] == [row]
+    assert call(path)[1][title] == [row]
+    make_run(tmp_path / "plain", returns=(1.0,))
+    assert title not in call(tmp_path / "plain")[1]
 
 
 def test_curves_show_the_mean_on_the_common_steps(tmp_path):
