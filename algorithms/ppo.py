@@ -97,7 +97,7 @@ class Args:
     norm_adv: bool = True  # normalise the advantages of each minibatch
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
     norm_reward: bool = True  # divide rewards by the running standard deviation of the return; on Atari always the sign
-    log_std_init: float = 0.0  # log of the standard deviation of Box actions at the start, where bounds are -1 and 1
+    log_std_init: float = 0.0  # log of the standard deviation of Box actions, scaled to [-1, 1], at the start
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: as A2C
     compile: bool = False  # torch.compile the update: some 20 s once, faster from then on
 

@@ -447,3 +447,4 @@ def test_mistakes_get_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, fl
     assert error.startswith("error:")
     assert error.count("\n") == 1
     assert words in error
+    assert sys.stdout.line_buffering  # what is measured is seen, and kept, at once
