@@ -471,12 +471,14 @@ def test_two_processes_learn_what_one_learns(folders, tmp_path):
     flags = ["--model-name", folders / "gpt2", "--dataset", folders / "pairs.jsonl", "--device", "cpu", "--batch-size",
              "9", "--micro-batch-size", "2", "--total-timesteps", "54", "--eval-frequency", "27"]  # fmt: skip
     one = [sys.executable, SCRIPT]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two += [Path(__file__).with_name("what_is_left.py"), SCRIPT]
     for name, command in ("one", one), ("two", two):
         command = [*map(str, command), *map(str, flags), "--run-dir", str(tmp_path / name)]
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("run directory") == 1, "one process writes"
+    assert result.stdout.count("left: []") == 2, "no thread of the two outlives its process group"
     a, b = timeless(tmp_path / "one"), timeless(tmp_path / "two")
     assert len(a) == len(b)
     for first in a, b:  # before the first update margins are 0 but for rounding, and so have any sign
