@@ -19,10 +19,10 @@ temperature. The minimum over two critics is TD3's, arXiv:1802.09477 (SAC, Secti
 two algorithms do not share.
 
 Differs from the paper: a learning rate of 1e-3 instead of 3e-4; Eq. 5 has a factor of 1/2, which Adam does not notice.
-What it leaves open: alpha starts at 0.2, and the first 1,000 actions are random, with learning after them; in the
-authors' code these are 1 and, for MuJoCo, 10,000. As in the paper, evaluation acts without noise, with tanh(mean(s)).
-As in the authors' code, a time limit does not count as a terminal state: the value of the last observation stands for
-the rest of the episode.
+What it leaves open: alpha starts at 0.2; actions are random in the first tenth of the run, in 10,000 steps at most, and
+learning starts after them. In the authors' code these are 1 and, for MuJoCo, 10,000. As in the paper, evaluation acts
+without noise, with tanh(mean(s)). As in the authors' code, a time limit does not count as a terminal state: the value
+of the last observation stands for the rest of the episode.
 
 Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and log pi is the density there: H then
 means the same for every range.
@@ -90,7 +90,7 @@ class Args:
     tau: float = 0.005  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step
-    learning_starts: int = 1_000  # environment steps, with random actions, before the first gradient step
+    learning_starts: int | None = None  # random steps before learning starts; None: a tenth of the run, 10,000 at most
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
     num_critics: int = 2  # [1] number of critics
     alpha: float = 0.2  # [1] temperature: at the start, and with --no-autotune always
@@ -98,6 +98,8 @@ class Args:
 
     def __post_init__(self) -> None:
         check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
+        if self.learning_starts is None:
+            self.learning_starts = min(self.total_timesteps // 10, 10_000)
         if self.autotune and self.alpha == 0:
             refuse("--alpha 0 can't be tuned: add --no-autotune, or start above 0")
 
