@@ -19,10 +19,11 @@ temperature. The minimum over two critics is TD3's, arXiv:1802.09477 (SAC, Secti
 two algorithms do not share.
 
 Differs from the paper: a learning rate of 1e-3 instead of 3e-4; Eq. 5 has a factor of 1/2, which Adam does not notice.
-What it leaves open: alpha starts at 0.2; actions are random in the first tenth of the run, in 10,000 steps at most, and
-learning starts after them. In the authors' code these are 1 and, for MuJoCo, 10,000. As in the paper, evaluation acts
-without noise, with tanh(mean(s)). As in the authors' code, a time limit does not count as a terminal state: the value
-of the last observation stands for the rest of the episode.
+What it leaves open: alpha starts at 0.2, where the authors' code has 1; actions are random in the first tenth of the
+run, in 10,000 steps at most, and learning starts after them, where the code of the first paper takes 10,000 steps in
+HalfCheetah and Ant, and 1,000 elsewhere. As in the paper, evaluation acts without noise, with tanh(mean(s)). As in the
+authors' code, a time limit does not count as a terminal state: the value of the last observation stands for the rest of
+the episode.
 
 Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and log pi is the density there: H then
 means the same for every range.
