@@ -73,9 +73,9 @@ def test_a_mistake_is_killed_or_survives(tmp_path, monkeypatch, capsys):
     test = "import runpy\ndef test():\n    assert runpy.run_path('algorithms/fake.py')['double'](3) in (5, 6)\n"
     (tmp_path / "tests" / "test_fake.py").write_text(test)
     other = "import time\n" + test.replace("test()", "test_fake()").replace("(3) in (5, 6)", "(0) == 0")
-    other += "    time.sleep(0.3)\n"
+    other += "    time.sleep(0.3)\ndef test_fakes(): raise AssertionError('of another script')\n"
     (tmp_path / "tests" / "test_all.py").write_text(other)
-    names = mutants.quickest_first(tmp_path, "fake")
+    names = mutants.quickest_first(tmp_path, "fake", tmp_path / "names")
     assert names == ["tests/test_fake.py::test", "tests/test_all.py::test_fake"]
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["mutants.py", "--scripts", "fake"])
