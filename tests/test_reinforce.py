@@ -273,6 +273,15 @@ def test_update_climbs_the_mean_gradient_of_its_baseline_and_measures_the_varian
     assert metrics["losses/entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_gradients_variance_is_measured_from_two_episodes_on(count):
+    agent = make("CartPole-v1")
+    metrics = reinforce.update(agent, *sgd(agent), random_episodes()[:count], reinforce.Args(device="cpu"))
+    measured = [value for name, value in metrics.items() if "gradient_variance" in name]
+    assert len(measured) == (3 if count == 2 else 0)
+    assert all(value > 0 for value in measured)
+
+
 def test_value_network_learns_bootstrapped_returns_after_the_policy_and_leaves_it_alone():
     torch.manual_seed(0)
     episodes = random_episodes()
