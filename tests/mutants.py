@@ -115,7 +115,7 @@ def mutants(source: str) -> Iterator[Mutant]:
         if isinstance(node, ast.Call) and len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args):
             first, second = node.args[:2]
             named = isinstance(first, ast.Name | ast.Attribute) and isinstance(second, ast.Name | ast.Attribute)
-            if named and code(first) != code(second):
+            if named and code(first) != code(second) and code(node.func) not in ("min", "max"):
                 low, high = span(first)[0], span(second)[1]
                 middle = text[span(first)[1] : span(second)[0]].decode()
                 swapped = code(second) + middle + code(first)
