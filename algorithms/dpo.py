@@ -71,7 +71,7 @@ from typing import BinaryIO, Literal, NamedTuple, NoReturn
 import filelock
 import numpy as np
 import torch
-import torch.distributed.nn  # now: imported later, it would hold the group of processes, and its threads, to the end
+import torch.distributed.nn  # before there is a process group, which defaults of its functions would keep alive
 import tyro
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
