@@ -99,7 +99,7 @@ class Args:
     tau: float = 0.005  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step
-    learning_starts: int = 1_000  # environment steps, with random actions, before the first gradient step
+    learning_starts: int | None = None  # random steps before learning starts; None: a tenth of the run, 10,000 at most
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
     num_critics: int = 2  # [1] number of critics
     alpha: float = 0.2  # [1] temperature: at the start, and with --no-autotune always
@@ -109,6 +109,8 @@ class Args:
 
     def __post_init__(self) -> None:
         check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
+        if self.learning_starts is None:
+            self.learning_starts = min(self.total_timesteps // 10, 10_000)
         if self.autotune and self.alpha == 0:
             refuse("--alpha 0 can't be tuned: add --no-autotune, or start above 0")
 

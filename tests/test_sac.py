@@ -147,9 +147,3 @@ def test_a_fixed_temperature_stays_and_may_be_zero(capsys):
     with pytest.raises(SystemExit):
         sac.Args(alpha=0.0)
     assert "--alpha" in capsys.readouterr().err
-
-
-def test_a_tenth_of_the_run_is_random_but_not_more_than_10_000_steps():
-    steps = {10: 1, 25_000: 2_500, 100_000: 10_000, 1_000_000: 10_000}
-    assert {total: sac.Args(total_timesteps=total).learning_starts for total in steps} == steps
-    assert sac.Args(learning_starts=0).learning_starts == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import rows, timeless
 
-from algorithms import sac, td3
+from algorithms import her, sac, td3
 
 TINY = {"eval_episodes": 1, "device": "cpu", "batch_size": 8, "learning_starts": 4}
 LOW, HIGH = np.array([-1.0, 0.0, -5.0], np.float32), np.array([3.0, 10.0, 0.0], np.float32)
@@ -429,10 +429,11 @@ def test_learning_steps_keep_their_ratio_to_environment_steps(script, num_envs, 
         assert count == int(utd * (adds * num_envs - starts)), "none is late"
 
 
-def test_a_tenth_of_the_run_is_random_but_not_more_than_10_000_steps():
+@pytest.mark.parametrize("script", [td3, sac, her], ids=["td3", "sac", "her"])
+def test_a_tenth_of_the_run_is_random_but_not_more_than_10_000_steps(script):
     steps = {10: 1, 25_000: 2_500, 100_000: 10_000, 1_000_000: 10_000}
-    assert {total: td3.Args(total_timesteps=total).learning_starts for total in steps} == steps
-    assert td3.Args(learning_starts=0).learning_starts == 0
+    assert {total: script.Args(total_timesteps=total).learning_starts for total in steps} == steps
+    assert script.Args(learning_starts=0).learning_starts == 0
 
 
 @both
