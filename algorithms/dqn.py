@@ -20,12 +20,13 @@ Hasselt et al. 2016, arXiv:1509.06461. Dueling networks: Wang et al. 2016, arXiv
 single random steps never come upon: Dabney et al. 2021, arXiv:2006.01782.
 
 Differs from the papers: Adam in place of RMSprop, with a learning rate annealed to 0; errors in the gradient of [3] are
-clipped to [-1, 1] only with --huber, the gradient's norm only with --max-grad-norm; evaluation is greedy; the dueling
-streams part after the last hidden layer, not before it, and gradients are not scaled there; a held action ends with its
-episode. By default y is Double DQN's, with [2], and the target network follows a little at each gradient step, as in
-DDPG: Lillicrap et al. 2016, arXiv:1509.02971. DQN's own are --no-double-q, and --tau 1 with, say,
---target-network-frequency 500: a copy every 500 gradient steps. A time limit does not count as a terminal state: the
-value of the last observation stands for the rest of the episode. Prioritised replay and n-step returns are left out.
+clipped to [-1, 1] only with --huber, the gradient's norm only with --max-grad-norm; exploration follows its schedule
+from the first step, where DQN acts at random until learning starts; evaluation is greedy; the dueling streams part
+after the last hidden layer, not before it, and gradients are not scaled there; a held action ends with its episode. By
+default y is Double DQN's, with [2], and the target network follows a little at each gradient step, as in DDPG:
+Lillicrap et al. 2016, arXiv:1509.02971. DQN's own are --no-double-q, and --tau 1 with, say, --target-network-frequency
+500: a copy every 500 gradient steps. A time limit does not count as a terminal state: the value of the last observation
+stands for the rest of the episode. Prioritised replay and n-step returns are left out.
 
 Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each action held for four frames, the last four images
 stacked, up to 30 no-ops, sticky actions, the sign of the reward; an episode is a game, not a life. Usual settings for
@@ -422,10 +423,10 @@ def train(args: Args) -> None:
         buffer.add(actions, learned_rewards, terminated, truncated, obs, infos)
 
         # 4. Learn: a gradient step for every train_frequency environment steps, whatever the number of environments
-        done, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
+        taken, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - previous_step / args.total_timesteps)
-        for number in range(done + 1, due + 1):
+        for number in range(taken + 1, due + 1):
             batch = buffer.sample(args.batch_size, args.device)
             for name, value in update(q_network, target_network, optimizer, batch, args).items():
                 history[name].append(value)
@@ -436,7 +437,7 @@ def train(args: Args) -> None:
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
+        if global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step):
             metrics = {name: torch.stack(values).mean() for name, values in history.items()}
             metrics["charts/epsilon"] = epsilon
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]

@@ -10,9 +10,9 @@ have been paid. The learner does not notice: it is sac.py, on observations that 
     [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                          SAC, Eq. 5
     [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                     SAC, Eq. 7
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 SAC, Algorithm 1
-    [7] replace the goal g of a transition, with a probability of k / (k + 1), by a goal g' achieved in its episode
-        future: by this or a later step; episode: by any step; final: by the last one          HER, Sections 3.3 and 4.5
-    [8] and its reward by r' = r(achieved(s'), g'), and likewise whether s' is terminal                 HER, Algorithm 1
+    [7] with a probability of k / (k + 1), a transition's goal g becomes a goal g' that was achieved in its episode,
+        future: in this step or a later one; episode: in any step; final: in the last one      HER, Sections 3.3 and 4.5
+    [8] its reward becomes r' = r(achieved(s'), g'), and g' decides whether s' is terminal              HER, Algorithm 1
 
 Here gamma is the discount; a prime marks what comes next, and the target networks, whose weights theta' follow slowly.
 In [2], N(u) is the density of u, and j counts the dimensions of an action. In [7] and [8], g' and r' are what takes the
@@ -21,16 +21,18 @@ place of g and r; achieved is called m in the paper.
 HER: Andrychowicz et al. 2017, arXiv:1707.01495. SAC: Haarnoja et al. 2018, arXiv:1812.05905; diff sac.py her.py shows
 what HER adds to it.
 
-Differs from the paper: SAC instead of DDPG, with two hidden layers of 256 units, not three of 64, batches of 256, not
-128, a gradient step for each environment step, not 40 for 16 episodes, and a discount of 0.95, not 0.98; a transition
-is replayed from the moment it was made, and with a goal of its episode so far; the networks see the achieved goal too;
+Differs from HER's paper: SAC instead of DDPG, and its samples instead of noise and one random action in five; two
+hidden layers of 256 units, not three of 64, batches of 256, not 128, a gradient step for each environment step, not 40
+for 16 episodes, targets that move in each of these, not once in 40, and a discount of 0.95, not 0.98; a transition is
+replayed from the moment it was made, and with a goal of its episode so far; the networks see the achieved goal too;
 final has a k, which is 1 in the paper; the strategy random, normalised observations and clipped targets are left out.
 Episodes of the paper have no terminal states. As in the authors' code, goals are drawn anew whenever a transition is
 replayed, not once when it is stored, and a time limit does not count as a terminal state: the value of the last
-observation stands for the rest of the episode. Evaluation acts without noise: with tanh(mean(s)).
+observation stands for the rest of the episode. As in sac.py, actions are random in the first tenth of the run, in
+10,000 steps at most, alpha starts at 0.2, and evaluation acts without noise, with tanh(mean(s)).
 
-Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and log pi is the density there: H then
-means the same for every range.
+Actions come from a Box with finite bounds. The networks see them rescaled to [-1, 1], and log pi is the density of
+these: H then means the same for every range.
 
 Environments observe a Dict of observation, achieved_goal and desired_goal, and have compute_reward, for batches, and
 compute_terminated; is_success or success in their infos is logged. Those of the package gymnasium-robotics do so:
@@ -199,14 +201,14 @@ class GoalBuffer:
         self, buffer_size: int, num_envs: int, obs_dim: int, action_dim: int, achieved: slice, desired: slice
     ):  # fmt: skip
         self.widths = obs_dim, action_dim, 1, 1, obs_dim
-        needed = 4 * buffer_size * sum(self.widths)  # bytes: a float32 has four
+        needed = buffer_size * (4 * sum(self.widths) + 16)  # bytes: four a float32, eight each for first and last
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > 0.9 * memory:
             refuse(f"--buffer-size {buffer_size} needs {needed / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB")
         self.length = buffer_size // num_envs
         self.rows = np.zeros((self.length, num_envs, sum(self.widths)), np.float32)
-        self.first, self.last = np.zeros((2, self.length, num_envs), np.int64)  # rows of the episode of each transition
-        self.episode_start = np.zeros(num_envs, np.int64)  # first rows of the episodes that go on
+        self.first, self.last = np.zeros((2, self.length, num_envs), np.int64)  # of each transition's episode
+        self.episode_start = np.zeros(num_envs, np.int64)  # first row of each environment's present episode
         self.achieved, self.desired = achieved, desired  # places of the goals in an observation
         self.num_added = 0
 
@@ -221,7 +223,7 @@ class GoalBuffer:
         row = self.num_added
         self.rows[row % self.length] = np.hstack([obs, actions, rewards[:, None], terminated[:, None], next_obs])
         self.first[row % self.length] = self.episode_start
-        # So far each episode ends in this row: in all its rows that are still kept, last becomes this row
+        # This row is now the last of each present episode: all of its rows that are still kept learn so
         for env_index, start in enumerate(self.episode_start):
             self.last[np.arange(max(start, row - self.length + 1), row + 1) % self.length, env_index] = row
         self.num_added += 1
@@ -336,9 +338,16 @@ def make_agent(args: Args, env: gym.Env) -> Actor:
     if not space.is_bounded():
         refuse(f"--env-id {args.env_id} acts in {space}; her.py needs finite bounds: see ppo.py")
     parts = getattr(env.unwrapped.observation_space, "spaces", {})
-    if set(parts) != {"observation", "achieved_goal", "desired_goal"} or any(len(p.shape) != 1 for p in parts.values()):
+    vectors = [isinstance(part, gym.spaces.Box) and len(part.shape) == 1 for part in parts.values()]
+    if set(parts) != {"observation", "achieved_goal", "desired_goal"} or not all(vectors):
         refuse(f"--env-id {args.env_id} observes {env.unwrapped.observation_space}; her.py needs vectors in a Dict of "
                "observation, achieved_goal and desired_goal: see sac.py")  # fmt: skip
+    goals = np.zeros((2, *parts["desired_goal"].shape), np.float32)
+    try:
+        assert np.shape(env.unwrapped.compute_reward(goals, goals, {})) == (2,), "compute_reward returned no batch"
+        env.unwrapped.compute_terminated(*goals, {})
+    except Exception as error:
+        refuse(f"--env-id {args.env_id}: her.py needs compute_reward, for batches, and compute_terminated: {error!r}")
     return Actor(*obs_shape, space.low, space.high)
 
 
@@ -403,15 +412,15 @@ def train(args: Args) -> None:
         obs = next_obs
 
         # 4. Learn: utd gradient steps for every environment step, whatever the number of environments
-        done, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
-        for _ in range(done, due):
+        taken, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
+        for _ in range(taken, due):
             metrics = learner.update(buffer.sample(args.batch_size, args.device, env.unwrapped, args))
             for name, value in metrics.items():
                 history[name].append(value)
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
+        if global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step):
             metrics = {name: torch.stack(values).mean() for name, values in history.items()}
             metrics["charts/learning_rate"] = args.policy_lr
             metrics["charts/SPS"] = (global_step - logged_step) / seconds

@@ -411,7 +411,7 @@ def train(args: Args) -> None:
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
+        if global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step):
             metrics = {}
             for name, values in history.items():
                 metrics |= env.by_agent(name, torch.stack(values).mean(0))

@@ -25,8 +25,8 @@ HalfCheetah and Ant, and 1,000 elsewhere. As in the paper, evaluation acts witho
 authors' code, a time limit does not count as a terminal state: the value of the last observation stands for the rest of
 the episode.
 
-Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and log pi is the density there: H then
-means the same for every range.
+Actions come from a Box with finite bounds. The networks see them rescaled to [-1, 1], and log pi is the density of
+these: H then means the same for every range.
 
     python algorithms/sac.py --env-id HalfCheetah-v5
 """
@@ -335,15 +335,15 @@ def train(args: Args) -> None:
         obs = next_obs
 
         # 4. Learn: utd gradient steps for every environment step, whatever the number of environments
-        done, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
-        for _ in range(done, due):
+        taken, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
+        for _ in range(taken, due):
             metrics = learner.update(buffer.sample(args.batch_size, args.device))
             for name, value in metrics.items():
                 history[name].append(value)
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
+        if global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step):
             metrics = {name: torch.stack(values).mean() for name, values in history.items()}
             metrics["charts/learning_rate"] = args.policy_lr
             metrics["charts/SPS"] = (global_step - logged_step) / seconds

@@ -27,8 +27,8 @@ in 10,000 steps at most, and learning starts after them, where the paper takes 1
 1,000 elsewhere. As in the paper's Appendix D, a' is clipped to the range of actions, and a time limit does not count as
 a terminal state: the value of the last observation stands for the rest of the episode.
 
-Actions are a Box with finite bounds. The networks see it rescaled to [-1, 1], and noise is added there: its standard
-deviation then means the same for every range.
+Actions come from a Box with finite bounds. The networks see them rescaled to [-1, 1], and noise is added to these: its
+standard deviation then means the same for every range.
 
     python algorithms/td3.py --env-id HalfCheetah-v5
 """
@@ -100,7 +100,7 @@ class Args:
     policy_frequency: int = 2  # [2] d: the actor and all targets move in every d-th gradient step
     policy_noise: float = 0.2  # [3] sigma, for actions in [-1, 1]
     noise_clip: float = 0.5  # [3] c, for actions in [-1, 1]
-    exploration_noise: float = 0.1  # standard deviation of the noise on actions in training, which are in [-1, 1]
+    exploration_noise: float = 0.1  # standard deviation of the noise in training, for actions in [-1, 1]
 
     def __post_init__(self) -> None:
         check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
@@ -322,15 +322,15 @@ def train(args: Args) -> None:
         obs = next_obs
 
         # 4. Learn: utd gradient steps for every environment step, whatever the number of environments
-        done, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
-        for number in range(done + 1, due + 1):
+        taken, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
+        for number in range(taken + 1, due + 1):
             metrics = learner.update(buffer.sample(args.batch_size, args.device), number)
             for name, value in metrics.items():
                 history[name].append(value)
 
         # 5. Log
         seconds += time.perf_counter() - start_time
-        if history and (global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step)):
+        if global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step):
             metrics = {name: torch.stack(values).mean() for name, values in history.items()}
             metrics["charts/learning_rate"] = args.policy_lr
             metrics["charts/SPS"] = (global_step - logged_step) / seconds

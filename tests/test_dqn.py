@@ -636,7 +636,7 @@ def test_epsilon_and_learning_rate_over_a_run(monkeypatch, no_evaluation):
     monkeypatch.setattr(dqn, "explore", spy)
     schedule = {"start_e": 0.9, "end_e": 0.1, "learning_rate": 1.0, "exploration_fraction": 0.5}
     args = dqn.Args(env_id="DqnCounter-v0", total_timesteps=4000, checkpoint_frequency=4000, num_envs=2, **schedule,
-                    **TINY | {"train_frequency": 100})  # fmt: skip
+                    **TINY | {"train_frequency": 100, "learning_starts": 1500})  # fmt: skip
     dqn.train(args)
     assert [seen[step] for step in (0, 1000, 2000, 3998)] == pytest.approx([0.9, 0.5, 0.1, 0.1])
     logged = [row for row in rows(dqn.Path(args.run_dir)) if "charts/epsilon" in row]

@@ -151,6 +151,41 @@ def test_environments_without_goals_are_refused_with_the_script_for_them(capsys)
     assert "desired_goal: see sac.py" in capsys.readouterr().err
 
 
+class Grid(Point):
+    observation_space = gym.spaces.Dict(
+        observation=VECTOR,
+        achieved_goal=gym.spaces.MultiDiscrete([5, 5]),
+        desired_goal=gym.spaces.MultiDiscrete([5, 5]),
+    )
+
+
+class Nested(Point):
+    observation_space = gym.spaces.Dict(
+        observation=VECTOR, achieved_goal=gym.spaces.Dict(a=VECTOR), desired_goal=gym.spaces.Dict(a=VECTOR)
+    )
+
+
+class OneSum(Point):
+    def near(self, achieved, desired):  # of the whole batch: axis is missing
+        return np.linalg.norm(achieved - desired) < 0.3
+
+
+class NeverTerminated(Point):
+    compute_terminated = property()
+
+
+@pytest.mark.parametrize(
+    ("env_class", "word"),
+    [(Grid, "vectors"), (Nested, "vectors"), (OneSum, "no batch"), (NeverTerminated, "compute_terminated")],
+)
+def test_goals_that_can_not_be_replaced_are_refused(env_class, word, capsys):
+    env = gym.wrappers.FlattenObservation(env_class())
+    with pytest.raises(SystemExit) as end:
+        her.make_agent(her.Args(), env)
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+
+
 def test_goals_are_found_in_flat_observations():
     env = her.make_env("Point-v0")
     achieved, desired = her.where_goals_are(env.unwrapped.observation_space)
