@@ -71,7 +71,7 @@ from typing import BinaryIO, Literal, NamedTuple, NoReturn
 import filelock
 import numpy as np
 import torch
-import torch.distributed.nn  # before there is a process group, which defaults of its functions would keep alive
+import torch.distributed.nn  # now, without a process group: imported later, it would hold the group in its defaults
 import tyro
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -104,7 +104,7 @@ class Args:
     eval_replies: int = 1000  # reviews that the policy writes in an evaluation
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     learning_rate: float = 5e-4  # of AdamW; for real models rather 1e-6, with LoRA 1e-5
-    warmup: float = 0.1  # share of the run in which the learning rate rises, times a linear fall to 0 over all of it
+    warmup: float = 0.1  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
     batch_size: int = 32  # pairs of an update, summed over all processes
     micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
@@ -193,10 +193,9 @@ class Pair(NamedTuple):
 
 
 def check_data_flags(args: Args) -> None:
-    if (args.model_name is None) != (args.dataset is None):
+    in_config = args.resume or args.evaluate  # then config.json names what the command line does not
+    if (args.model_name is None) != (args.dataset is None) and not in_config:
         refuse("--model-name and --dataset go together; without them, a small GPT writes reviews")
-    if args.model_name is None and PROCESSES > 1:
-        refuse("torchrun is for --model-name and --dataset; the reviews are learned by one process")
 
 
 def read_records(source: str) -> Iterator[tuple[str, object]]:
@@ -608,13 +607,13 @@ def prepare_model(model: nn.Module, task: str, args: Args) -> nn.Module:
         lora = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         model = peft.get_peft_model(model, lora)
         for parameter in model.parameters():
-            if parameter.requires_grad:  # a new head too: in bfloat16, small steps get lost
+            if parameter.requires_grad:  # the head too: in bfloat16, small steps get lost
                 parameter.data = parameter.data.float()
     return model.to(args.device).train()  # train: gradient checkpointing asks for it
 
 
 class Trained:
-    """What is trained of a model, as a part of a checkpoint: all of it, or LoRA's matrices and a new head."""
+    """What is trained of a model, as a part of a checkpoint: all of it, or LoRA's matrices and its head, if any."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast):
         self.model, self.tokenizer = model, tokenizer
@@ -647,12 +646,17 @@ def save_pretrained(folder: Path, *parts: nn.Module | PreTrainedTokenizerFast) -
 
 def start_processes(args: Args) -> None:
     """Finds the device, and under torchrun the other processes. Process 0 alone writes, prints and hears signals."""
+    if PROCESSES > 1:
+        if args.model_name is None:
+            refuse("torchrun is for --model-name and --dataset; the reviews are learned by one process")
+        if args.device not in ("auto", "cpu", "cuda"):
+            refuse(f"--device {args.device}: torchrun gives each process a GPU of its own, so name none")
+        if args.device != "cpu" and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # first: choose_device puts a tensor there
     args.device = choose_device(args.device, small=args.model_name is None)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if PROCESSES > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
         for number in (signal.SIGINT, signal.SIGTERM) if RANK else ():
             signal.signal(number, signal.SIG_IGN)
@@ -677,7 +681,10 @@ def reference_log_probs(model: nn.Module, pairs: list[Pair], args: Args) -> Tens
     """[1] by the reference, which the model is before its first update: (number of pairs, 2). Kept in reference.pt."""
     path = Path(args.run_dir or "", "reference.pt")
     if args.resume and path.exists():
-        return load_file(path)["log_probs"].to(args.device)
+        log_probs = load_file(path)["log_probs"].to(args.device)
+        if len(log_probs) != len(pairs):
+            refuse(f"{path} is of {len(log_probs)} pairs, but there are {len(pairs)} now: has the data set changed?")
+        return log_probs
     log_probs = all_log_probs(model, pairs, list(range(len(pairs))), args)
     if RANK == 0:
         save_file(path, {"log_probs": log_probs})
@@ -778,24 +785,29 @@ def show_reviews(model: nn.Module, reference: nn.Module, tokenizer: PreTrainedTo
     prompts = PROMPTS[:3]
     before, after = (sample_reviews(m, tokenizer, prompts, args.seed, 3) for m in (reference, model))
     for prompt, *reviews in zip(prompts, before, after, strict=True):
-        print(prompt)
+        tqdm.write(prompt)
         for word, review in zip(("before", "after"), reviews, strict=True):
-            print(f"    {word:>6} {true_reward(prompt, review):5.1f}  {review}")
+            tqdm.write(f"    {word:>6} {true_reward(prompt, review):5.1f}  {review}")
 
 
 def evaluate_saved(args: Args) -> None:
-    """Evaluates the model in run_dir/model as the last evaluation of the run did."""
+    """Evaluates the model in run_dir/model as the last evaluation of the run did, or on another --dataset."""
     folder, reviews = Path(args.run_dir), args.model_name is None
     start_processes(args)
     source = folder / "pairs.jsonl" if reviews else args.dataset
-    model, tokenizer, pairs = load(folder / MODEL, source, replace(args, lora_rank=0))
-    ref_log_probs = load_file(folder / "reference.pt")["log_probs"].to(args.device)
-    result = evaluate_pairs(model, pairs, ref_log_probs, split(pairs, args)[1], args)
+    args = replace(args, lora_rank=0)
+    model, tokenizer, pairs = load(folder / MODEL, source, args)
+    reference_model = load_model(folder / "reference" if reviews else args.model_name, args)
+    reference_model.config.pad_token_id = model.config.pad_token_id
+    rows = split(pairs, args)[1]
+    ref_log_probs = all_log_probs(reference_model, pairs, rows, args)  # anew: the pairs may be others than the run's
+    result = evaluate_pairs(model, pairs, ref_log_probs, rows, args)
     if reviews:
-        reference_model = load_model(folder / "reference", replace(args, lora_rank=0))
         result |= evaluate_reviews(model, reference_model, tokenizer, judge_reference(folder), args)
     if RANK == 0:
         print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
+    if PROCESSES > 1:
+        distributed.destroy_process_group()
 
 
 # Below the ruled line every script is the same. These are dpo.py's exceptions, under the names that they

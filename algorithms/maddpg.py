@@ -30,10 +30,10 @@ Differs from the paper: agents don't infer the others' policies (Section 4.2) an
 (Section 4.3); all agents learn from the same batch. Discrete actions are one-hot, in y_i the most likely ones; in the
 authors' code they are soft samples everywhere, and gradients are clipped. As there, the mean square of the actors'
 outputs is a small penalty in [2], and a time limit does not count as a terminal state: the value of the last
-observation stands for the rest of the episode. The paper's sizes are --hidden-size 64 --batch-size 1024
---train-frequency 100 --learning-rate 0.01, and in that code --learning-starts 25600; the defaults learn more from a
-step. With --algorithm ddpg a critic sees its own agent's observation and action only: independent DDPG, the paper's
-baseline.
+observation stands for the rest of the episode. Evaluation takes the most likely actions, and in a box those without
+noise. The paper's sizes are --hidden-size 64 --batch-size 1024 --train-frequency 100 --learning-rate 0.01, and in that
+code --learning-starts 25600; the defaults learn more from a step. With --algorithm ddpg a critic sees its own agent's
+observation and action only: independent DDPG, the paper's baseline.
 
 Returns are sums over an episode and all agents; one whose name ends in an agent's, as episodic_return/agent_0 does, is
 that agent's own. An evaluation on simple_spread_v3 also gives the distance of a landmark to the nearest agent, summed
@@ -105,7 +105,7 @@ class Args:
     resume: bool = False  # continue the run in --run-dir with its own arguments
     evaluate: bool = False  # only evaluate the model in --run-dir
 
-    opponent_dir: str | None = None  # with --evaluate: another run; adversaries of each run play the others of each
+    opponent_dir: str | None = None  # with --evaluate: another run; adversaries of each play the other agents of both
     algorithm: Literal["maddpg", "ddpg"] = "maddpg"  # critics see everything, or what their own agent observes and does
     continuous_actions: bool = False  # mpe2's environments: actions in a box, not discrete ones
     actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # [2] of discrete actions: through one sample, or exactly
@@ -166,10 +166,11 @@ class Actor(nn.Module):
         return (best + noise * (self.high - self.low) / 2 * torch.randn_like(best)).clamp(self.low, self.high)
 
     def weighted(self, outputs: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (K, B), (K, B, action_dim)
-        """For [2]: weights and actions, K of each for each row; only one of the two has a gradient.
+        """For [2], the mean over rows of sum_k weight_k Q(x, ..., action_k, ...): K weights and K actions for each row.
 
-        Discrete, K > 1: all actions, weighted by their probabilities, and up to K zeros of weight 0. Discrete, K = 1:
-        one sample, of weight 1. In a box: its one action, K times, each of weight 1 / K.
+        Only one of the two has a gradient. Discrete, K > 1: all actions, weighted by their probabilities, and zeros of
+        weight 0 in what is left of K. Discrete, K = 1: one sample, of weight 1. In a box: its one action, K times, each
+        of weight 1 / K.
         """
         if self.discrete and k > 1:
             probabilities = nn.functional.pad(outputs.softmax(-1), (0, k - self.action_dim)).T
@@ -596,7 +597,7 @@ def evaluate_saved(args: Args) -> None:
         result = evaluate(team.act, args, f"evaluation-{k}" if args.opponent_dir else "evaluation")
         if args.opponent_dir:
             print(f"{name}:")
-        print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
+        print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
 
 
 # ---- Below this line every script is the same: command line, environments, evaluation, run folder ----

@@ -19,8 +19,9 @@ arXiv:1506.02438.
 Differs from the paper: as in OpenAI Baselines, advantages are normalised in each minibatch, the norm of the gradient is
 clipped, weights start orthogonal, Adam's epsilon is 1e-5, and rewards are divided by the running standard deviation of
 the discounted return; but, unlike there, neither the rewards nor the change of V in [3] are clipped. The learning rate
-is annealed in all tasks and epsilon in none; the paper anneals both, on Atari only. A time limit does not count as a
-terminal state: the value of the last observation stands for the rest of the episode.
+is annealed in all tasks and epsilon in none; the paper anneals both, on Atari only. Evaluation takes the most likely
+actions, where the paper averages training episodes. A time limit does not count as a terminal state: the value of the
+last observation stands for the rest of the episode.
 
 Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
 the log-probability is that of the unclipped sample. Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each
@@ -584,7 +585,7 @@ def evaluate_saved(args: Args) -> None:
     agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
     load_file(Path(args.run_dir, MODEL), model=agent)
     result = evaluate(agent.act, args, "evaluation")
-    print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
+    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -24,8 +24,8 @@ too high; what it learns may be too low.
 
 Differs from the papers: alpha is annealed linearly to 0, and all values start at an optimistic 1, so that actions not
 tried yet look good. The next action is chosen before the update, as [2] needs it, in all four. A time limit does not
-count as a terminal state: the value of the last state stands for the rest. An environment without a time limit, as
-CliffWalking-v1 is, gets one of 1,000 steps.
+count as a terminal state: the value of the last state stands for the rest of the episode. An environment without a time
+limit, as CliffWalking-v1 is, gets one of 1,000 steps.
 
 Where the environment gives its transition probabilities, as Gymnasium's FrozenLake, CliffWalking and Taxi do, the
 greedy policy is also evaluated exactly, beside the optimal one from value iteration.
@@ -427,7 +427,7 @@ def evaluate_saved(args: Args) -> None:
     result = evaluate(agent.act, args, "evaluation")
     if hasattr(env.unwrapped, "initial_state_distrib"):
         result |= Transitions(env, args.gamma).evaluate(agent.act)
-    print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
+    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
     show_policy(env, agent)
 
 

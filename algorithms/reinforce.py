@@ -21,7 +21,7 @@ several episodes; the optimizer is Adam, the policy's rate annealed; V is fitted
 a step for each t. The mean over a batch's K episodes has a bias of the order of 1 / K, because K depends on how long
 they last. With --baseline value, and for V itself always, a time limit does not count as a terminal state: V of the
 last observation stands for the rest of the episode. With none and mean, nothing can stand for it, and G_t ends there.
-The last batch, which the end of the run cuts off, is not learned from.
+The last batch, which the end of the run cuts off, is not learned from. Evaluation takes the most likely actions.
 
 Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
 the log-probability is that of the unclipped sample.
@@ -74,7 +74,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_episodes: int = 20  # episodes of an evaluation
-    checkpoint_frequency: int | None = None  # steps between checkpoints, which cut episodes; None: a tenth of the run
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     capture_video: bool = False  # film the first episode of each evaluation
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -87,7 +87,7 @@ class Args:
     anneal_lr: bool = True  # anneal it linearly to 0
     value_learning_rate: float = 1e-2  # of the value network's Adam
     value_epochs: int = 5  # its passes over a batch; the policy makes one step
-    gamma: float = 0.99  # [1] discount
+    gamma: float = 0.99  # discount
     baseline: Literal["none", "mean", "value"] = "value"  # [3]
 
     def __post_init__(self) -> None:
@@ -201,7 +201,7 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """One step of the policy, then value_epochs passes of the value network, over K episodes. Returns what to log."""
     observations = [torch.from_numpy(np.stack(episode.observations)).to(args.device) for episode in episodes]
-    with torch.no_grad():
+    with torch.no_grad():  # before V learns from this batch: a baseline that had seen it would depend on the actions
         values = [agent.value(obs).cpu() for obs in observations]  # (T + 1,) each
     advantages = subtract_baselines(episodes, values, args.gamma)
 
@@ -218,7 +218,6 @@ def update(
         parameter.grad = part.view_as(parameter)
     optimizer.step()
 
-    # V learns last: had it seen this batch's returns before it is subtracted from them, it would depend on the actions
     obs = torch.cat([obs[:-1] for obs in observations])  # (B, obs_dim)
     values = torch.cat([value[:-1] for value in values]).to(args.device)  # (B,)
     # (B,), bootstrapped; 2 is the index of "value"
@@ -468,7 +467,7 @@ def evaluate_saved(args: Args) -> None:
     agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
     load_file(Path(args.run_dir, MODEL), model=agent)
     result = evaluate(agent.act, args, "evaluation")
-    print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
+    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -60,7 +60,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import filelock
 import numpy as np
 import torch
-import torch.distributed.nn  # before there is a process group, which defaults of its functions would keep alive
+import torch.distributed.nn  # now, without a process group: imported later, it would hold the group in its defaults
 import tyro
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -98,7 +98,7 @@ class Args:
     eval_pairs: int = 1000  # pairs held out for evaluation, at most a tenth of all
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     learning_rate: float = 1e-3  # of AdamW; for real models rather 1e-5, with LoRA 1e-4
-    warmup: float = 0.1  # share of the run in which the learning rate rises, times a linear fall to 0 over all of it
+    warmup: float = 0.1  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
     batch_size: int = 32  # pairs of an update, summed over all processes
     micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
@@ -156,10 +156,9 @@ class Pair(NamedTuple):
 
 
 def check_data_flags(args: Args) -> None:
-    if (args.model_name is None) != (args.dataset is None):
+    in_config = args.resume or args.evaluate  # then config.json names what the command line does not
+    if (args.model_name is None) != (args.dataset is None) and not in_config:
         refuse("--model-name and --dataset go together; without them, a small GPT writes reviews")
-    if args.model_name is None and PROCESSES > 1:
-        refuse("torchrun is for --model-name and --dataset; the reviews are learned by one process")
 
 
 def read_records(source: str) -> Iterator[tuple[str, object]]:
@@ -521,14 +520,15 @@ def load(name: str | Path, source: str | Path, args: Args) -> tuple[nn.Module, P
         )
     except Exception as error:
         refuse(f"{name} can't be loaded as a model with a head for one number: {error}")
+    if not hasattr(model, "score"):
+        refuse(f"{name} is no causal language model: where attention looks ahead, padding would change rewards")
     if any("score" in key for key in info["missing_keys"]):  # of a language model the head is new
         nn.init.zeros_(model.score.weight)
-    # [3] is read at the last token that is no padding: with the end token as padding it would be read before the end
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    # [3] is read at the last token that is no padding: the end token, if padding is any other one, even a word
+    padding = tokenizer.pad_token_id
+    if padding in (None, tokenizer.eos_token_id):
+        padding = int(tokenizer.eos_token_id == 0)  # token 0, or 1
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = padding
     limit = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
     return prepare_model(model, "SEQ_CLS", args), tokenizer, read_pairs(str(source), tokenizer, limit)
 
@@ -551,13 +551,13 @@ def prepare_model(model: nn.Module, task: str, args: Args) -> nn.Module:
         lora = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         model = peft.get_peft_model(model, lora)
         for parameter in model.parameters():
-            if parameter.requires_grad:  # a new head too: in bfloat16, small steps get lost
+            if parameter.requires_grad:  # the head too: in bfloat16, small steps get lost
                 parameter.data = parameter.data.float()
     return model.to(args.device).train()  # train: gradient checkpointing asks for it
 
 
 class Trained:
-    """What is trained of a model, as a part of a checkpoint: all of it, or LoRA's matrices and a new head."""
+    """What is trained of a model, as a part of a checkpoint: all of it, or LoRA's matrices and its head, if any."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast):
         self.model, self.tokenizer = model, tokenizer
@@ -590,12 +590,17 @@ def save_pretrained(folder: Path, *parts: nn.Module | PreTrainedTokenizerFast) -
 
 def start_processes(args: Args) -> None:
     """Finds the device, and under torchrun the other processes. Process 0 alone writes, prints and hears signals."""
+    if PROCESSES > 1:
+        if args.model_name is None:
+            refuse("torchrun is for --model-name and --dataset; the reviews are learned by one process")
+        if args.device not in ("auto", "cpu", "cuda"):
+            refuse(f"--device {args.device}: torchrun gives each process a GPU of its own, so name none")
+        if args.device != "cpu" and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # first: choose_device puts a tensor there
     args.device = choose_device(args.device, small=args.model_name is None)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if PROCESSES > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
         for number in (signal.SIGINT, signal.SIGTERM) if RANK else ():
             signal.signal(number, signal.SIG_IGN)
@@ -697,16 +702,25 @@ def evaluate_saved(args: Args) -> None:
         result = evaluate_pairs(model, tokenizer, pairs, split(pairs, args)[1], args)
         if RANK == 0:
             print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
-        return
-    for where, record in read_records(args.replies):
+    elif RANK == 0:
+        print_rewards(model, tokenizer, args.replies)
+    if PROCESSES > 1:
+        distributed.destroy_process_group()
+
+
+def print_rewards(model: nn.Module, tokenizer: PreTrainedTokenizerFast, source: str) -> None:
+    """Each reply of a .jsonl file, after its prompt, with its reward."""
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    for where, record in read_records(source):
         prompt, reply = (read_text(where, record, column) for column in ("prompt", "reply"))
         if type(prompt) is not type(reply):
             refuse(f"{where}: prompt and reply must both be texts, or both lists of messages")
         prompt_ids, reply_ids = encode(where, tokenizer, prompt, [reply])
+        if len(prompt_ids + reply_ids) > limit:
+            refuse(f"{where} has {len(prompt_ids + reply_ids)} tokens, and the model reads {limit}")
         with torch.inference_mode():
             value = reward(model, torch.tensor([prompt_ids + reply_ids])).item()
-        if RANK == 0:
-            print(json.dumps({"prompt": prompt, "reply": reply, "reward": value}))
+        print(json.dumps({"prompt": prompt, "reply": reply, "reward": value}))
 
 
 # Below the ruled line every script is the same. These are reward_model.py's exceptions, under the names that they

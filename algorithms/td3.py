@@ -488,7 +488,7 @@ def evaluate_saved(args: Args) -> None:
     agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
     load_file(Path(args.run_dir, MODEL), model=agent)
     result = evaluate(agent.act, args, "evaluation")
-    print(*(f"{name} {value:.2f}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
+    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -40,6 +40,7 @@ MISSING_FLAGS = {"q_learning": {"num_envs", "device"}, "dpo": NO_ENVIRONMENT, "r
 BROUGHT_BY_OTHERS = {"ale_py", "matplotlib", "peft"}  # an extra of Gymnasium; and what only some flags need
 OWN_WORDS = {  # common flags with another comment
     "maddpg": {"env_id"},
+    "reinforce": {"checkpoint_frequency"},
     "dpo": {"total_timesteps", "checkpoint_frequency"},
     "reward_model": {"total_timesteps", "checkpoint_frequency"},
 }

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -483,8 +484,24 @@ def test_two_processes_learn_what_one_learns(folders, tmp_path):
     assert len(a) == len(b)
     for first in a, b:  # before the first update margins are 0 but for rounding, and so have any sign
         next(row for row in first if "rewards/margins" in row).pop("rewards/accuracies")
-    for one, two in zip(a, b, strict=True):
-        assert one == pytest.approx(two, rel=1e-3, abs=2e-4)
+    for first, second in zip(a, b, strict=True):
+        assert first == pytest.approx(second, rel=1e-3, abs=2e-4)
+
+    command = [*map(str, two), "--run-dir", str(tmp_path / "two"), "--evaluate"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr
+    loss = float(re.search(r"eval/loss ([\d.e-]+),", result.stdout)[1])
+    assert loss == pytest.approx([row for row in b if "eval/loss" in row][-1]["eval/loss"], rel=1e-3)
+    assert result.stdout.count("left: []") == 2
+
+
+def test_torchrun_is_refused_where_it_makes_no_sense(monkeypatch, capsys):
+    monkeypatch.setattr(dpo, "PROCESSES", 2)
+    for flags, word in ({}, "one process"), ({"model_name": "x", "dataset": "y", "device": "cuda:1"}, "cuda:1"):
+        with pytest.raises(SystemExit) as end:
+            dpo.train(dpo.Args(**flags))
+        assert end.value.code == 2
+        assert word in capsys.readouterr().err
 
 
 def test_lora_trains_its_matrices_alone_and_loads_again(folders, tmp_path):
@@ -563,6 +580,22 @@ def test_a_malformed_line_is_named(folders, line, word, capsys):
     assert "data.jsonl, line 2" in message
     assert word in message
     assert message.count("\n") == 1
+
+
+def test_evaluation_of_other_pairs_has_the_reference_of_these(folders, tmp_path, capsys):
+    """A model of an untrained run is its reference: on whatever pairs, all margins are 0 and the loss is log 2."""
+    args = arguments(folders, run_dir=str(tmp_path / "run"), learning_rate=1e-30)
+    dpo.train(args)
+    lines = (folders / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "others.jsonl").write_text("\n".join(lines[::-1] + lines))
+    for changes in {"max_length": 22}, {"dataset": str(tmp_path / "others.jsonl")}:
+        capsys.readouterr()
+        dpo.evaluate_saved(arguments(folders, run_dir=args.run_dir, **changes))
+        assert f"eval/loss {math.log(2):.4g}," in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        dpo.train(arguments(folders, run_dir=args.run_dir, resume=True, **changes))
+    assert end.value.code == 2
+    assert "120 now" in capsys.readouterr().err
 
 
 def test_long_pairs_are_counted_and_left_out(folders, capsys):

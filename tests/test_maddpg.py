@@ -938,7 +938,7 @@ def test_saved_actors_evaluate_as_those_that_were_saved(tmp_path, monkeypatch, c
     last = rows(tmp_path / "one")[-1]
     code, out, _ = command(monkeypatch, capsys, "--run-dir", tmp_path / "one", "--evaluate")
     assert code == 0
-    expected = ", ".join(f"{name} {value:.2f}" for name, value in last.items() if name.startswith("eval/"))
+    expected = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name.startswith("eval/"))
     assert out == f"{expected}, 3 episodes\n"
     model = torch.load(tmp_path / "one" / "model.pt", weights_only=True)["model"]
     assert all(name.startswith("actor_n.") for name in model), "what acts, and nothing else"
@@ -965,7 +965,7 @@ def test_cross_play_pairs_the_adversaries_of_each_run_with_the_agents_of_each(tm
             return np.concatenate([actors[ours].act(obs)[:, :15], actors[theirs].act(obs)[:, 15:]], 1)
 
         result = maddpg.evaluate(act, one, "x")
-        assert lines[2 * k + 1] == ", ".join(f"{name} {value:.2f}" for name, value in result.items()) + ", 3 episodes"
+        assert lines[2 * k + 1] == ", ".join(f"{name} {value:.4g}" for name, value in result.items()) + ", 3 episodes"
         assert "eval/touches" in result
         got.append(result["eval/episodic_return"])
     assert len(set(got)) == 4, "or the pairings would be the same"

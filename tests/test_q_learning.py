@@ -659,7 +659,7 @@ def test_evaluate_repeats_the_last_evaluation_and_shows_the_policy(monkeypatch, 
     code, out, _ = command(monkeypatch, capsys, "--run-dir", "run", "--evaluate")
     assert code == 0
     for name in "episodic_return", "exact_return", "optimal_return":
-        assert f"eval/{name} {log[-1][f'eval/{name}']:.2f}" in out
+        assert f"eval/{name} {log[-1][f'eval/{name}']:.4g}" in out
     assert "7 episodes" in out
     assert "The greedy policy:\n    " in out
 

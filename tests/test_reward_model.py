@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
 )
@@ -83,7 +84,7 @@ def with_a_head(model):
 def test_the_reward_is_read_at_the_end_token_whatever_the_padding(folders, name):
     model, tokenizer, pairs, _ = loaded(folders, name)
     with_a_head(model)
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model.config.pad_token_id != tokenizer.eos_token_id == tokenizer.pad_token_id
     assert len({len(pair.chosen) for pair in pairs[:6]}) > 1
     together = torch.stack(reward_model.pair_rewards(model, pairs[:6]), 1)
     for pair, values in zip(pairs[:6], together.tolist(), strict=True):
@@ -329,8 +330,8 @@ def test_a_saved_reward_model_goes_on_with_its_head_and_its_padding(folders, tmp
     name = str(tmp_path / "run" / "model")
     saved, tokenizer, _ = reward_model.load(name, folders / "pairs.jsonl", arguments(folders))
     assert saved.score.weight.abs().sum() > 0
-    assert tokenizer.pad_token == "<|padding|>"
-    assert saved.config.pad_token_id == tokenizer.pad_token_id == saved.get_input_embeddings().num_embeddings - 1
+    assert saved.config.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert len(tokenizer) == saved.get_input_embeddings().num_embeddings, "nothing was added"
 
 
 def test_pairs_longer_than_the_model_are_left_out(folders, capsys):
@@ -410,9 +411,14 @@ def test_two_processes_learn_what_one_learns(folders, tmp_path):
         assert row == pytest.approx(other, rel=1e-3, abs=2e-4)
 
 
-def test_lora_trains_its_matrices_and_the_head(folders, tmp_path):
+def test_lora_trains_its_matrices_and_the_head_and_loads_again(folders, tmp_path, capsys):
     pytest.importorskip("peft")
-    reward_model.train(arguments(folders, "llama", run_dir=str(tmp_path / "run"), lora_rank=2))
+    args = arguments(folders, "llama", run_dir=str(tmp_path / "run"), lora_rank=2)
+    reward_model.train(args)
+    capsys.readouterr()
+    reward_model.evaluate_saved(args)
+    last = [row for row in rows(tmp_path / "run") if "eval/accuracy" in row][-1]
+    assert f"eval/loss {last['eval/loss']:.4g}," in capsys.readouterr().out
     parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     assert parts
     assert all("lora_" in name or "score" in name for name in parts)
@@ -422,6 +428,32 @@ def test_lora_trains_its_matrices_and_the_head(folders, tmp_path):
     steps = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert steps[-1]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_a_model_whose_attention_looks_ahead_is_refused(folders, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=16, num_labels=1)  # fmt: skip
+    for part in AutoModelForSequenceClassification.from_config(config), tokenizer:
+        part.save_pretrained(tmp_path / "bert")
+    with pytest.raises(SystemExit) as end:
+        reward_model.train(arguments(folders, model_name=str(tmp_path / "bert")))
+    assert end.value.code == 2
+    assert "causal" in capsys.readouterr().err
+
+
+def test_a_reply_longer_than_the_model_is_refused(folders, tmp_path, capsys):
+    model, tokenizer, _, _ = loaded(folders)
+    lines = [
+        {"prompt": "review the film : ", "reply": " ".join(["good"] * n)} for n in (59, 60)
+    ]  # and four, and the end
+    (tmp_path / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(SystemExit) as end:
+        reward_model.print_rewards(model, tokenizer, str(tmp_path / "replies.jsonl"))
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out.count("reward") == 1
+    assert "line 2 has 65 tokens" in err
 
 
 def test_replies_are_for_evaluation_alone(folders, capsys):
