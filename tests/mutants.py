@@ -153,8 +153,9 @@ def tests_of(folder: Path, script: str) -> list[str]:
 
 def quickest_first(folder: Path, script: str, tests: Path) -> list[str]:
     """The names of the script's tests, by the time that they take for the sound script; none if one of them fails."""
-    tests.write_text("\n".join(tests_of(folder, script)))
-    process, seconds = run_tests(folder, f"@{tests}", "-vv"), Counter()
+    names = tests_of(folder, script)
+    tests.write_text("\n".join(names))
+    process, seconds = run_tests(folder, f"@{tests}", "-vv"), Counter(dict.fromkeys(names, 0))  # pytest hides some
     for line in process.stdout.splitlines():  # such as: 0.53s call     tests/test_ppo.py::test_gae[2]
         if match := re.fullmatch(r"([\d.]+)s (?:setup|call|teardown) +(tests/.*)", line):
             seconds[match[2]] += float(match[1])

@@ -75,6 +75,7 @@ def test_a_mistake_is_killed_or_survives(tmp_path, monkeypatch, capsys):
     other = "import time\n" + test.replace("test()", "test_fake()").replace("(3) in (5, 6)", "(0) == 0")
     other += "    time.sleep(0.3)\ndef test_fakes(): raise AssertionError('of another script')\n"
     (tmp_path / "tests" / "test_all.py").write_text(other)
+    (tmp_path / ".pytest.ini").write_text("[pytest]\naddopts = -q\n")  # hides the quickest tests from -vv too
     names = mutants.quickest_first(tmp_path, "fake", tmp_path / "names")
     assert names == ["tests/test_fake.py::test", "tests/test_all.py::test_fake"]
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
