@@ -104,6 +104,23 @@ def test_the_table_of_cross_play_is_what_was_kept():
         assert [float(number) for number in shown.groups()] == pytest.approx(exact, abs=0.0501)
 
 
+def test_what_is_said_of_teams_by_hand_is_what_was_kept():
+    kept = json.loads((ROOT / "benchmark" / "results" / "by_hand.json").read_text())["rows"]
+    text = " ".join(re.search(r"^Teams that follow a rule.*?\n\n", README, re.MULTILINE | re.DOTALL)[0].split())
+    shown = [float(number) for number in re.findall(r"-\d+\.\d", text)]
+    by_hand = {(row["environment"], row["continuous_actions"], row["team"]): row["episodic_return"] for row in kept}
+    spread, talk, names = "simple_spread_v3", "simple_speaker_listener_v4", ("perfect messages", "random actions")
+    talks = [(talk, False), (talk, True), ("simple_reference_v3", False)]
+    rows = [(spread, False, "the best assignment"), (spread, False, "random actions")]
+    rows += [(*task, name) for name in names for task in talks]
+    assert shown == pytest.approx([by_hand[row] for row in rows], abs=0.0501)
+    shares = [100 * row["agent_success"] for row in kept if "push until" in row["team"]]
+    assert f"end there in {min(shares):.0f} to {max(shares):.0f} % of {kept[-1]['episodes']} episodes" in " ".join(
+        README.split()
+    )
+    assert kept[-1]["agent_success"] == 1
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A clean clone with everything that is tracked as it is in this working tree."""
