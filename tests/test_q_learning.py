@@ -654,6 +654,37 @@ def test_values_are_drawn_on_request(env_id):
     assert image.imread("run/values.png").std() > 0.05
 
 
+def test_what_was_never_tried_is_left_white(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, imshow = [], axes.imshow
+    monkeypatch.setattr(
+        axes, "imshow", lambda self, values, **look: drawn.append(values) or imshow(self, values, **look)
+    )
+    table = q_learning.Table(1, 500, 6, 0.0)
+    table.counts[3][4] = 1
+    q_learning.plot_values(gym.make("Taxi-v4"), table, tmp_path / "values.png")
+    assert np.argwhere(~drawn[0].mask).tolist() == [[4, 3]]
+
+
+def test_a_table_has_at_most_ten_million_values(capsys):
+    for states, fits in (10**6, True), (10**6 + 1, False):
+
+        class Large(gym.Env):
+            observation_space, action_space = gym.spaces.Discrete(states), gym.spaces.Discrete(10)
+
+            def __init__(self, render_mode=None):
+                pass
+
+        gym.register("TableLarge-v0", Large, disable_env_checker=True, max_episode_steps=9)
+        if fits:
+            q_learning.make_env("TableLarge-v0")
+        else:
+            with pytest.raises(SystemExit):
+                q_learning.make_env("TableLarge-v0")
+            assert "too many" in capsys.readouterr().err
+        del gym.registry["TableLarge-v0"]
+
+
 def test_evaluate_repeats_the_last_evaluation_and_shows_the_policy(monkeypatch, capsys):
     log, _ = train(env_id="FrozenLake-v1", total_timesteps=3000, eval_episodes=7)
     code, out, _ = command(monkeypatch, capsys, "--run-dir", "run", "--evaluate")
