@@ -31,7 +31,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 RULED_LINE = "# ---- Below this line"
 NOT_MUTATED = ("Args", "NatureCNN")  # settings, and sizes
-HARMLESS = ("spawn_key", "strict", "validate_args")  # one stream is as good as another; checks of what is right anyway
+HARMLESS = ("spawn_key", "strict", "validate_args", "fused")  # as good a stream; checks of what is right anyway; speed
 OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*", ast.FloorDiv: "*", ast.Mod: "//",
     ast.BitAnd: "|", ast.BitOr: "&", ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=",
