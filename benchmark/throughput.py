@@ -472,6 +472,7 @@ STARTS = {  # what a script can't do without, and the flags of a run of one lear
             f"--update-epochs 1 --total-timesteps 1 {ACTING}"),
     "td3": ("gymnasium, torch", f"--env-id Pendulum-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "sac": ("gymnasium, torch", f"--env-id Pendulum-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
+    "her": ("gymnasium_robotics, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "maddpg": ("mpe2.simple_spread_v3, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "reward_model": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
     "dpo": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
