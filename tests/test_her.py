@@ -144,6 +144,16 @@ def test_buffer_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(steps, 
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
+def test_a_buffer_may_take_nine_tenths_of_the_memory(monkeypatch, capsys):
+    monkeypatch.setattr(her.os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 10}.get)
+    buffer = her.GoalBuffer(25, 1, 1, 1, slice(0, 1), slice(0, 1))
+    assert buffer.rows.nbytes + buffer.first.nbytes + buffer.last.nbytes == 900
+    with pytest.raises(SystemExit) as end:
+        her.GoalBuffer(26, 1, 1, 1, slice(0, 1), slice(0, 1))
+    assert end.value.code == 2
+    assert "--buffer-size 26 needs" in capsys.readouterr().err
+
+
 def test_environments_without_goals_are_refused_with_the_script_for_them(capsys):
     with pytest.raises(SystemExit) as end:
         her.make_agent(her.Args(), her.make_env("Pendulum-v1"))
