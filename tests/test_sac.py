@@ -1,4 +1,4 @@
-"""What sac.py does not share with td3.py. What they have in common is in test_td3.py."""
+"""What sac.py does not share with td3.py, but some of it with her.py. What is td3.py's too is in test_td3.py."""
 
 import copy
 import math
@@ -8,13 +8,16 @@ import pytest
 import torch
 from test_td3 import HIGH, LOW, adam_by_hand, assert_same_parameters, critic_by_hand, make_learner, random_batch
 
-from algorithms import sac
+from algorithms import her, sac
+
+both = pytest.mark.parametrize("script", [sac, her], ids=["sac", "her"])
 
 
-def test_log_probabilities_are_those_of_a_squashed_normal():
+@both
+def test_log_probabilities_are_those_of_a_squashed_normal(script):
     torch.manual_seed(0)
     mean, log_std, noise = torch.randn(3, 50, 4, dtype=torch.float64)
-    actions, log_prob = sac.squashed_normal(mean, log_std, noise)
+    actions, log_prob = script.squashed_normal(mean, log_std, noise)
     normal = torch.distributions.Normal(mean, log_std.exp())
     squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform(cache_size=1))
     inside = actions.clamp(-1 + 1e-9, 1 - 1e-9)
@@ -24,13 +27,14 @@ def test_log_probabilities_are_those_of_a_squashed_normal():
     torch.testing.assert_close(log_prob[some], squashed.log_prob(inside).sum(1)[some], atol=1e-6, rtol=1e-6)
 
 
+@both
 @pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.7, -0.5), (-1.5, 0.3), (0.2, -2.0)])
-def test_probabilities_integrate_to_one_over_asymmetric_boxes(mean, log_std):
+def test_probabilities_integrate_to_one_over_asymmetric_boxes(script, mean, log_std):
     """Over each range of the box, by the trapezoid rule over the actions that the environment gets."""
     noise = torch.linspace(-9, 9, 20_001, dtype=torch.float64)[:, None]
-    actions, log_prob = sac.squashed_normal(torch.full_like(noise, mean), torch.full_like(noise, log_std), noise)
+    actions, log_prob = script.squashed_normal(torch.full_like(noise, mean), torch.full_like(noise, log_std), noise)
     for low, high in zip(LOW, HIGH, strict=True):
-        actor = sac.Actor(1, np.array([low], np.float64), np.array([high], np.float64))
+        actor = script.Actor(1, np.array([low], np.float64), np.array([high], np.float64))
         received = torch.from_numpy(actor.to_env(actions))[:, 0]
         density = log_prob.exp() / actor.scale.item()  # the density in the box: its ranges are scaled
         assert torch.trapezoid(density, received).item() == pytest.approx(1, abs=1e-4)
@@ -39,9 +43,10 @@ def test_probabilities_integrate_to_one_over_asymmetric_boxes(mean, log_std):
         assert expected == pytest.approx(sampled.mean(), abs=0.01 * float(high - low))
 
 
-def test_log_probabilities_stay_finite_and_exact_where_tanh_is_one():
+@both
+def test_log_probabilities_stay_finite_and_exact_where_tanh_is_one(script):
     u = torch.tensor([[-300.0], [-40.0], [-10.0], [0.0], [10.0], [40.0], [300.0]], requires_grad=True)
-    actions, log_prob = sac.squashed_normal(u, torch.zeros_like(u), torch.zeros_like(u))
+    actions, log_prob = script.squashed_normal(u, torch.zeros_like(u), torch.zeros_like(u))
     assert actions[0] == -1
     log_cosh = u.double().abs() + torch.log1p((-2 * u.double().abs()).exp()) - math.log(2)
     expected = -0.5 * math.log(2 * math.pi) + 2 * log_cosh  # log(1 - tanh^2) = -2 log cosh
@@ -50,9 +55,10 @@ def test_log_probabilities_stay_finite_and_exact_where_tanh_is_one():
     assert u.grad.isfinite().all()
 
 
-def test_samples_have_the_means_and_deviations_of_the_network_and_acting_has_none():
+@both
+def test_samples_have_the_means_and_deviations_of_the_network_and_acting_has_none(script):
     torch.manual_seed(0)
-    actor = sac.Actor(3, LOW, HIGH)
+    actor = script.Actor(3, LOW, HIGH)
     obs = torch.randn(1, 3)
     mean, log_std = actor(obs)
     torch.testing.assert_close(torch.cat([mean, log_std], -1), actor.net(obs))
@@ -67,18 +73,20 @@ def test_samples_have_the_means_and_deviations_of_the_network_and_acting_has_non
     np.testing.assert_allclose(actor.act(obs.numpy()), expected, rtol=1e-5)
 
 
-def test_deviations_are_clamped():
-    actor = sac.Actor(3, LOW, HIGH)
+@both
+def test_deviations_are_clamped(script):
+    actor = script.Actor(3, LOW, HIGH)
     for value, expected in (99, 2), (-99, -20):
         torch.nn.init.constant_(actor.net[4].bias, value)
         _, log_std = actor(torch.zeros(1, 3))
         assert (log_std == expected).all()
 
 
+@both
 @pytest.mark.parametrize("autotune", [True, False])
-def test_a_learning_step_of_sac_is_that_of_its_equations(autotune, monkeypatch):
+def test_a_learning_step_is_that_of_its_equations(script, autotune, monkeypatch):
     """In float64, against the equations one by one."""
-    learner = make_learner(sac, gamma=0.9, tau=0.2, alpha=0.3, autotune=autotune, policy_lr=1e-3, q_lr=2e-3).double()
+    learner = make_learner(script, gamma=0.9, tau=0.2, alpha=0.3, autotune=autotune, policy_lr=1e-3, q_lr=2e-3).double()
     for parameter in learner.target_critics.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     obs, actions, rewards, terminated, next_obs = batch = [part.double() for part in random_batch(16)]

@@ -16,7 +16,7 @@ from algorithms import her, sac, td3
 
 TINY = {"eval_episodes": 1, "device": "cpu", "batch_size": 8, "learning_starts": 4}
 LOW, HIGH = np.array([-1.0, 0.0, -5.0], np.float32), np.array([3.0, 10.0, 0.0], np.float32)
-LEARNER = {td3: "TD3", sac: "SAC"}
+LEARNER = {td3: "TD3", sac: "SAC", her: "SAC"}
 both = pytest.mark.parametrize("script", [td3, sac], ids=["td3", "sac"])
 
 MADE, RECEIVED = [], []  # by the environments below: themselves, and the actions they were given
