@@ -20,9 +20,10 @@ from conftest import ROOT, rows, steps_of_a_run, timeless
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from algorithms import dpo
+from algorithms import dpo, reward_model
 
 SCRIPT = ROOT / "algorithms" / "dpo.py"
+both = pytest.mark.parametrize("script", [dpo, reward_model], ids=["dpo", "reward_model"])
 CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <end> {% endfor %}{% if add_generation_prompt %}staff : {% endif %}"  # noqa: E501
 SIZES = {
     "gpt2": GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3),
@@ -360,6 +361,7 @@ def test_no_layer_keeps_its_dropout(folders, name):
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@both
 @pytest.mark.parametrize(
     ("template", "ends"),  # of user and assistant messages; what the reply ends in, and whether it is only one
     [
@@ -369,12 +371,12 @@ def test_no_layer_keeps_its_dropout(folders, name):
         ("{% if m['role'] == 'user' %}<end> {% endif %}{{ m['content'] }} ", "<end>"),
     ],
 )
-def test_a_chat_has_its_end_token_once_whoever_writes_it(folders, template, ends):
+def test_a_chat_has_its_end_token_once_whoever_writes_it(script, folders, template, ends):
     tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
     tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
     user, staff = {"role": "user", "content": "the price ."}, {"role": "staff", "content": "the cup is good ."}
     for reply, times in ([staff], 1), ([staff, user, staff], ends.count("<end>") + template.count("<end>") * 2):
-        _, ids = dpo.encode("", tokenizer, [user], [reply])
+        _, ids = script.encode("", tokenizer, [user], [reply])
         text = tokenizer.decode(ids)
         assert text.endswith(f"the cup is good . {ends}")
         if len(reply) == 1:
@@ -409,23 +411,25 @@ def test_what_is_judged_of_a_policy_by_hand(monkeypatch):
         assert result[f"eval/optimal_{name}"] == pytest.approx(best)
 
 
-def test_each_epoch_has_every_pair_once_in_another_order(folders):
+@both
+def test_each_epoch_has_every_pair_once_in_another_order(script, folders):
     _, _, pairs, _ = loaded(folders)
     rows = list(range(3, 57))
-    epochs = [dpo.epoch_batches(rows, pairs, 8, 1, epoch) for epoch in (0, 1)]
+    epochs = [script.epoch_batches(rows, pairs, 8, 1, epoch) for epoch in (0, 1)]
     for batches in epochs:
         assert sorted(row for batch in batches for row in batch) == rows
         assert [len(batch) for batch in batches] == [8] * 6 + [6]
     assert epochs[0] != epochs[1]
-    assert epochs[0] == dpo.epoch_batches(rows, pairs, 8, 1, 0)
-    assert epochs[0] != dpo.epoch_batches(rows, pairs, 8, 2, 0)
+    assert epochs[0] == script.epoch_batches(rows, pairs, 8, 1, 0)
+    assert epochs[0] != script.epoch_batches(rows, pairs, 8, 2, 0)
     lengths = [[len(pairs[row].prompt) + max(map(len, pairs[row][1:])) for row in batch] for batch in epochs[0][:-1]]
     assert np.mean([np.std(x) for x in lengths]) < 0.5 * np.std(np.concatenate(lengths)), "of similar length"
 
 
-def test_held_out_pairs_are_a_tenth_at_most_and_never_trained_on(folders):
+@both
+def test_held_out_pairs_are_a_tenth_at_most_and_never_trained_on(script, folders):
     _, _, pairs, args = loaded(folders)
-    train, held_out = dpo.split(pairs, args)
+    train, held_out = script.split(pairs, args)
     assert len(held_out) == 6
     assert sorted(train + held_out) == list(range(60))
 
@@ -523,58 +527,69 @@ def test_lora_trains_its_matrices_alone_and_loads_again(folders, tmp_path):
     dpo.evaluate_saved(arguments(folders, run_dir=str(run_dir), lora_rank=2))
 
 
-def tokenize(folders, *records):
-    path = Path("data.jsonl")
-    path.write_text("".join(json.dumps(record) + "\n" for record in records for _ in range(10)))
-    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
-    pair = dpo.read_pairs(str(path), tokenizer, 64)[0]
-    return [tokenizer.decode(ids) for ids in pair]
+@pytest.fixture
+def tokenize(script, folders):
+    """Write each record several times to a file, and give the texts of its first pair as the script reads them."""
+
+    def read(*records):
+        path = Path("data.jsonl")
+        path.write_text("".join(json.dumps(record) + "\n" for record in records for _ in range(10)))
+        tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
+        pair = script.read_pairs(str(path), tokenizer, 64)[0]
+        return [tokenizer.decode(ids) for ids in pair]
+
+    return read
 
 
-def test_prompts_explicit_implicit_and_in_chats(folders):
+@both
+def test_prompts_explicit_implicit_and_in_chats(tokenize):
     good, bad = "the cup is good .", "the cup is bad ."
     expected = ["review the coffee :", f"{good} <end>", f"{bad} <end>"]
     explicit = {"prompt": "review the coffee : ", "chosen": good, "rejected": bad}
-    assert tokenize(folders, explicit) == expected
-    assert tokenize(folders, {"chosen": "review the coffee : " + good, "rejected": "review the coffee : " + bad}) == [
+    assert tokenize(explicit) == expected
+    assert tokenize({"chosen": "review the coffee : " + good, "rejected": "review the coffee : " + bad}) == [
         "review the coffee : the cup is", "good . <end>", "bad . <end>"]  # fmt: skip
     user = {"role": "coffee", "content": "the price ."}
     chat = [[user, {"role": "staff", "content": text}] for text in (good, bad)]
     expected = ["coffee : the price . <end> staff :", f"{good} <end>", f"{bad} <end>"]
-    assert tokenize(folders, {"chosen": chat[0], "rejected": chat[1]}) == expected
+    assert tokenize({"chosen": chat[0], "rejected": chat[1]}) == expected
     split = {"prompt": [user], "chosen": chat[0][1:], "rejected": chat[1][1:]}
-    assert tokenize(folders, split) == expected
-    assert tokenize(folders, explicit | {"chosen": ""})[1] == "<end>"
-    assert tokenize(folders, explicit | {"prompt": ""}) == ["<end>", f"{good} <end>", f"{bad} <end>"]
-    assert tokenize(folders, {"prompt": "the price .", "chosen": chat[0], "rejected": chat[1]}) == expected
+    assert tokenize(split) == expected
+    assert tokenize(explicit | {"chosen": ""})[1] == "<end>"
+    assert tokenize(explicit | {"prompt": ""}) == ["<end>", f"{good} <end>", f"{bad} <end>"]
+    assert tokenize({"prompt": "the price .", "chosen": chat[0], "rejected": chat[1]}) == expected
 
 
-def test_parquet_is_read_as_jsonl_is(folders, tmp_path, monkeypatch):
+@both
+def test_parquet_is_read_as_jsonl_is(script, folders, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    records = [record for _, record in dpo.read_records(str(folders / "pairs.jsonl"))]
+    records = [record for _, record in script.read_records(str(folders / "pairs.jsonl"))]
     datasets.Dataset.from_list(records).to_parquet(str(tmp_path / "pairs.parquet"))
-    assert [record for _, record in dpo.read_records(str(tmp_path / "pairs.parquet"))] == records
+    assert [record for _, record in script.read_records(str(tmp_path / "pairs.parquet"))] == records
 
 
 GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
 
 
+@both
 @pytest.mark.parametrize(
     ("line", "word"),
     [
-        ("{", "JSON"), ("", "JSON"), ("[1]", "object"), ("3", "object"), ('{"chosen": "b"}', "rejected"),
-        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "chosen"), ('{"chosen": [], "rejected": "c"}', "chosen"),
-        ('{"prompt": 7, "chosen": "b", "rejected": "c"}', "prompt"),
+        ("{", "JSON"), ("", "JSON"), (b"\xff\xfe", "JSON"), ("[1]", "object"), ("3", "object"),
+        ('{"chosen": "b"}', "rejected must be a text or a list of messages with role and content; it is missing"),
+        ('{"chosen": null, "rejected": null}', "it is None"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "it is 3"), ('{"chosen": [], "rejected": []}', "it is []"),
+        ('{"prompt": 7, "chosen": "b", "rejected": "c"}', "it is 7"),
         ('{"chosen": "b", "rejected": "b"}', "differently"),
         ('{"chosen": "b", "rejected": [{"role": "user", "content": "c"}]}', "both"),
-        ('{"chosen": [{"role": "user"}], "rejected": "c"}', "chosen"), (b"\xff\xfe", "JSON"),
+        ('{"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}', "it is [{'role': 'user'}]"),
     ],
 )  # fmt: skip
-def test_a_malformed_line_is_named(folders, line, word, capsys):
+def test_a_malformed_line_is_named(script, folders, line, word, capsys):
     line = line if isinstance(line, bytes) else line.encode()
     Path("data.jsonl").write_bytes(GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
     with pytest.raises(SystemExit) as end:
-        dpo.read_pairs("data.jsonl", AutoTokenizer.from_pretrained(folders / "gpt2"), 64)
+        script.read_pairs("data.jsonl", AutoTokenizer.from_pretrained(folders / "gpt2"), 64)
     message = capsys.readouterr().err
     assert end.value.code == 2
     assert "data.jsonl, line 2" in message
@@ -598,16 +613,17 @@ def test_evaluation_of_other_pairs_has_the_reference_of_these(folders, tmp_path,
     assert "120 now" in capsys.readouterr().err
 
 
-def test_long_pairs_are_counted_and_left_out(folders, capsys):
+@both
+def test_long_pairs_are_counted_and_left_out(script, folders, capsys):
     tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
-    everything = dpo.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 64)
+    everything = script.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 64)
     lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in everything]
     capsys.readouterr()
-    kept = dpo.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 20)
+    kept = script.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 20)
     assert kept == [pair for pair, length in zip(everything, lengths, strict=True) if length <= 20]
     assert f"{60 - len(kept)} of 60 pairs" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        dpo.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 3)
+        script.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 3)
 
 
 @pytest.mark.parametrize(
@@ -644,8 +660,8 @@ def test_what_cannot_be_loaded_is_one_line(folders, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"learning_rate": 1e-12}, "--learning-rate"), ({"learning_rate": 1e-12, "total_timesteps": 98}, None),
-        ({"learning_rate": 1e-3}, None),
+        ({"learning_rate": 1e-12}, "--learning-rate"), ({"learning_rate": 1e-12, "total_timesteps": 98}, ""),
+        ({"learning_rate": 1e-3}, ""),
     ],
 )  # fmt: skip
 def test_a_run_in_which_nothing_moves_in_fifty_updates_says_so(folders, capsys, changes, word):
@@ -661,7 +677,8 @@ def test_a_gradient_of_zero_has_another_cause(capsys):
     assert not capsys.readouterr().err
 
 
-def test_true_reward_by_hand():
+@both
+def test_true_reward_by_hand(script):
     prompt = "review the coffee : "
     for review, reward in {
         "the cup is good .": 0.6,
@@ -672,17 +689,30 @@ def test_true_reward_by_hand():
         "the cup is good but the taste is lovely .": 1.2,
         "the cup is good and the cup is good .": 0.6,
         "the cup is bad but the smell is not bad .": -0.45,
-        "the cup is good": dpo.NONSENSE,
-        "the cup is good and .": dpo.NONSENSE,
-        "the cup is good . .": dpo.NONSENSE,
-        "and the cup is good .": dpo.NONSENSE,
-        " and ".join(["the cup is good"] * 5) + " .": dpo.NONSENSE,  # the grammar writes at most four clauses
-        ".": dpo.NONSENSE,
-        "": dpo.NONSENSE,
+        "the cup is good": script.NONSENSE,
+        "the cup is good and .": script.NONSENSE,
+        "the cup is good . .": script.NONSENSE,
+        "and the cup is good .": script.NONSENSE,
+        " and ".join(["the cup is good"] * 5) + " .": script.NONSENSE,  # the grammar writes at most four clauses
+        ".": script.NONSENSE,
+        "": script.NONSENSE,
     }.items():
-        assert dpo.true_reward(prompt, review) == pytest.approx(reward), review
-    rng = dpo.random.Random(0)
-    assert all(dpo.parse_review(dpo.write_review(prompt, rng)) for _ in range(99))
+        assert script.true_reward(prompt, review) == pytest.approx(reward), review
+    rng = script.random.Random(0)
+    assert all(script.parse_review(script.write_review(prompt, rng)) for _ in range(99))
+
+
+@both
+def test_the_made_reference_learns_at_a_rate_that_rises_and_falls(script, tmp_path, monkeypatch):
+    rates, adamw = [], torch.optim.AdamW
+    step = adamw.step
+    monkeypatch.setattr(adamw, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    monkeypatch.setattr(script, "sample_reviews", lambda model, tokenizer, prompts, *_: ["."] * len(prompts))
+    script.make_reviews(tmp_path, script.Args(num_pairs=1600, device="cpu"))
+    assert len(rates) == 100, "one epoch, sixteen pairs at a time"
+    expected = {0: 1e-4, 9: 1e-3, 24: 2.5e-3, 75: 1.25e-3, 99: 5e-5}
+    assert {i: rates[i] for i in expected} == pytest.approx(expected)
+    assert (tmp_path / "pairs.jsonl").read_text().count("\n") == 1599
 
 
 def test_optimum_of_a_gaussian_reward_and_of_two_replies():
@@ -770,11 +800,12 @@ def entropy(prompt, review):
     return -math.log(p)
 
 
-def test_the_grammars_probabilities_sum_to_one():
+@both
+def test_the_grammars_probabilities_sum_to_one(script):
     """Over all reviews of one clause: that many are written."""
-    prompt, rng = dpo.PROMPTS[0], dpo.random.Random(0)
-    single = [f"the {a} is {d}{v} ." for a in dpo.ASPECTS for d in dpo.DEGREES for v in dpo.VALUES]
-    written = [len(dpo.parse_review(dpo.write_review(prompt, rng))) for _ in range(4000)]
+    prompt, rng = script.PROMPTS[0], script.random.Random(0)
+    single = [f"the {a} is {d}{v} ." for a in script.ASPECTS for d in script.DEGREES for v in script.VALUES]
+    written = [len(script.parse_review(script.write_review(prompt, rng))) for _ in range(4000)]
     assert set(written) == {1, 2, 3, 4}
     share = sum(math.exp(-entropy(prompt, review)) for review in single)
     assert np.mean([count == 1 for count in written]) == pytest.approx(share, abs=0.03)

@@ -345,10 +345,17 @@ def test_pairs_longer_than_the_model_are_left_out(folders, capsys):
     assert "1 of 60 pairs have more than 64 tokens" in capsys.readouterr().out
 
 
-def test_a_warning_comes_if_nothing_moves(folders, capsys):
-    for learning_rate, warned in (1e-12, True), (1e-2, False):
-        reward_model.train(arguments(folders, batch_size=2, learning_rate=learning_rate))
-        assert ("--learning-rate" in capsys.readouterr().err) == warned
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"learning_rate": 1e-12}, "--learning-rate"), ({"learning_rate": 1e-12, "total_timesteps": 98}, ""),
+        ({"learning_rate": 1e-2}, ""),
+    ],
+)  # fmt: skip
+def test_a_run_in_which_nothing_moves_in_fifty_updates_says_so(folders, capsys, changes, word):
+    reward_model.train(arguments(folders, batch_size=2, **changes))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert [word in line for line in warnings] == [True] * bool(word)
 
 
 @pytest.fixture
