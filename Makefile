@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format benchmark clean
+.PHONY: help train test test-slow test-all lint format benchmark clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,12 +26,18 @@ $(VENV)/all: requirements.txt benchmark/requirements.txt
 	$(call environment,requirements.txt benchmark/requirements.txt)
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 train: $(VENV)/scripts ## learn to land a spacecraft; more flags in ARGS="--seed 2"
 	$(VENV)/bin/python algorithms/ppo.py --env-id LunarLander-v3 $(ARGS)
 
-test: $(VENV)/all ## all tests; some of them in ARGS="-k gae"
+test: $(VENV)/all ## the tests of minutes; some of them in ARGS="-k gae"
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/all ## the others: whole runs of each script, killed and resumed, filmed, learning
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+test-all: $(VENV)/all ## all tests
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/scripts ## style and mistakes that a machine sees

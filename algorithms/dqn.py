@@ -1,8 +1,9 @@
-"""Deep Q-network (DQN): learn the value of each action by bootstrapping, and act greedily with respect to it.
+"""Deep Q-network (DQN): learn how good each action is, and take the best one.
 
-Q-learning with a network in place of the table. Two things made it stable: a replay buffer, from which old transitions
-are drawn at random, so that neighbours in a batch have nothing to do with each other; and a target network Q', an older
-copy of the weights, so that the targets don't move with every step.
+Q(s, a) is the sum of the rewards to expect after action a in state s, later ones discounted. A better estimate of it is
+the reward plus the discounted best Q of the next state s'. So a network learns to predict that, from its own estimates.
+Two things keep this stable. Batches are drawn at random from a replay buffer of old transitions, so that a batch is not
+all about one moment. The estimates are those of a target network Q', with older weights theta', so they move slowly.
 
     [1] y = r + gamma Q'(s', a*)  with  a* = argmax_a Q'(s', a), or y = r where s' is terminal     DQN, Algorithm 1
     [2] a* = argmax_a Q(s', a) instead: Q chooses and Q' judges, so that no error chooses itself   Double DQN, cf. Eq. 4
@@ -10,28 +11,19 @@ copy of the weights, so that the targets don't move with every step.
     [4] Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')                                                Dueling, Eq. 9
     [5] explore: with probability epsilon any action, else argmax_a Q(s, a)                        DQN, Algorithm 1
         or Boltzmann: the action a with a probability proportional to exp(Q(s, a) / temperature)
-    [6] hold the random action of [5] for n steps, with P(n) proportional to 1 / n^2               ez-greedy, Sec. 4.2
+    [6] hold the random action of [5] for n steps, with P(n) proportional to 1 / n^2               ez-greedy
     [7] theta' <- tau theta + (1 - tau) theta'  every so many gradient steps; tau 1: a copy        DQN, Algorithm 1
 
-Here gamma is the discount; a prime marks what comes next, and the target network, whose weights are theta'.
+Paper: Mnih et al. 2015, doi:10.1038/nature14236. Double DQN: van Hasselt et al. 2016, arXiv:1509.06461. Dueling: Wang
+et al. 2016, arXiv:1511.06581. ez-greedy: Dabney et al. 2021, arXiv:2006.01782.
 
-DQN: Mnih et al. 2015, doi:10.1038/nature14236; without a target network already in arXiv:1312.5602. Double DQN: van
-Hasselt et al. 2016, arXiv:1509.06461. Dueling networks: Wang et al. 2016, arXiv:1511.06581. ez-greedy, for goals that
-single random steps never come upon: Dabney et al. 2021, arXiv:2006.01782.
-
-Differs from the papers: Adam in place of RMSprop, with a learning rate annealed to 0; errors in the gradient of [3] are
-clipped to [-1, 1] only with --huber, the gradient's norm only with --max-grad-norm; exploration follows its schedule
-from the first step, where DQN acts at random until learning starts; evaluation is greedy; the dueling streams part
-after the last hidden layer, not before it, and gradients are not scaled there; a held action ends with its episode. By
-default y is Double DQN's, with [2], and the target network follows a little at each gradient step, as in DDPG:
-Lillicrap et al. 2016, arXiv:1509.02971. DQN's own are --no-double-q, and --tau 1 with, say, --target-network-frequency
-500: a copy every 500 gradient steps. A time limit does not count as a terminal state: the value of the last observation
-stands for the rest of the episode. Prioritised replay and n-step returns are left out.
-
-Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each action held for four frames, the last four images
-stacked, up to 30 no-ops, sticky actions, the sign of the reward; an episode is a game, not a life. Usual settings for
-it are --total-timesteps 10000000 --buffer-size 1000000 --learning-starts 80000 --train-frequency 4 --batch-size 32
---learning-rate 1e-4 --tau 1 --target-network-frequency 2000 --end-e 0.01 --huber.
+Differs from the papers:
+- Double DQN is the default, and Q' follows a little at each gradient step, as in DDPG, arXiv:1509.02971.
+- Adam, with a learning rate that falls to 0, in place of RMSprop. Epsilon falls from the first step on. Observations
+  that are vectors are normalised.
+- [4]: both streams begin after the last hidden layer. [6]: an action is held for n steps in all, 10,000 at most, and
+  not beyond the episode; in the paper's Algorithm 1 it is held for n + 1.
+- A time limit is not a terminal state. Atari (ALE/...): sticky actions, and an episode is a whole game.
 
     python algorithms/dqn.py --env-id CartPole-v1
 """
@@ -39,32 +31,32 @@ it are --total-timesteps 10000000 --buffer-size 1000000 --learning-starts 80000 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "filelock>=3.20", "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2",
-#     "mujoco>=3.11,<3.12", "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1",
-#     "wandb>=0.31",
+#     "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2", "mujoco>=3.11,<3.12",
+#     "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
+import contextlib
 import copy
+import inspect
+import io
 import json
 import math
 import os
-import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import Literal
 
-import filelock
+import cv2
 import gymnasium as gym
 import numpy as np
 import torch
@@ -75,59 +67,62 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
+    # Run
     env_id: str = "CartPole-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 50_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
-    eval_episodes: int = 20  # episodes of an evaluation
-    checkpoint_frequency: int | None = None  # steps between checkpoints, which cut episodes; None: a tenth of the run
-    capture_video: bool = False  # film the first episode of each evaluation
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
     run_dir: str | None = None  # folder of the run; None: a new one in runs/
-    resume: bool = False  # continue the run in --run-dir with its own arguments
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_episodes: int = 20  # episodes of an evaluation
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
-
+    # Algorithm
     learning_rate: float = 5e-4  # of Adam
-    anneal_lr: bool = True  # anneal it linearly to 0
+    anneal_lr: bool = True  # let it fall linearly to 0
     gamma: float = 0.99  # discount
-    buffer_size: int = 100_000  # transitions in the replay buffer
-    batch_size: int = 128  # transitions in a gradient step
-    learning_starts: int = 1_000  # environment steps before the first gradient step
-    train_frequency: int = 1  # environment steps, summed over all environments, between gradient steps
-    target_network_frequency: int = 1  # gradient steps, not environment steps, between updates of the target network
-    tau: float = 0.01  # [7] share of the new weights in such an update; 1: a copy
+    buffer_size: int = 100_000  # transitions in the replay buffer; paper: 1,000,000
+    batch_size: int = 128  # transitions in a gradient step; paper: 32
+    learning_starts: int = 1_000  # environment steps before the first gradient step; paper: 50,000
+    train_frequency: int = 1  # environment steps, summed over all environments, per gradient step; paper: 4
+    target_network_frequency: int = 1  # [7] gradient steps between updates of the target network; paper: 10,000
+    tau: float = 0.01  # [7] share of the new weights in such an update; paper: 1, a copy
     exploration: Literal["epsilon-greedy", "ez-greedy", "boltzmann"] = "epsilon-greedy"  # [5], [6]
     start_e: float = 1.0  # [5] epsilon, or Boltzmann's temperature in units of the return, at the start
-    end_e: float = 0.05  # [5] the same from the end of exploration_fraction on
+    end_e: float = 0.05  # [5] the same from the end of exploration_fraction on; paper: 0.1
     exploration_fraction: float = 0.2  # share of the run in which it goes linearly from start_e to end_e
     max_grad_norm: float | None = None  # gradients with a larger norm are scaled down to it; None: none are
-    norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
-    huber: bool = False  # [3] as Huber loss, e^2 / 2, and |e| - 1/2 where |e| > 1: its slope is clipped, as in DQN
-    double_q: bool = True  # [2] Double DQN
+    norm_obs: bool = True  # normalise vector observations by their running mean and standard deviation; images: no
+    huber: bool = False  # [3] as Huber loss: e^2 / 2, and |e| - 1/2 where |e| > 1; paper: yes
+    double_q: bool = True  # [2] Double DQN; paper: no
     dueling: bool = False  # [4] dueling network
 
     def __post_init__(self) -> None:
         bounds = (0, math.inf if self.exploration == "boltzmann" else 1)
-        check_and_complete(self, learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf), tau=(0, 1),
-                           start_e=bounds, end_e=bounds, exploration_fraction=(0, 1))  # fmt: skip
+        ranges = {"start_e": bounds, "end_e": bounds, "exploration_fraction": (0, 1), "tau": (0, 1)}
+        check_ranges(self, learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf), **ranges)
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows given to update, in buffers: saved with the model, frozen unless updated."""
+    """Mean and variance of all rows given to update. They are buffers: saved with the model, frozen in evaluation."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def update(self, rows: Tensor) -> None:  # (B, dim)
         var, mean = torch.var_mean(rows, dim=0, correction=0)
         self.count += len(rows)
-        share = (len(rows) / self.count).float()  # of these rows among all
+        share = len(rows) / self.count  # these rows / all rows so far
         delta = mean - self.mean
         self.mean += share * delta
         self.var += share * (var - self.var) + share * (1 - share) * delta**2  # Chan, Golub & LeVeque 1979
@@ -142,164 +137,124 @@ def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
-class NatureCNN(nn.Sequential):
-    """The network of Mnih et al. 2015 up to its last hidden layer. Images are bytes until they get here."""
-
-    def __init__(self):
-        super().__init__(
-            orthogonal(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
-            orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-            orthogonal(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
-            nn.Flatten(), orthogonal(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
-        )  # fmt: skip
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, 4, 84, 84) uint8 -> (B, 512)
-        return super().forward(images / 255)
-
-
-class DuelingHead(nn.Module):
-    """[4] State value and advantages apart: what all actions have in common is learned once."""
-
-    def __init__(self, hidden_dim: int, num_actions: int):
-        super().__init__()
-        self.value = nn.Linear(hidden_dim, 1)
-        self.advantage = nn.Linear(hidden_dim, num_actions)
-
-    def forward(self, hidden: Tensor) -> Tensor:  # (B, hidden_dim) -> (B, A)
-        advantage = self.advantage(hidden)
-        return self.value(hidden) + advantage - advantage.mean(-1, keepdim=True)  # [4]; (B, 1) + (B, A) - (B, 1)
+def nature_cnn() -> nn.Sequential:
+    """The network of Mnih et al. 2015 up to its last hidden layer: (B, 4, 84, 84) -> (B, 512)"""
+    return nn.Sequential(
+        orthogonal(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
+        orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+        orthogonal(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
+        nn.Flatten(), orthogonal(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
+    )  # fmt: skip
 
 
 class QNetwork(nn.Module):
     """The values of all actions in a state: two hidden layers for vectors, the Nature CNN for images."""
 
-    def __init__(
-        self, obs_shape: tuple[int, ...], num_actions: int, start: int,
-        dueling: bool = False, norm_obs: bool = False,
-    ):  # fmt: skip
+    def __init__(self, args: Args, obs_shape: tuple[int, ...], space: gym.spaces.Discrete):  # space: of the actions
         super().__init__()
-        self.num_actions = num_actions
-        self.start = start  # the environment counts from here, the network from 0
+        self.obs_shape, self.action_space = obs_shape, space
         if len(obs_shape) == 3:
-            self.hidden, hidden_dim = NatureCNN(), 512
-        else:  # not orthogonal(): with biases at 0 the values would start in proportion to the input
+            self.hidden, hidden_dim = nature_cnn(), 512
+        else:  # not orthogonal(): with biases of 0, an observation twice as long would have values twice as large
             self.hidden = nn.Sequential(nn.Linear(*obs_shape, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
             hidden_dim = 128
-        self.head = DuelingHead(hidden_dim, num_actions) if dueling else nn.Linear(hidden_dim, num_actions)
-        self.obs_stats = RunningMeanStd(*obs_shape) if norm_obs else None
+        self.head = nn.Linear(hidden_dim, int(space.n))  # Q, or the advantages A of [4]
+        self.value = nn.Linear(hidden_dim, 1) if args.dueling else None
+        self.obs_stats = RunningMeanStd(*obs_shape) if args.norm_obs and len(obs_shape) == 1 else None
 
     def forward(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, A)
-        obs = obs if self.obs_stats is None else self.obs_stats(obs)
-        return self.head(self.hidden(obs))
+        if len(self.obs_shape) == 3:
+            obs = obs / 255
+        elif self.obs_stats:
+            obs = self.obs_stats(obs)
+        hidden = self.hidden(obs)
+        if self.value is None:
+            return self.head(hidden)
+        advantages = self.head(hidden)
+        return self.value(hidden) + advantages - advantages.mean(-1, keepdim=True)  # [4]; (B, 1) + (B, A) - (B, 1)
 
     @torch.inference_mode()
-    def q_values(self, obs: np.ndarray) -> Tensor:  # (B, *obs_shape) -> (B, A), for acting
-        return self(torch.from_numpy(obs).to(next(self.parameters()).device)).cpu()
-
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The best actions: deterministic, for evaluation. (B, *obs_shape) -> (B,)"""
-        return self.q_values(obs).argmax(-1).numpy() + self.start
+        """The best action for an observation, (*obs_shape,), or for each of a batch, (B, *obs_shape)."""
+        obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
+        batch = obs if obs.ndim > len(self.obs_shape) else obs[None]
+        actions = self(batch).argmax(-1).cpu().numpy() + self.action_space.start  # the environment counts from start
+        return actions if batch is obs else actions[0]
 
 
-class ReplayBuffer:
-    """The last transitions of N environments, with each observation stored once.
+class ReplayBuffer(nn.Module):
+    """The last transitions. Number n is in row n % size of each array, so that the newest overwrite the oldest."""
 
-    An observation is a frame (vectors), or a stack of K frames (images) of which only the newest is new. A transition
-    holds the numbers of the K + 1 frames in its observation and its next one, so nothing is guessed about where
-    episodes begin and end.
+    def __init__(self, size: int, obs_shape: tuple[int, ...], obs_dtype: type = np.float32, image_bytes: int = 0):
+        super().__init__()
+        needed = 1e-9 * size * (2 * math.prod(obs_shape) * np.dtype(obs_dtype).itemsize + image_bytes + 8 + 4 + 1)
+        memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        if needed > 0.9 * memory:
+            raise UsageError(f"--buffer-size {size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
+        self.size = size
+        self.arrays = {
+            "obs": np.zeros((size, *obs_shape), obs_dtype),
+            "actions": np.zeros(size, np.int64),
+            "rewards": np.zeros(size, np.float32),
+            "terminated": np.zeros(size, bool),
+            "next_obs": np.zeros((size, *obs_shape), obs_dtype),
+        }
+        for name, array in self.arrays.items():
+            self.register_buffer(name, torch.from_numpy(array))  # the same memory: now it is saved in checkpoints
+        self.register_buffer("added", torch.tensor(0))  # transitions so far
+        self.register_buffer("oldest", torch.tensor(0))  # number of the oldest one that is still there
 
-    Frames, and rows of N transitions, are numbered from the start of the run; each array is a ring, in which number n
-    is at n modulo its length. An episode of T steps has T + 1 frames: the 2 % more frames than transitions are enough
-    if T is 50 or more on average. Where episodes are shorter, the oldest transitions are forgotten a little earlier.
+    def add(self, **transitions: np.ndarray) -> None:
+        """A transition of each of N environments: what goes into each array, (N, ...)."""
+        rows = (self.added.item() + np.arange(len(transitions["obs"]))) % self.size
+        for name, values in transitions.items():
+            self.arrays[name][rows] = values
+        self.added += len(rows)
+        self.oldest.clamp_(min=self.added - self.size)
+
+    def sample(self, batch_size: int) -> list[Tensor]:
+        """obs (B, *obs_shape), actions (B,), rewards (B,), terminated (B,), next_obs (B, *obs_shape)"""
+        rows = torch.randint(self.oldest.item(), self.added.item(), (batch_size,)).numpy() % self.size
+        return [torch.from_numpy(array[rows]) for array in self.arrays.values()]
+
+
+class ImageReplayBuffer(ReplayBuffer):
+    """The same for stacks of K images. Each image is stored once: a million transitions take 7.1 GB, not 56 GB.
+
+    The arrays obs and next_obs hold numbers of images, K in a row. Image number n is images[n % len(images)].
     """
 
-    ARRAYS = "frames", "frame_numbers", "actions", "rewards", "terminated"
+    def __init__(self, size: int, obs_shape: tuple[int, ...], num_envs: int):
+        super().__init__(size, obs_shape[:1], np.int64, image_bytes=math.prod(obs_shape[1:]))
+        self.arrays["next_obs"][:] = -1  # the number of no image
+        # A step adds up to 2 num_envs images: where an episode ends, its last one and the first one of the next
+        self.images = np.zeros((size + 2 * num_envs * obs_shape[0], *obs_shape[1:]), np.uint8)
+        self.register_buffer("saved_images", torch.from_numpy(self.images))
+        self.register_buffer("num_images", torch.tensor(0))  # so far
 
-    def __init__(self, buffer_size: int, num_envs: int, obs_shape: tuple[int, ...]):
-        images = len(obs_shape) == 3
-        self.obs_shape, self.stack = obs_shape, obs_shape[0] if images else 1
-        frame_shape, dtype = (obs_shape[1:], np.uint8) if images else (obs_shape, np.float32)
-        max_rows = buffer_size // num_envs
-        max_frames = math.ceil(1.02 * buffer_size) + 2 * num_envs * (self.stack + 1)  # enough for the newest row
-        frame_bytes = math.prod(frame_shape) * np.dtype(dtype).itemsize
-        needed = max_frames * frame_bytes + buffer_size * (8 * (self.stack + 1) + 8 + 4 + 1)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > 0.9 * memory:
-            refuse(f"--buffer-size {buffer_size} needs {needed / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB")
-        self.frames = np.zeros((max_frames, *frame_shape), dtype)
-        self.frame_numbers = np.zeros((max_rows, num_envs, self.stack + 1), np.int64)
-        self.actions = np.zeros((max_rows, num_envs), np.int64)
-        self.rewards = np.zeros((max_rows, num_envs), np.float32)
-        self.terminated = np.zeros((max_rows, num_envs), np.bool_)
-        self.num_frames = self.num_rows = self.oldest_row = 0  # oldest_row: of those with all their frames
+    def add(self, obs: np.ndarray, next_obs: np.ndarray, **others: np.ndarray) -> None:
+        last_rows = (self.added.item() - np.arange(len(obs), 0, -1)) % self.size
+        numbers = self.arrays["next_obs"][last_rows]  # (N, K)
+        begun = (self.images[numbers % len(self.images)] != obs).any((1, 2, 3))  # where obs is not the last next_obs
+        new_images = np.concatenate([obs[begun, -1], next_obs[:, -1]])
+        new_numbers = self.num_images.item() + np.arange(len(new_images))
+        self.images[new_numbers % len(self.images)] = new_images
+        self.num_images += len(new_images)
+        numbers[begun] = new_numbers[: begun.sum(), None]  # an episode's first stack is one image K times
+        next_numbers = np.column_stack([numbers[:, 1:], new_numbers[begun.sum() :]])
+        super().add(obs=numbers, next_obs=next_numbers, **others)
+        # The images of a transition came within K steps: all are there if the newest is one of the last size images
+        while self.arrays["next_obs"][self.oldest % self.size, -1] < self.num_images - self.size:
+            self.oldest += 1
 
-    def put_frames(self, obs: np.ndarray) -> np.ndarray:  # (B, *obs_shape) -> (B,)
-        """Stores the newest frame of each observation; returns their numbers."""
-        numbers = np.arange(self.num_frames, self.num_frames + len(obs))
-        self.frames[numbers % len(self.frames)] = obs if self.stack == 1 else obs[:, -1]
-        self.num_frames += len(obs)
-        return numbers
-
-    def begin(self, obs: np.ndarray) -> None:  # (N, *obs_shape)
-        """New episodes in all environments. The first stack of an episode is its first frame, K times."""
-        self.current = np.repeat(self.put_frames(obs)[:, None], self.stack, axis=1)  # (N, K): the numbers of its frames
-
-    def add(
-        self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray,
-        obs: np.ndarray, infos: dict,
-    ) -> None:  # fmt: skip
-        """What envs.step took and returned: after an end, obs is the next episode's first. (N, ...) each"""
-        ended = terminated | truncated
-        next_obs = obs.copy()
-        for i in np.flatnonzero(ended):
-            next_obs[i] = infos["final_obs"][i]
-        row = self.num_rows % len(self.actions)
-        self.frame_numbers[row, :, :-1] = self.current  # (N, K)
-        self.frame_numbers[row, :, -1] = self.put_frames(next_obs)
-        self.actions[row], self.rewards[row], self.terminated[row] = actions, rewards, terminated
-        self.num_rows += 1
-        self.current = self.frame_numbers[row, :, 1:].copy()
-        if ended.any():
-            self.current[ended] = self.put_frames(obs[ended])[:, None]
-        # Forget the rows that are overwritten, and those of which a frame is
-        self.oldest_row = max(self.oldest_row, self.num_rows - len(self.actions))
-        oldest_frame = self.num_frames - len(self.frames)
-        while self.frame_numbers[self.oldest_row % len(self.actions)].min() < oldest_frame:
-            self.oldest_row += 1
-
-    def sample(self, batch_size: int, device: str) -> tuple[Tensor, ...]:
-        """obs (B, *obs_shape), actions (B,), rewards (B,), terminated (B,), next_obs (B, *obs_shape)"""
-        num_envs = self.actions.shape[1]
-        low, high = self.oldest_row * num_envs, self.num_rows * num_envs  # a row and an environment as one number
-        where = np.random.randint(low, high, batch_size) % self.actions.size  # (B,)
-        numbers = self.frame_numbers.reshape(-1, self.stack + 1)[where]  # (B, K + 1)
-        frames = torch.from_numpy(self.frames[numbers % len(self.frames)]).to(device)  # (B, K + 1, *frame_shape)
-        obs, next_obs = (part.reshape(-1, *self.obs_shape) for part in (frames[:, :-1], frames[:, 1:]))
-        columns = (array.reshape(-1)[where] for array in (self.actions, self.rewards, self.terminated))
-        actions, rewards, terminated = (torch.from_numpy(column).to(device) for column in columns)
-        return obs, actions, rewards, terminated, next_obs
-
-    def state_dict(self) -> dict:
-        state = {name: getattr(self, name) for name in ("num_frames", "num_rows", "oldest_row")}
-        for name in self.ARRAYS:
-            filled = self.num_frames if name == "frames" else self.num_rows
-            # torch.save writes all the memory behind a tensor; behind that of a NumPy slice is only the slice
-            state[name] = torch.from_numpy(getattr(self, name)[:filled])
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        for name in self.ARRAYS:
-            getattr(self, name)[: len(state[name])] = state[name].numpy()
-        self.num_frames, self.num_rows, self.oldest_row = (
-            state[name] for name in ("num_frames", "num_rows", "oldest_row")
-        )
+    def sample(self, batch_size: int) -> list[Tensor]:
+        numbers, *others, next_numbers = super().sample(batch_size)
+        obs, next_obs = (torch.from_numpy(self.images[n % len(self.images)]) for n in (numbers, next_numbers))
+        return [obs, *others, next_obs]
 
 
 def td_target(rewards: Tensor, terminated: Tensor, target_q: Tensor, choosing_q: Tensor, gamma: float) -> Tensor:
-    """The target y of Q(s, a), (B,). rewards, terminated: (B,); target_q, choosing_q: (B, A), of the next observation.
-
-    target_q is Q' of the equations. choosing_q chooses the next action: it is Q' in DQN [1], and Q in Double DQN [2].
-    """
+    """y, (B,). target_q: Q'(s', .) (B, A). choosing_q, which chooses a*: the same in [1], Q(s', .) (B, A) in [2]."""
     next_actions = choosing_q.argmax(-1, keepdim=True)  # (B, 1)
     next_values = target_q.gather(-1, next_actions).squeeze(-1)  # (B,)
     assert rewards.shape == terminated.shape == next_values.shape
@@ -318,36 +273,25 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
     return start + (end - start) * min(1, step / max(1, duration))
 
 
-def gradient_steps_until(step: int, args: Args) -> int:
-    """Gradient steps that are due after so many environment steps."""
-    return max(0, step - args.learning_starts) // args.train_frequency
-
-
-def explore(q_network: QNetwork, obs: np.ndarray, epsilon: float, held: np.ndarray, args: Args) -> np.ndarray:
-    """[5] Actions counted from 0; epsilon is also Boltzmann's temperature. (N, *obs_shape) -> (N,)
-
-    held: (2, N), the random actions that ez-greedy holds and for how many more steps. It is changed in place.
-    """
-    if args.exploration == "boltzmann":
-        q_values = q_network.q_values(obs)
-        gumbel = -torch.empty_like(q_values).exponential_().log()  # minus the log of an exponential variable
-        return (q_values + epsilon * gumbel).argmax(-1).numpy()  # a sample of softmax(Q / epsilon): Gumbel-max trick
-    at_random = np.random.random(len(obs)) < epsilon
-    actions = np.random.randint(q_network.num_actions, size=len(obs))
-    if args.exploration == "ez-greedy":  # [6]
-        begins = at_random & (held[1] == 0)
-        held[:, begins] = actions[begins], np.random.zipf(2, begins.sum())
-        at_random, actions = held[1] > 0, held[0].copy()
-        held[1] -= at_random
-    if not at_random.all():
-        actions = np.where(at_random, actions, q_network.q_values(obs).argmax(-1).numpy())
-    return actions
+def explore(q_values: Tensor, epsilon: float, held: nn.Module, args: Args) -> Tensor:
+    """[5], [6] Actions, (N, A) -> (N,). epsilon: Boltzmann's temperature as well. It changes held: see train."""
+    if args.exploration == "boltzmann":  # the argmax of logits with Gumbel noise is a sample of their softmax
+        return (q_values - epsilon * torch.empty_like(q_values).exponential_().log()).argmax(-1)
+    num_envs, num_actions = q_values.shape
+    at_random, actions = torch.rand(num_envs) < epsilon, torch.randint(num_actions, (num_envs,))
+    if args.exploration == "ez-greedy":
+        begins = at_random & (held.steps_left == 0)
+        held.actions[begins] = actions[begins]
+        weights = 1 / torch.arange(1.0, 10_001) ** 2  # [6] n up to 10,000
+        held.steps_left[begins] = 1 + torch.multinomial(weights, num_envs, replacement=True)[begins]
+        at_random, actions = held.steps_left > 0, held.actions.clone()
+        held.steps_left -= at_random.long()
+    return torch.where(at_random, actions, q_values.argmax(-1))
 
 
 def update(
-    q_network: QNetwork, target_network: QNetwork, optimizer: torch.optim.Optimizer,
-    batch: tuple[Tensor, ...], args: Args,
-) -> dict[str, Tensor]:  # fmt: skip
+    q_network: QNetwork, target_network: QNetwork, optimizer: torch.optim.Optimizer, batch: list[Tensor], args: Args
+) -> dict[str, Tensor]:
     """A gradient step with a batch of the buffer. Returns what to log."""
     obs, actions, rewards, terminated, next_obs = batch
     with torch.no_grad():
@@ -355,446 +299,413 @@ def update(
         choosing_q = q_network(next_obs) if args.double_q else target_q  # [2] or [1]
         targets = td_target(rewards, terminated, target_q, choosing_q, args.gamma)
     loss, values = q_loss(q_network(obs), actions, targets, args.huber)
+    metrics = {"losses/td_loss": loss.detach(), "losses/q_values": values.detach().mean()}
     optimizer.zero_grad()
     loss.backward()
-    max_norm = math.inf if args.max_grad_norm is None else args.max_grad_norm
-    grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), max_norm)  # the norm before clipping
+    if args.max_grad_norm is not None:
+        metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
     optimizer.step()
-    return {"losses/td_loss": loss.detach(), "losses/q_values": values.detach().mean(), "losses/grad_norm": grad_norm}
+    return metrics
 
 
-def make_agent(args: Args, env: gym.Env) -> QNetwork:
-    space = env.action_space
-    if not isinstance(space, gym.spaces.Discrete):
-        others = "ppo.py, and for Box of floats sac.py and td3.py"
-        refuse(f"--env-id {args.env_id} acts in {space}; dqn.py knows Discrete only: see {others}")
-    if args.norm_obs and len(env.observation_space.shape) == 3:
-        refuse(f"--norm-obs is for vectors, and --env-id {args.env_id} observes images, which are divided by 255")
-    return QNetwork(env.observation_space.shape, int(space.n), int(space.start), args.dueling, args.norm_obs)
+def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> QNetwork:
+    if not isinstance(action_space, gym.spaces.Discrete):
+        raise UsageError(f"--env-id {args.env_id} acts in {action_space}, not Discrete: see ppo.py, sac.py and td3.py")
+    return QNetwork(args, obs_shape, action_space)
 
 
-def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
-    args.device = choose_device(args.device, small=len(env.observation_space.shape) == 1)
-    torch.manual_seed(args.seed)
-    q_network = make_agent(args, env).to(args.device)
-    target_network = copy.deepcopy(q_network)
-    target_network.obs_stats = q_network.obs_stats  # one normaliser for both
-    optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, env.observation_space.shape)
-    run = Run(args, args.env_id, model=q_network, target=target_network, optimizer=optimizer, buffer=buffer)
-    global_step = run.restore()  # 0 in a new run
+def train(args: Args) -> dict[str, float]:
+    """Trains an agent and returns its last evaluation. Of what is below the ruled line, it needs Run."""
+    with contextlib.closing(Run(args)) as run:
+        q_network = make_agent(args, run.obs_shape, run.action_space).to(run.device)
+        target_network = copy.deepcopy(q_network)
+        target_network.obs_stats = q_network.obs_stats  # one normaliser for both
+        optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
+        if len(run.obs_shape) == 3:
+            buffer = ImageReplayBuffer(args.buffer_size, run.obs_shape, args.num_envs)
+        else:
+            buffer = ReplayBuffer(args.buffer_size, run.obs_shape)
+        held = nn.Module()  # [6] in each environment: the action that ez-greedy holds, and for how many more steps
+        held.register_buffer("actions", torch.zeros(args.num_envs, dtype=torch.int64))
+        held.register_buffer("steps_left", torch.zeros(args.num_envs, dtype=torch.int64))
+        run.start(model=q_network, target=target_network, optimizer=optimizer, buffer=buffer, held=held)
 
-    while True:
-        # 1. Evaluate and save where it is due, and at the end
-        if run.evaluation_is_due(global_step):
-            run.log(global_step, evaluate(q_network.act, args, f"step-{global_step}", run.stopped))
-        if run.checkpoint_is_due(global_step):
-            run.save(global_step)
-        if global_step == args.total_timesteps:
-            break
+        while run.goes_on():  # it evaluates and saves where that is due
+            # 1. Act: one step in each of N environments
+            obs, step = run.obs, run.global_step
+            epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
+            with torch.inference_mode():
+                q_values = q_network(torch.from_numpy(obs).to(run.device)).cpu()  # (N, A)
+            actions = explore(q_values, epsilon, held, args).numpy()
+            next_obs, rewards, terminated, truncated, _ = run.step(actions + q_network.action_space.start)
+            held.steps_left[torch.from_numpy(terminated | truncated)] = 0
+            if q_network.obs_stats:
+                q_network.obs_stats.update(torch.from_numpy(run.obs).to(run.device))
+            if args.env_id.startswith("ALE/"):
+                rewards = np.sign(rewards)
+            buffer.add(obs=obs, actions=actions, rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
-        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
-        if global_step == run.checkpoint_step:
-            envs, obs = make_envs(args, global_step)
-            buffer.begin(obs)
-            episode_return, episode_length = np.zeros((2, args.num_envs))
-            held = np.zeros((2, args.num_envs), np.int64)  # [6]
-            history, logged_step, seconds = defaultdict(list), global_step, 0.0  # since the last row of losses
-
-        # 3. Act: one step in each of N environments
-        start_time = time.perf_counter()
-        duration = args.exploration_fraction * args.total_timesteps
-        epsilon = linear_schedule(args.start_e, args.end_e, duration, global_step)
-        actions = explore(q_network, obs, epsilon, held, args)
-        obs, rewards, terminated, truncated, infos = envs.step(actions + q_network.start)
-        previous_step, global_step = global_step, global_step + args.num_envs
-        episode_return += rewards
-        episode_length += 1
-        for i in np.flatnonzero(terminated | truncated):
-            ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
-            run.log(global_step, ended)
-            episode_return[i] = episode_length[i] = 0
-            held[:, i] = 0
-        if q_network.obs_stats:
-            q_network.obs_stats.update(torch.from_numpy(obs).to(args.device))
-        learned_rewards = np.sign(rewards) if args.env_id.startswith("ALE/") else rewards
-        buffer.add(actions, learned_rewards, terminated, truncated, obs, infos)
-
-        # 4. Learn: a gradient step for every train_frequency environment steps, whatever the number of environments
-        taken, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - previous_step / args.total_timesteps)
-        for number in range(taken + 1, due + 1):
-            batch = buffer.sample(args.batch_size, args.device)
-            for name, value in update(q_network, target_network, optimizer, batch, args).items():
-                history[name].append(value)
-            if number % args.target_network_frequency == 0:
-                with torch.no_grad():
-                    target, online = [*target_network.parameters()], [*q_network.parameters()]
-                    torch._foreach_lerp_(target, online, args.tau)  # [7]: a step of tau from target to online
-
-        # 5. Log
-        seconds += time.perf_counter() - start_time
-        if global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step):
-            metrics = {name: torch.stack(values).mean() for name, values in history.items()}
-            metrics["charts/epsilon"] = epsilon
-            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["charts/SPS"] = (global_step - logged_step) / seconds
-            run.log(global_step, metrics)
-            history, logged_step, seconds = defaultdict(list), global_step, 0.0
-    run.finish("Done. To watch it:", "--evaluate --capture-video")
+            # 2. Learn: a gradient step for every train_frequency environment steps, whatever the number of environments
+            learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = learning_rate
+            done, due = (max(0, s - args.learning_starts) // args.train_frequency for s in (step, run.global_step))
+            for number in range(done + 1, due + 1):
+                batch = [part.to(run.device) for part in buffer.sample(args.batch_size)]
+                metrics = update(q_network, target_network, optimizer, batch, args)
+                if number % args.target_network_frequency == 0:
+                    with torch.no_grad():
+                        for target, online in zip(target_network.parameters(), q_network.parameters(), strict=True):
+                            target.lerp_(online, args.tau)  # [7]
+                if number % 200 == 0:  # 3. Log
+                    run.log(metrics | {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate})
+        return run.result
 
 
 # ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
 
 
-def refuse(message: object) -> NoReturn:
-    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
 
 
-def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range, by default integers below 1, others below 0. Fills in frequencies that are None."""
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
-        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
-            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    num_envs = vars(args).get("num_envs", 1)
-    if args.total_timesteps % num_envs:
-        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.total_timesteps % getattr(args, "num_envs", 1):
+        raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
 
 
+def saved_args(run_dir: str, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
-    args = tyro.cli(Args, description=__doc__)
-    if not args.resume and not args.evaluate:
-        return args
-    if args.run_dir is None:
-        refuse("--resume and --evaluate need --run-dir")
-    path = Path(args.run_dir, "config.json")
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            args = tyro.cli(Args)
+            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def is_image(space: gym.Space) -> bool:
+    """Bytes, 32 x 32 or more, with 1, 3 or 4 channels, first or last, or none. Smaller grids are codes."""
+    sizes = sorted(space.shape or ())
+    return space.dtype == np.uint8 and len(sizes) > 1 and sizes[-2] >= 32 and sizes[:-2] in ([], [1], [3], [4])
+
+
+def to_grey(picture: np.ndarray) -> np.ndarray:  # -> (84, 84)
+    if picture.ndim == 3:  # the channels go last, without transparency; then their mean
+        picture = np.moveaxis(picture, np.argmin(picture.shape), -1)[..., :3].mean(-1).astype(np.uint8)
+    return cv2.resize(picture, (84, 84), interpolation=cv2.INTER_AREA)
+
+
+def make_env(args: Args, film: Path | None = None) -> gym.Env:
+    """An environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
+    atari = args.env_id.startswith("ALE/")
+    options = {"frameskip": 1} if atari else {}  # AtariPreprocessing skips frames itself
+    options |= {"render_mode": "rgb_array"} if film else {}
     try:
-        config = json.loads(path.read_text())
-        script, saved = config["script"], dict(config["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{path} is missing or damaged ({error!r})")
-    if script != Path(__file__).stem:
-        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
-    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
-    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
-    merged = tyro.cli(Args, args=flags + sys.argv[1:])
-    for name in saved.keys() - {"run_dir", "resume", "device"}:
-        if args.resume and getattr(merged, name) != saved[name]:
-            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
-    return merged
-
-
-def choose_device(name: str, small: bool) -> str:
-    """auto takes a GPU if there is one, but the CPU for small networks, which don't repay the transfers."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and not small else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (AssertionError, RuntimeError) as error:
-        refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
-    if small:
-        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    return name
-
-
-def make_env(env_id: str, film: bool = False) -> gym.Env:
-    """One environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
-    if env_id.endswith("NoFrameskip-v4"):
-        refuse(f"--env-id {env_id}: name the game ALE/Breakout-v5, ALE/Pong-v5 and so on; its frames are skipped here")
-    atari = {"frameskip": 1} if env_id.startswith("ALE/") else {}  # AtariPreprocessing skips frames itself
-    try:
-        if atari:
-            import ale_py  # registers the games
-
-            ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **atari)
+        env = gym.make(f"ale_py:{args.env_id}" if atari else args.env_id, **options)
         if film:
             env.reset()
-            if env.render() is None:
-                raise ValueError("it gives no picture to film")
-    except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
-        refuse(f"--env-id {env_id}: {error}")
-    space = env.observation_space
+            assert env.render() is not None, "render() returns no picture"
+            options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
+            env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
+    except Exception as error:
+        if not film and not isinstance(error, gym.error.Error | ImportError | TypeError):
+            raise  # from within the environment: the traceback helps most
+        hint = "; Atari games are named ALE/Pong-v5" if "NoFrameskip" in args.env_id else ""
+        hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else hint
+        raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
     if atari:
         return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-    if space.dtype == np.uint8 and len(space.shape or ()) == 3 and space.shape[-1] == 3:
-        env = gym.wrappers.ResizeObservation(gym.wrappers.GrayscaleObservation(env), (84, 84))
+    if is_image(env.observation_space):
+        env = gym.wrappers.TransformObservation(env, to_grey, gym.spaces.Box(0, 255, (84, 84), np.uint8))
         return gym.wrappers.FrameStackObservation(env, 4)
-    if not space.is_np_flattenable:
-        refuse(f"--env-id {env_id} observes {space}, which can't be flattened into a vector")
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
-    elif space.dtype == np.float32 and str(env.spec.entry_point).startswith("gymnasium."):
-        return env
-    # A copy: other environments say float32 and return float64 or lists, or one array that they keep overwriting
-    vector = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    return gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), vector)
+    if env.observation_space.is_np_flattenable:
+        return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
+    raise UsageError(f"--env-id {args.env_id} observes {env.observation_space}, which can't become a vector")
 
 
-def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarray]:
-    """New environments and their first observations, (N, *obs_shape). Reseeds everything random from (seed, step)."""
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(0, step))  # 0: training; evaluation has 1
-    *env_seeds, seed = seeds.generate_state(args.num_envs + 1).tolist()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    # SAME_STEP: the step that ends an episode returns the next one's first observation; its own last is in final_obs
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=same_step)
-    return envs, envs.reset(seed=env_seeds)[0]
-
-
-def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], args: Args, name: str, stopped: Callable[[], bool] = lambda: False
-) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, each in its own environment; films the first under this name.
-
-    act: (B, *obs_shape) -> (B, *action shape). Ends early, with an empty result, once stopped() is true. The random
-    streams of training stay as they are.
-    """
-    streams = random.getstate(), np.random.get_state()  # for environments that draw from these instead of their own
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(1,)).generate_state(args.eval_episodes).tolist()
-    random.seed(seeds[0])
-    np.random.seed(seeds[0])
-    envs = [make_env(args.env_id, film=args.capture_video and i == 0) for i in range(args.eval_episodes)]
-    if args.capture_video:
-        film = {"name_prefix": name, "episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
-        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", **film)
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    returns, lengths = np.zeros((2, args.eval_episodes))
-    playing = list(range(args.eval_episodes))
-    while playing and not stopped():
-        actions = act(np.stack([obs[i] for i in playing]))
-        for i, action in zip(playing.copy(), actions, strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
-                envs[i].close()
-                playing.remove(i)
-    random.setstate(streams[0])
-    np.random.set_state(streams[1])
-    if playing:
-        return {}
+def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
+    """Plays the same eval_episodes episodes every time, each in its own environment, and films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())  # some environments draw from these two
+        stack.callback(np.random.set_state, np.random.get_state())
+        random.seed(args.seed)
+        np.random.seed(seeds)
+        films = [film if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
+        envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
+        here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
+        if here != there:
+            raise UsageError(f"--env-id {args.env_id} observes and acts in {here}, the trained agent in {there}")
+        playing = {i: env.reset(seed=seed)[0] for i, (env, seed) in enumerate(zip(envs, seeds, strict=True))}
+        while playing and not Run.stop_signal:
+            for i, action in zip(list(playing), agent.act(np.stack([*playing.values()])), strict=True):
+                playing[i], reward, terminated, truncated, _ = envs[i].step(action)
+                returns[i : i + 1] += reward  # some environments return an array of one element
+                lengths[i] += 1
+                if terminated or truncated or lengths[i] == args.eval_max_steps:
+                    del playing[i]
+    if lengths.max() == args.eval_max_steps:
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
-    return result | {"eval/episodic_length": lengths.mean()}
-
-
-def evaluate_saved(args: Args) -> None:
-    """Plays eval_episodes episodes with the model in run_dir and prints the result."""
-    env = make_env(args.env_id)
-    agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
-    load_file(Path(args.run_dir, MODEL), model=agent)
-    result = evaluate(agent.act, args, "evaluation")
-    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces the file atomically: a crash never leaves half of it."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
-        temporary.unlink(missing_ok=True)
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-MODEL, CHECKPOINT = "model.pt", "checkpoint.pt"
-
-
-def save_file(path: Path, state: dict) -> None:
-    write_file(path, lambda file: torch.save(state, file))
-
-
-def save_model(folder: Path, model: nn.Module) -> None:
-    save_file(folder / MODEL, {"model": model.state_dict()})
+    return {} if playing else result | {"eval/episodic_length": lengths.mean()}
 
 
 def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads what save_file wrote, data and never code, into the parts of the same names."""
-    if not path.exists():
-        refuse(f"{path} is missing")
+    """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # not the fault of what is in the file
-        raise
+        return state
     except Exception as error:  # a damaged file can raise anything
-        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
-    return state
+        raise UsageError(f"{path} is missing, damaged or of another script: {error}") from None
+
+
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+
+
+def load(run_dir: str) -> nn.Module:
+    """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
+    state = load_file(Path(run_dir, "model.pt"))
+    kind, dtype, values = state["action_space"]
+    values = {name: value.numpy()[()] for name, value in values.items()}
+    space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
+    agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
+    load_file(Path(run_dir, "model.pt"), model=agent)
+    return agent
 
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
+    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
-    acts, also into a file of its own.
-    """
+    stop_signal = 0  # main sets it when a signal arrives
 
-    def __init__(self, args: Args, task: str, **parts: object):
-        task = task.replace("/", "-").replace(":", "-")
-        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        args.run_dir = args.run_dir or f"runs/{name}"
-        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+    def __init__(self, args: Args):
+        name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.bar = self.wandb = None
         try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            refuse(f"--run-dir {self.dir} is in use by another process")
-        path = self.dir / "config.json"
-        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
-            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
-        config = json.loads(path.read_text()) if args.resume else self.describe()
-        self.wandb = self.start_wandb(config) if args.track else None
-        if not args.resume:
-            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
-        self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
-        self.started, self.stop_signal = time.time(), None
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self.ask_to_stop)
-        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {error}") from None
+        if args.capture_video:
+            make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
+        self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
+        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
+        if small:
+            torch.set_num_threads(1)
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        torch.manual_seed(args.seed)
 
-    def describe(self) -> dict:
-        """What another person needs to know to repeat the run."""
-        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
-        commit_status, commit = subprocess.getstatusoutput(git)
-        cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
-        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
-        cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
-        gpus = gpus if gpu_status == 0 else "none"
-        packages = [distribution.metadata for distribution in distributions()]  # read once each
-        return {
-            "script": Path(__file__).stem,
-            "args": asdict(self.args),
-            "command": sys.argv,
-            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
-            "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
-            "hardware": f"{platform.platform()}, {os.cpu_count()} cores ({cpu}), GPUs: {gpus}",
-            "wandb_id": os.urandom(8).hex(),
-        }
+    def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
 
-    def start_wandb(self, config: dict) -> object:
-        import wandb
+        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
+        """
+        args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
+        if args.resume:
+            config = json.loads(path.read_text())
+            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
+            if changed - {"run_dir", "resume", "device", "total_timesteps"}:
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+            config = {"script": Path(__file__).stem, "command": sys.argv}
+            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"] = asdict(args) | {"resume": False}
+        if args.track:
+            import wandb
 
-        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            try:
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
+            self.wandb.define_metric("*", step_metric="global_step")
         try:
-            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
-        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
-            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
-        run.define_metric("*", step_metric="global_step")
-        return run
-
-    def ask_to_stop(self, number: int, _frame: object) -> None:
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
-
-    def stopped(self) -> bool:
-        return self.stop_signal is not None
-
-    def restore(self) -> int:
-        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
-        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
-        if (self.dir / CHECKPOINT).exists():
-            state = load_file(self.dir / CHECKPOINT, **self.parts)
-        if self.metrics.tell() < state["metrics_bytes"]:
-            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
-        self.metrics.truncate(state["metrics_bytes"])
-        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
-        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+            self.dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
+        none = [torch.zeros(0)] * args.num_envs
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": none, "streams": []}
+        if args.resume and checkpoint.exists():
+            state = load_file(checkpoint, **parts)
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
-        return self.checkpoint_step
+        for i, actions in enumerate(state["actions"]):
+            self.begin_episode(i, actions.numpy())
+            if "obs" in state and (self.obs[i] != state["obs"][i].numpy()).any():
+                tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
+                self.begin_episode(i)
+        setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for setter, stream in zip(setters, state["streams"], strict=False):
+            setter(stream)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        kind = "vectors" if len(self.obs_shape) == 1 else "images"
+        print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
-    def is_due(self, frequency: int, last: int, step: int) -> bool:
-        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
-        return step // frequency > last // frequency or step == self.args.total_timesteps > last
+    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> None:
+        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again."""
+        began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
+        seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
+        self.obs[i], _ = self.envs[i].reset(seed=seed)
+        self.returns[i], self.actions[i] = 0.0, list(actions)
+        for action in actions:
+            self.obs[i], reward, *_ = self.envs[i].step(action)
+            self.returns[i : i + 1] += reward
 
-    def evaluation_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-    def checkpoint_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
+        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        """
+        next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
+        terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+            self.actions[i].append(action)
+            next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
+            infos.append(info)
+        if not math.isfinite(next_obs.sum() + rewards.sum()):
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: rewards {rewards}, {next_obs}")
+        self.obs = next_obs.copy()
+        self.global_step += len(self.envs)
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.log({"charts/episodic_return": self.returns[i], "charts/episodic_length": len(self.actions[i])})
+            self.begin_episode(i)
+        return next_obs, rewards, terminated, truncated, infos
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
-        if not row:
-            return
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
-        row = {name: None if name in broken else float(value) for name, value in row.items()}
-        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
+    def goes_on(self) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last, result = self.args, self.global_step, self.last_step, {}
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            result = evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}")
+            if result:
+                self.log(result)
+                self.result = result
+            else:  # a signal has stopped it: after --resume it is due again
+                self.last_step = last
+        if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
+            self.save()
+        if Run.stop_signal:
+            print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + Run.stop_signal)
+        if end:
+            print(f"Done: {self.dir}/model.pt. To watch it:\n    {self.command} --evaluate --capture-video")
+        return not end
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
-        try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
-                self.wandb.log(row, step=self.num_rows, commit=True)
-        except Exception as error:  # it must not end the run
-            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
-            self.wandb = None
-        self.num_rows += 1
-        if broken:
-            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
-        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
-        if evaluation:
-            self.evaluation_step = step
-            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
-        if "charts/episodic_return" in row:
-            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
-        self.bar.update(step - self.bar.n)
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
 
-    def save(self, step: int) -> None:
-        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
+    def save(self) -> None:
+        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):
-            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
-        os.fsync(self.metrics.fileno())
-        state |= {"step": step, "evaluation_step": self.evaluation_step}
-        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
-        save_model(self.dir, self.parts["model"])
-        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
-        self.checkpoint_step = step
-        if self.stopped():
-            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
-            raise SystemExit(128 + self.stop_signal)
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape}
+        model["action_space"] = type(space).__name__, str(space.dtype), values
+        state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
-    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.wandb:
-            self.wandb.finish(exit_code)
-        self.lock.release()
-        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
+            self.wandb.finish()
+        if self.last_step and isinstance(sys.exc_info()[1], Exception):
+            print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
-    args = parse_args()
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
+    gym.logger.min_level = gym.logger.ERROR  # its warnings would stand around our one line
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     try:
+        args = parse_args()
         if args.evaluate:
-            evaluate_saved(args)
+            film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
+            result = evaluate(load(args.run_dir), args, film)
+            print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
+            print(*film.parent.glob(f"{film.name}*.mp4"))
         else:
             train(args)
-    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
-        sys.exit(130)
-    except (FloatingPointError, MemoryError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
+    except (UsageError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,26 @@
-"""Proximal policy optimisation (PPO): collect a batch with the current policy, then learn from it for several epochs.
+"""Proximal policy optimisation (PPO): learn several times from each batch of experience, in small moves.
 
-A policy gradient is valid only for the policy that collected the data, so it allows one step per batch. PPO takes many:
-it multiplies each advantage by the ratio of the action's new to its old probability, and clips this ratio, so that the
-objective gains nothing from moving the policy far from the one that collected the batch.
+A policy gradient is right only for data that the current policy collected. So a plain policy gradient method takes one
+step with each batch, then throws it away. PPO takes many. For each action it compares the probability that the policy
+gives it now with the probability at the time of collection. Their ratio starts at 1. Once it is above 1 + epsilon for a
+good action (A_t > 0), or below 1 - epsilon for a bad one, the objective is flat: moving further gains nothing.
 
-    [1] delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                      PPO, Eq. 12
-        A_t     = delta_t + gamma lambda A_{t+1}                                       PPO, Eq. 11, as a recursion
-        with V(s_{t+1}) = 0 if s_{t+1} is terminal, and A_{t+1} = 0 if step t ends an episode or the batch
-    [2] ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t)                                        PPO, Section 3
+    [1] delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                      PPO, Eq. 12; r_t: the reward
+        A_t     = delta_t + gamma lambda A_{t+1}                                       PPO, Eq. 11; A_T = 0
+    [2] ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t)                                        PPO, Sec. 3; old: at collection
         L_clip  = E[min(ratio_t A_t, clip(ratio_t, 1 - epsilon, 1 + epsilon) A_t)]     PPO, Eq. 7
-    [3] L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                    PPO, Eq. 9; R_t: as in Baselines
+    [3] L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                    PPO, Eq. 9; R_t: its V_t^targ
     [4] maximise L_clip - c_1 L_value + c_2 entropy(pi)                                PPO, Eq. 9
 
-Here gamma is the discount; with lambda = 0, [1] takes one reward and then V, with lambda = 1 all rewards to the end.
-PPO: Schulman et al. 2017, arXiv:1707.06347. Generalised advantage estimation (GAE), which is [1]: Schulman et al. 2016,
-arXiv:1506.02438.
+Paper: Schulman et al. 2017, arXiv:1707.06347. Advantages [1]: GAE, Schulman et al. 2016, arXiv:1506.02438.
 
-Differs from the paper: as in OpenAI Baselines, advantages are normalised in each minibatch, the norm of the gradient is
-clipped, weights start orthogonal, Adam's epsilon is 1e-5, and rewards are divided by the running standard deviation of
-the discounted return; but, unlike there, neither the rewards nor the change of V in [3] are clipped. The learning rate
-is annealed in all tasks and epsilon in none; the paper anneals both, on Atari only. Evaluation takes the most likely
-actions, where the paper averages training episodes. A time limit does not count as a terminal state: the value of the
-last observation stands for the rest of the episode.
-
-Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
-the log-probability is that of the unclipped sample. Atari (ALE/...): 84 x 84 greyscale, maximum over two frames, each
-action held for four frames, the last four images stacked, up to 30 no-ops, sticky actions, the sign of the reward, and
-the Nature CNN (the paper took the smaller network of A3C); an episode is a game, not a life.
+Differs from the paper:
+- As in OpenAI Baselines: R_t [3]; advantages are normalised in each minibatch, the gradient's norm is clipped, weights
+  start orthogonal, Adam's epsilon is 1e-5, rewards are divided by the standard deviation of the return, and clipped.
+- Defaults are LunarLander's. The learning rate falls to 0 in all tasks; in the paper it and epsilon do, on Atari only.
+- A time limit is not a terminal state: the value of the last observation stands for the rest of the episode.
+- Box actions are scaled to [-1, 1] and clipped. Evaluation takes the most likely actions.
+- Atari (ALE/...): the Nature CNN, a larger one than the paper's; sticky actions; an episode is a whole game.
 
     python algorithms/ppo.py --env-id LunarLander-v3
 """
@@ -34,94 +28,98 @@ the Nature CNN (the paper took the smaller network of A3C); an episode is a game
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "filelock>=3.20", "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2",
-#     "mujoco>=3.11,<3.12", "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1",
-#     "wandb>=0.31",
+#     "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2", "mujoco>=3.11,<3.12",
+#     "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
+import contextlib
+import inspect
+import io
 import json
 import math
 import os
-import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import Literal
 
-import filelock
+import cv2
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
+from torch.distributions import Normal
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
+    # Run
     env_id: str = "LunarLander-v3"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 500_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
-    eval_episodes: int = 20  # episodes of an evaluation
-    checkpoint_frequency: int | None = None  # steps between checkpoints, which cut episodes; None: a tenth of the run
-    capture_video: bool = False  # film the first episode of each evaluation
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
     run_dir: str | None = None  # folder of the run; None: a new one in runs/
-    resume: bool = False  # continue the run in --run-dir with its own arguments
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_episodes: int = 20  # episodes of an evaluation
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
-
-    learning_rate: float = 5e-4  # of Adam or RMSprop
-    anneal_lr: bool = True  # anneal it linearly to 0
-    num_steps: int = 512  # steps of each environment in a batch
-    num_minibatches: int = 64  # minibatches per epoch
-    update_epochs: int = 12  # passes over the batch
-    gamma: float = 0.999  # discount
-    gae_lambda: float = 0.96  # [1] lambda
-    clip_coef: float = 0.2  # [2] epsilon
-    vf_coef: float = 0.5  # [4] c_1; CleanRL halves the loss as well: its 0.5 is 0.25 here
-    ent_coef: float = 0.0  # [4] c_2
-    max_grad_norm: float = 0.5  # gradients with a larger norm are scaled down to it
-    target_kl: float | None = None  # skip a batch's further epochs once one ends with a larger approx_kl; None: never
+    # Algorithm
+    learning_rate: float = 5e-4  # of Adam or RMSprop; paper: 3e-4 (MuJoCo), 2.5e-4 (Atari)
+    anneal_lr: bool = True  # let it fall linearly to 0
+    num_steps: int = 512  # T, of each environment in a batch; paper: 2048 in 1 (MuJoCo), 128 in 8 (Atari)
+    num_minibatches: int = 64  # their number, not their size; paper: 2048 / 64 = 32 (MuJoCo), 1024 / 256 = 4 (Atari)
+    update_epochs: int = 12  # passes over the batch; paper: 10 (MuJoCo), 3 (Atari)
+    gamma: float = 0.999  # discount; paper: 0.99
+    gae_lambda: float = 0.96  # [1] lambda; paper: 0.95
+    clip_coef: float = 0.2  # [2] epsilon; paper: 0.2 (MuJoCo), 0.1 (Atari)
+    vf_coef: float = 0.5  # [4] c_1; paper: 1 (Atari); CleanRL's 0.5 is 0.25 here, since it halves the loss as well
+    ent_coef: float = 0.0  # [4] c_2; paper: 0 (MuJoCo), 0.01 (Atari)
+    max_grad_norm: float = 0.5  # gradients with a larger norm (losses/grad_norm) are scaled down to it
+    target_kl: float | None = None  # no further epochs once an epoch's last approx_kl is larger; None: no limit
     norm_adv: bool = True  # normalise the advantages of each minibatch
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation
-    norm_reward: bool = True  # divide rewards by the running standard deviation of the return; on Atari always the sign
-    log_std_init: float = 0.0  # log of the standard deviation of Box actions, scaled to [-1, 1], at the start
-    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: as A2C
-    compile: bool = False  # torch.compile the update: some 20 s once, faster from then on
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the return; Atari: always signs
+    log_std_init: float = 0.0  # of Box actions, scaled to [-1, 1]: log of the standard deviation at the start
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: as in Baselines' A2C, PPO's predecessor
+    compile: bool = False  # torch.compile the loss, which takes some 20 s once
 
     def __post_init__(self) -> None:
-        check_and_complete(self, gae_lambda=(0, 1), log_std_init=(-20, 2))
-        batch_size = self.num_envs * self.num_steps
-        if batch_size % self.num_minibatches:
-            refuse(f"--num-minibatches {self.num_minibatches} must divide num_envs * num_steps = {batch_size}")
+        check_ranges(self, gae_lambda=(0, 1), log_std_init=(-20, 2))
+        if self.num_envs * self.num_steps % self.num_minibatches:
+            raise UsageError(f"--num-minibatches {self.num_minibatches} must divide --num-envs times --num-steps")
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all rows given to update, in buffers: saved with the model, frozen unless updated."""
+    """Mean and variance of all rows given to update. They are buffers: saved with the model, frozen in evaluation."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def update(self, rows: Tensor) -> None:  # (B, dim)
         var, mean = torch.var_mean(rows, dim=0, correction=0)
         self.count += len(rows)
-        share = (len(rows) / self.count).float()  # of these rows among all
+        share = len(rows) / self.count  # these rows / all rows so far
         delta = mean - self.mean
         self.mean += share * delta
         self.var += share * (var - self.var) + share * (1 - share) * delta**2  # Chan, Golub & LeVeque 1979
@@ -130,660 +128,576 @@ class RunningMeanStd(nn.Module):
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)  # clamped as in Baselines
 
 
+class RewardScaler(nn.Module):
+    """Divides rewards by the deviation of discounted sums of past rewards, so that V is near scale 1 in any task."""
+
+    def __init__(self, num_envs: int, gamma: float):
+        super().__init__()
+        self.gamma, self.stats = gamma, RunningMeanStd(1)
+        self.register_buffer("current", torch.zeros(num_envs))  # discounted sums in the present episodes
+
+    def forward(self, rewards: np.ndarray, ended: np.ndarray) -> np.ndarray:  # (T, N), (T, N) -> (T, N)
+        sums, current = np.empty_like(rewards), self.current.numpy()  # numpy() shares the buffer's memory
+        for t in range(len(rewards)):
+            current[:] = self.gamma * current + rewards[t]
+            sums[t] = current
+            current[ended[t]] = 0
+        self.stats.update(torch.from_numpy(sums).float().view(-1, 1))
+        # Clipped as in Baselines: the first reward after a long time without any would be huge
+        return np.clip(rewards / math.sqrt(self.stats.var.item() + 1e-8), -10, 10)
+
+
 def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-class TwoMLPs(nn.Module):
-    """The hidden layers of actor and critic, which share nothing, in one batch of two: fewer and larger products."""
+def mlp(obs_dim: int, num_outputs: int, gain: float) -> nn.Sequential:
+    return nn.Sequential(
+        orthogonal(nn.Linear(obs_dim, 64)), nn.Tanh(),
+        orthogonal(nn.Linear(64, 64)), nn.Tanh(),
+        orthogonal(nn.Linear(64, num_outputs), gain),
+    )  # fmt: skip
 
-    def __init__(self, obs_dim: int):
+
+def nature_cnn() -> nn.Sequential:
+    """The network of Mnih et al. 2015 up to its last hidden layer: (B, 4, 84, 84) -> (B, 512)"""
+    return nn.Sequential(
+        orthogonal(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
+        orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+        orthogonal(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
+        nn.Flatten(), orthogonal(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
+    )  # fmt: skip
+
+
+class ActorCritic(nn.Module):
+    """The policy and V: two separate networks for vectors, two heads on one CNN for images. space: of the actions."""
+
+    def __init__(self, args: Args, obs_shape: tuple[int, ...], space: gym.Space):
         super().__init__()
-        layers = (
-            [orthogonal(nn.Linear(obs_dim, 64)) for _ in range(2)],
-            [orthogonal(nn.Linear(64, 64)) for _ in range(2)],
-        )
-        # (2, obs_dim, 64) and (2, 64, 64): the actor's and the critic's, transposed for x @ weight
-        self.weight1, self.weight2 = (nn.Parameter(torch.stack([layer.weight.T for layer in pair])) for pair in layers)
-        self.bias1, self.bias2 = nn.Parameter(torch.zeros(2, 1, 64)), nn.Parameter(torch.zeros(2, 1, 64))
+        self.obs_shape, self.action_space = obs_shape, space
+        self.discrete = not isinstance(space, gym.spaces.Box)
+        if self.discrete:  # an action is K choices, of sizes[k] options each; Discrete: K = 1
+            self.sizes = [int(space.n)] if isinstance(space, gym.spaces.Discrete) else space.nvec.flatten().tolist()
+            num_outputs = sum(self.sizes)
+        else:  # D independent normals, with standard deviations that do not depend on the observation
+            num_outputs = space.low.size
+            self.log_std = nn.Parameter(torch.full((num_outputs,), args.log_std_init))
+            bounded = (abs(space.low) < 1e6) & (abs(space.high) < 1e6)  # without real bounds: not rescaled
+            low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+            self.center, self.scale = (high + low) / 2, (high - low) / 2
+        self.obs_stats = RunningMeanStd(*obs_shape) if args.norm_obs else nn.Identity()
+        # Gain 0.01: at first the policy is nearly the same in every state
+        if len(obs_shape) == 3:
+            self.cnn = nature_cnn()
+            self.actor = orthogonal(nn.Linear(512, num_outputs), 0.01)
+            self.critic = orthogonal(nn.Linear(512, 1), 1.0)
+        else:
+            self.actor = mlp(*obs_shape, num_outputs, gain=0.01)
+            self.critic = mlp(*obs_shape, 1, gain=1.0)
 
-    def forward(self, obs: Tensor) -> Tensor:  # (B, obs_dim) -> (2, B, 64)
-        hidden = torch.baddbmm(self.bias1, obs.expand(2, -1, -1), self.weight1).tanh()
-        return torch.baddbmm(self.bias2, hidden, self.weight2).tanh()
+    def features(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, obs_dim or 512)
+        return self.cnn(obs / 255) if len(self.obs_shape) == 3 else self.obs_stats(obs)
 
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # -> logits or means (B, num_outputs); V (B,)
+        features = self.features(obs)
+        return self.actor(features), self.critic(features).squeeze(-1)
 
-class NatureCNN(nn.Sequential):
-    """The network of Mnih et al. 2015 up to its last hidden layer. Images are bytes until they get here."""
-
-    def __init__(self):
-        super().__init__(
-            orthogonal(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
-            orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
-            orthogonal(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
-            nn.Flatten(), orthogonal(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
-        )  # fmt: skip
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, 4, 84, 84) uint8 -> (B, 512)
-        return super().forward(images / 255)
-
-
-class CategoricalPolicy(nn.Module):
-    """Discrete and MultiDiscrete actions: an independent softmax for each of the K components (Discrete: K = 1).
-
-    torch.distributions computes the same, as in reinforce.py, but takes longer over it than the network.
-    """
-
-    def __init__(self, sizes: list[int], start: np.ndarray):
-        super().__init__()
-        self.sizes, self.start = sizes, start  # the environment counts from start, the network from 0
-        self.num_outputs = sum(sizes)
-
-    def sample(self, logits: Tensor) -> Tensor:  # (B, sum of sizes) -> (B, K)
-        # With Gumbel noise, minus the log of an exponential variable, the argmax is a sample of the softmax
-        return self.mode(logits - torch.empty_like(logits).exponential_().log())
-
-    def mode(self, logits: Tensor) -> Tensor:  # (B, sum of sizes) -> (B, K)
-        return torch.stack([part.argmax(-1) for part in logits.split(self.sizes, -1)], -1)
-
-    def log_prob_and_entropy(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, sum of sizes), (B, K) -> (B,), (B,)"""
-        log_prob, entropy = 0.0, 0.0  # the sums over the independent components
-        for part, action in zip(logits.split(self.sizes, -1), actions.split(1, -1), strict=True):
-            log_probs = part.log_softmax(-1)
+    def log_prob_and_entropy(self, outputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, num_outputs), (B, K or D) -> (B,), (B,): sums over independent choices or normals."""
+        if not self.discrete:
+            normal = Normal(outputs, self.log_std.exp(), validate_args=False)  # unchecked: faster
+            return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
+        log_prob, entropy = 0.0, 0.0
+        for logits, action in zip(outputs.split(self.sizes, -1), actions.split(1, -1), strict=True):
+            log_probs = logits.log_softmax(-1)  # Categorical would be slower than the networks
             log_prob = log_prob + log_probs.gather(-1, action).squeeze(-1)
             entropy = entropy - (log_probs.exp() * log_probs).sum(-1)
         return log_prob, entropy
 
-    def to_env(self, actions: Tensor) -> np.ndarray:  # (B, K) -> (B, *action shape)
-        return actions.cpu().numpy().reshape(-1, *self.start.shape) + self.start
+    @torch.no_grad()
+    def sample(self, obs: Tensor, mode: bool = False) -> Tensor:  # (B, *obs_shape) -> (B, K or D)
+        outputs = self.actor(self.features(obs))  # mode: the most likely actions instead of a sample
+        if not self.discrete:
+            return outputs if mode else outputs + self.log_std.exp() * torch.randn_like(outputs)
+        if not mode:  # Gumbel-max trick: argmax(logits + Gumbel noise) is a sample of softmax(logits)
+            outputs = outputs - torch.empty_like(outputs).exponential_().log()
+        return torch.stack([logits.argmax(-1) for logits in outputs.split(self.sizes, -1)], -1)
 
+    def to_env(self, actions: Tensor) -> np.ndarray:  # (B, K or D) -> (B, *action shape)
+        actions = actions.cpu().numpy().reshape(-1, *self.action_space.shape)
+        if self.discrete:
+            return actions + self.action_space.start  # the environment counts from start, the network from 0
+        # From [-1, 1] to the box. A sample outside of it is clipped for the environment; the loss sees it unclipped
+        return np.clip(self.center + self.scale * actions, self.action_space.low, self.action_space.high)
 
-class GaussianPolicy(nn.Module):
-    """Box actions: independent normals for the D components; the standard deviations do not depend on the state."""
-
-    def __init__(self, low: np.ndarray, high: np.ndarray, log_std_init: float):
-        super().__init__()
-        self.low, self.high = low, high
-        bounded = np.isfinite(low) & np.isfinite(high)  # a component without bounds is not rescaled
-        low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
-        self.center, self.scale = (high + low) / 2, (high - low) / 2
-        self.num_outputs = low.size
-        self.log_std = nn.Parameter(torch.full((low.size,), log_std_init))
-
-    def sample(self, mean: Tensor) -> Tensor:  # (B, D) -> (B, D)
-        return mean + self.log_std.exp() * torch.randn_like(mean)
-
-    def mode(self, mean: Tensor) -> Tensor:  # (B, D) -> (B, D)
-        return mean
-
-    def log_prob_and_entropy(self, mean: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D), (B, D) -> (B,), (B,)"""
-        z = (actions - mean) / self.log_std.exp()
-        log_prob = (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        return log_prob, entropy.expand_as(log_prob)
-
-    def to_env(self, actions: Tensor) -> np.ndarray:  # (B, D) -> (B, *action shape)
-        actions = self.center + self.scale * actions.cpu().numpy().reshape(-1, *self.low.shape)
-        return np.clip(actions, self.low, self.high)
-
-
-class ActorCritic(nn.Module):
-    """Policy and value network: apart for vectors, and for images two heads on one Nature CNN."""
-
-    def __init__(self, obs_shape: tuple[int, ...], policy: CategoricalPolicy | GaussianPolicy, norm_obs: bool):
-        super().__init__()
-        self.policy = policy
-        self.images = len(obs_shape) == 3
-        self.hidden = NatureCNN() if self.images else TwoMLPs(*obs_shape)
-        hidden_dim = 512 if self.images else 64
-        self.actor = orthogonal(nn.Linear(hidden_dim, policy.num_outputs), 0.01)  # 0.01: at first all actions are alike
-        self.critic = orthogonal(nn.Linear(hidden_dim, 1), 1.0)
-        self.obs_stats = RunningMeanStd(*obs_shape) if norm_obs else None
-        self.return_stats = RunningMeanStd(1)
-
-    def features(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, *obs_shape) -> what the actor's and the critic's last layer see, (B, 64 or 512) each."""
-        obs = obs if self.obs_stats is None else self.obs_stats(obs)
-        hidden = self.hidden(obs)
-        return (hidden, hidden) if self.images else hidden.unbind(0)
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, *obs_shape) -> distribution parameters: logits or means (B, num_outputs); values (B,)"""
-        of_actor, of_critic = self.features(obs)
-        return self.actor(of_actor), self.critic(of_critic).squeeze(-1)
-
-    def sample(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, K or D)
-        return self.policy.sample(self.actor(self.features(obs)[0]))
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The most likely actions: deterministic, for evaluation. (B, *obs_shape) -> (B, *action shape)"""
-        obs = torch.from_numpy(obs).to(next(self.parameters()).device)
-        return self.policy.to_env(self.policy.mode(self.actor(self.features(obs)[0])))
+        """The most likely action for an observation, (*obs_shape,), or for each of a batch, (B, *obs_shape)."""
+        obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
+        single = obs.ndim == len(self.obs_shape)
+        actions = self.to_env(self.sample(obs[None] if single else obs, mode=True))
+        return actions[0] if single else actions
 
 
-def gae(
-    rewards: np.ndarray, values: np.ndarray, next_values: np.ndarray,
-    terminated: np.ndarray, truncated: np.ndarray, gamma: float, gae_lambda: float,
-) -> np.ndarray:  # fmt: skip
-    """Generalised advantage estimation, (T, N) as all its arguments are; next_values: V(s_{t+1}), before any reset."""
+def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Generalised advantage estimation. Arrays are (T, N); next_values: V(s_{t+1}), at an end V(last observation)."""
     deltas = rewards + gamma * next_values * ~terminated - values  # [1]; a terminal state is worth nothing
-    decay = gamma * gae_lambda * ~(terminated | truncated)  # 0 where step t + 1 is in another episode than step t
-    advantages, advantage = np.empty_like(deltas), 0.0
+    decay = gamma * gae_lambda * ~(terminated | truncated)  # 0 where step t + 1 belongs to the next episode
+    advantages, advantage = np.empty_like(deltas), 0.0  # 0: the deltas after the batch are not known
     for t in reversed(range(len(deltas))):
         advantages[t] = advantage = deltas[t] + decay[t] * advantage  # [1]
     return advantages
 
 
-def ppo_loss(
-    log_prob: Tensor, entropy: Tensor, values: Tensor,  # of the network that learns
-    old_log_prob: Tensor, advantages: Tensor, returns: Tensor,  # of the batch
-    clip_coef: float, vf_coef: float, ent_coef: float,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The loss, and metrics to log. All tensors are (B,)."""
+def ppo_loss(log_prob, entropy, values, old_log_prob, advantages, returns, args: Args) -> tuple[Tensor, dict]:
+    """The loss and its metrics, of (B,) tensors: three of the networks as they are now, three that the batch fixes."""
     assert log_prob.shape == entropy.shape == values.shape == old_log_prob.shape == advantages.shape == returns.shape
+    if args.norm_adv:  # correction=0: a single row must not become NaN
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [2], negated: to be minimised
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [2]; minus: it is minimised
     value_loss = (values - returns).square().mean()  # [3]
-    mean_entropy = entropy.mean()
-    loss = policy_loss + vf_coef * value_loss  # [4]
-    if ent_coef:  # its gradient would take time, for nothing if the weight is 0
-        loss = loss - ent_coef * mean_entropy  # [4]
-    with torch.no_grad():
-        metrics = {
-            "losses/policy_loss": policy_loss.detach(),
-            "losses/value_loss": value_loss.detach(),
-            "losses/entropy": mean_entropy.detach(),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of joschu.net/blog/kl-approx.html: never negative
-            "losses/clipfrac": (ratio != clipped_ratio).float().mean(),
-        }
-    return loss, metrics
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()  # [4]
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean()}
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # k3 of joschu.net/blog/kl-approx.html: never negative
+    metrics["clipfrac"] = (ratio != clipped_ratio).float().mean()  # share of ratios outside of 1 +- epsilon
+    return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
 def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, ...], args: Args) -> dict:
-    """Several epochs over a batch: observations, actions, old log-probabilities, advantages, returns, (B, ...) each.
+    """Several epochs of gradient steps with a batch. Returns the means of all minibatches' metrics."""
 
-    Returns what to log, each the mean over all minibatches; grad_norm is the norm before clipping.
-    """
-    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss  # compiled the first time only
-    minibatch_size = args.num_envs * args.num_steps // args.num_minibatches
-    parameters, history = list(agent.parameters()), []
+    def loss_of(obs, actions, old_log_prob, advantages, returns) -> tuple[Tensor, dict]:
+        outputs, values = agent(obs)
+        log_prob, entropy = agent.log_prob_and_entropy(outputs, actions)
+        return ppo_loss(log_prob, entropy, values, old_log_prob, advantages, returns, args)
+
+    minibatch_size, history = args.num_envs * args.num_steps // args.num_minibatches, []
+    compiled_loss = torch.compile(loss_of) if args.compile else loss_of
     for _ in range(args.update_epochs):
-        order = torch.randperm(len(batch[0]), device=args.device)
-        shuffled = (rows[order].split(minibatch_size) for rows in batch)  # of each a tuple of minibatches
-        for obs, actions, old_log_prob, advantages, returns in zip(*shuffled, strict=True):
-            if args.norm_adv:
-                std, mean = torch.std_mean(advantages, correction=0)  # correction=0: a single row must not become NaN
-                advantages = (advantages - mean) / (std + 1e-8)
-            dist_params, values = agent(obs)
-            log_prob, entropy = agent.policy.log_prob_and_entropy(dist_params, actions)
-            coefs = args.clip_coef, args.vf_coef, args.ent_coef
-            loss, metrics = loss_function(log_prob, entropy, values, old_log_prob, advantages, returns, *coefs)
+        for rows in torch.randperm(len(batch[0]), device=batch[0].device).split(minibatch_size):
+            # The run's last batch may be short: its last minibatch is not worth another compilation
+            loss_function = compiled_loss if len(rows) == minibatch_size else loss_of
+            loss, metrics = loss_function(*(part[rows] for part in batch))
             optimizer.zero_grad()
             loss.backward()
-            metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             history.append(metrics)
         if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
             break
-    return {name: torch.stack([metrics[name] for metrics in history]).mean().item() for name in metrics}
+    return {name: torch.stack([step[name] for step in history]).mean().item() for name in history[0]}
 
 
-def make_agent(args: Args, env: gym.Env) -> ActorCritic:
-    space = env.action_space
-    if isinstance(space, gym.spaces.Discrete):
-        policy = CategoricalPolicy([int(space.n)], np.asarray(space.start))
-    elif isinstance(space, gym.spaces.MultiDiscrete):
-        policy = CategoricalPolicy(space.nvec.flatten().tolist(), space.start)
-    elif isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
-        policy = GaussianPolicy(space.low, space.high, args.log_std_init)
-    else:
-        refuse(f"--env-id {args.env_id} acts in {space}; ppo.py knows Discrete, MultiDiscrete and Box of floats")
-    if args.norm_obs and len(env.observation_space.shape) == 3:
-        refuse(f"--norm-obs is for vectors, and --env-id {args.env_id} observes images, which are divided by 255")
-    return ActorCritic(env.observation_space.shape, policy, args.norm_obs)
+def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> ActorCritic:
+    floats = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    if not floats and not isinstance(action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+        raise UsageError(f"--env-id {args.env_id} acts in {action_space}: not Discrete, MultiDiscrete or Box of floats")
+    if args.norm_obs and len(obs_shape) == 3:
+        raise UsageError(f"--norm-obs is for vectors; --env-id {args.env_id} observes images")
+    return ActorCritic(args, obs_shape, action_space)
 
 
-def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
-    args.device = choose_device(args.device, small=len(env.observation_space.shape) == 1)
-    torch.manual_seed(args.seed)
-    agent = make_agent(args, env).to(args.device)
-    if args.compile:
-        agent.compile()
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)  # eps: as Baselines
-    else:
-        optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)  # both: as A2C
-    run = Run(args, args.env_id, model=agent, optimizer=optimizer)
-    global_step = run.restore()  # 0 in a new run
-
-    while True:
-        # 1. Evaluate and save where it is due, and at the end
-        if run.evaluation_is_due(global_step):
-            run.log(global_step, evaluate(agent.act, args, f"step-{global_step}", run.stopped))
-        if run.checkpoint_is_due(global_step):
-            run.save(global_step)
-        if global_step == args.total_timesteps:
-            break
-
-        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
-        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
-        if global_step == run.checkpoint_step:
-            envs, obs = make_envs(args, global_step)
-            episode_return, episode_length, discounted_sum = np.zeros((3, args.num_envs))
-
-        # 3. Act: T steps in each of N environments
-        first_step, start_time = global_step, time.perf_counter()
-        num_steps = min(args.num_steps, (args.total_timesteps - global_step) // args.num_envs)  # fewer at the end
-        observations, actions, truncations = [torch.from_numpy(obs).to(args.device)], [], []
-        rewards, discounted_sums = np.zeros((2, num_steps, args.num_envs))
-        terminated, truncated = np.zeros((2, num_steps, args.num_envs), dtype=bool)
-        with torch.inference_mode():
+def train(args: Args) -> dict[str, float]:
+    """Trains an agent and returns its last evaluation. From below the ruled line it needs only Run."""
+    with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
+        agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
+        scaler = RewardScaler(args.num_envs, args.gamma)
+        if args.optimizer == "adam":
+            optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+        else:
+            optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
+        run.start(model=agent, optimizer=optimizer, scaler=scaler)  # what a checkpoint holds
+        while run.goes_on():  # evaluates and saves where that is due
+            # 1. Act: T steps in each of N environments, fewer at the end of the run
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
+            observations, next_observations, actions = [], [], []
+            num_steps = min(args.num_steps, (args.total_timesteps - run.global_step) // args.num_envs)
+            rewards = np.zeros((num_steps, args.num_envs))
+            terminated, truncated = np.zeros_like(rewards, bool), np.zeros_like(rewards, bool)
             for t in range(num_steps):
+                observations.append(torch.from_numpy(run.obs).to(run.device))
                 actions.append(agent.sample(observations[t]))
-                obs, rewards[t], terminated[t], truncated[t], infos = envs.step(agent.policy.to_env(actions[t]))
-                observations.append(torch.from_numpy(obs).to(args.device))  # after an end: the next episode's first
-                global_step += args.num_envs
-                episode_return += rewards[t]
-                episode_length += 1
-                discounted_sums[t] = discounted_sum = args.gamma * discounted_sum + rewards[t]
-                for i in np.flatnonzero(terminated[t] | truncated[t]):
-                    ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
-                    run.log(global_step, ended)
-                    episode_return[i] = episode_length[i] = discounted_sum[i] = 0
-                    if not terminated[t, i]:
-                        truncations.append((t, i, infos["final_obs"][i]))
+                next_obs, rewards[t], terminated[t], truncated[t], _ = run.step(agent.to_env(actions[t]))
+                next_observations.append(torch.from_numpy(next_obs).to(run.device))  # run.obs, except at ends
 
-        # 4. Old log-probabilities, values, advantages: in one pass over the batch, cheaper than a part in every step
-        observations = torch.cat(observations)  # ((T + 1) * N, *obs_shape)
-        actions = torch.cat(actions)  # (T * N, K or D)
-        with torch.no_grad():
-            dist_params, values = agent(observations)
-            old_log_prob, _ = agent.policy.log_prob_and_entropy(dist_params[: len(actions)], actions)
-            values = values.view(num_steps + 1, args.num_envs).cpu().numpy()
-            next_values = values[1:].copy()
-            for t, i, final_obs in truncations:  # where the episode was cut off, not where the next one starts
-                next_values[t, i] = agent(torch.from_numpy(final_obs[None]).to(args.device))[1].item()
-        if args.env_id.startswith("ALE/"):
-            rewards = np.sign(rewards)
-        elif args.norm_reward:  # "reward scaling" in Engstrom et al. 2020, arXiv:2005.12729
-            agent.return_stats.update(torch.from_numpy(discounted_sums).float().view(-1, 1).to(args.device))
-            rewards = rewards / math.sqrt(agent.return_stats.var.item() + 1e-8)
-        advantages = gae(rewards, values[:-1], next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        returns = advantages + values[:-1]  # [3]
+            # 2. Advantages and returns, before the networks change
+            observations, actions = torch.cat(observations), torch.cat(actions)  # (T * N, *obs_shape), (T * N, K or D)
+            with torch.no_grad():
+                outputs, values = agent(observations)
+                old_log_prob, _ = agent.log_prob_and_entropy(outputs, actions)
+                _, next_values = agent(torch.cat(next_observations))
+            values, next_values = (v.view(num_steps, args.num_envs).cpu().numpy() for v in (values, next_values))
+            if args.env_id.startswith("ALE/"):
+                rewards = np.sign(rewards)
+            elif args.norm_reward:
+                rewards = scaler(rewards, terminated | truncated)
+            advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+            returns = advantages + values  # [3]
 
-        # 5. Learn
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - first_step / args.total_timesteps)
-        observations = observations[: len(actions)]  # without the one after the last step
-        # (T, N) -> (T * N,)
-        flat = [torch.from_numpy(array).float().flatten().to(args.device) for array in (advantages, returns)]
-        metrics = update(agent, optimizer, (observations, actions, old_log_prob, *flat), args)
-        if agent.obs_stats:
-            agent.obs_stats.update(observations)  # after the epochs: [2] compares two policies on the same input
+            # 3. Learn
+            flat = [torch.from_numpy(x).float().flatten().to(run.device) for x in (advantages, returns)]  # (T * N,)
+            metrics = update(agent, optimizer, (observations, actions, old_log_prob, *flat), args)
+            if args.norm_obs:
+                agent.obs_stats.update(observations)  # only now: in [2] pi and pi_old need the same input
 
-        # 6. Log
-        metrics["losses/explained_variance"] = 1 - np.var(returns - values[:-1]) / (np.var(returns) + 1e-8)
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
-        run.log(global_step, metrics)
-    run.finish("Done. To watch it:", "--evaluate --capture-video")
+            # 4. Log; explained_variance: 1 if V foresaw the returns, 0 if a constant would do as well
+            metrics["losses/explained_variance"] = 1 - np.var(returns - values) / (np.var(returns) + 1e-8)
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            run.log(metrics)
+        return run.result
 
 
 # ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
 
 
-def refuse(message: object) -> NoReturn:
-    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
 
 
-def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range, by default integers below 1, others below 0. Fills in frequencies that are None."""
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
-        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
-            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    num_envs = vars(args).get("num_envs", 1)
-    if args.total_timesteps % num_envs:
-        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.total_timesteps % getattr(args, "num_envs", 1):
+        raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
 
 
+def saved_args(run_dir: str, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
-    args = tyro.cli(Args, description=__doc__)
-    if not args.resume and not args.evaluate:
-        return args
-    if args.run_dir is None:
-        refuse("--resume and --evaluate need --run-dir")
-    path = Path(args.run_dir, "config.json")
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            args = tyro.cli(Args)
+            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def is_image(space: gym.Space) -> bool:
+    """Bytes, 32 x 32 or more, with 1, 3 or 4 channels, first or last, or none. Smaller grids are codes."""
+    sizes = sorted(space.shape or ())
+    return space.dtype == np.uint8 and len(sizes) > 1 and sizes[-2] >= 32 and sizes[:-2] in ([], [1], [3], [4])
+
+
+def to_grey(picture: np.ndarray) -> np.ndarray:  # -> (84, 84)
+    if picture.ndim == 3:  # the channels go last, without transparency; then their mean
+        picture = np.moveaxis(picture, np.argmin(picture.shape), -1)[..., :3].mean(-1).astype(np.uint8)
+    return cv2.resize(picture, (84, 84), interpolation=cv2.INTER_AREA)
+
+
+def make_env(args: Args, film: Path | None = None) -> gym.Env:
+    """An environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
+    atari = args.env_id.startswith("ALE/")
+    options = {"frameskip": 1} if atari else {}  # AtariPreprocessing skips frames itself
+    options |= {"render_mode": "rgb_array"} if film else {}
     try:
-        config = json.loads(path.read_text())
-        script, saved = config["script"], dict(config["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{path} is missing or damaged ({error!r})")
-    if script != Path(__file__).stem:
-        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
-    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
-    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
-    merged = tyro.cli(Args, args=flags + sys.argv[1:])
-    for name in saved.keys() - {"run_dir", "resume", "device"}:
-        if args.resume and getattr(merged, name) != saved[name]:
-            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
-    return merged
-
-
-def choose_device(name: str, small: bool) -> str:
-    """auto takes a GPU if there is one, but the CPU for small networks, which don't repay the transfers."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and not small else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (AssertionError, RuntimeError) as error:
-        refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
-    if small:
-        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    return name
-
-
-def make_env(env_id: str, film: bool = False) -> gym.Env:
-    """One environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
-    if env_id.endswith("NoFrameskip-v4"):
-        refuse(f"--env-id {env_id}: name the game ALE/Breakout-v5, ALE/Pong-v5 and so on; its frames are skipped here")
-    atari = {"frameskip": 1} if env_id.startswith("ALE/") else {}  # AtariPreprocessing skips frames itself
-    try:
-        if atari:
-            import ale_py  # registers the games
-
-            ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **atari)
+        env = gym.make(f"ale_py:{args.env_id}" if atari else args.env_id, **options)
         if film:
             env.reset()
-            if env.render() is None:
-                raise ValueError("it gives no picture to film")
-    except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
-        refuse(f"--env-id {env_id}: {error}")
-    space = env.observation_space
+            assert env.render() is not None, "render() returns no picture"
+            options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
+            env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
+    except Exception as error:
+        if not film and not isinstance(error, gym.error.Error | ImportError | TypeError):
+            raise  # from within the environment: the traceback helps most
+        hint = "; Atari games are named ALE/Pong-v5" if "NoFrameskip" in args.env_id else ""
+        hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else hint
+        raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
     if atari:
         return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-    if space.dtype == np.uint8 and len(space.shape or ()) == 3 and space.shape[-1] == 3:
-        env = gym.wrappers.ResizeObservation(gym.wrappers.GrayscaleObservation(env), (84, 84))
+    if is_image(env.observation_space):
+        env = gym.wrappers.TransformObservation(env, to_grey, gym.spaces.Box(0, 255, (84, 84), np.uint8))
         return gym.wrappers.FrameStackObservation(env, 4)
-    if not space.is_np_flattenable:
-        refuse(f"--env-id {env_id} observes {space}, which can't be flattened into a vector")
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
-    elif space.dtype == np.float32 and str(env.spec.entry_point).startswith("gymnasium."):
-        return env
-    # A copy: other environments say float32 and return float64 or lists, or one array that they keep overwriting
-    vector = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    return gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), vector)
+    if env.observation_space.is_np_flattenable:
+        return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
+    raise UsageError(f"--env-id {args.env_id} observes {env.observation_space}, which can't become a vector")
 
 
-def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarray]:
-    """New environments and their first observations, (N, *obs_shape). Reseeds everything random from (seed, step)."""
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(0, step))  # 0: training; evaluation has 1
-    *env_seeds, seed = seeds.generate_state(args.num_envs + 1).tolist()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    # SAME_STEP: the step that ends an episode returns the next one's first observation; its own last is in final_obs
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=same_step)
-    return envs, envs.reset(seed=env_seeds)[0]
-
-
-def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], args: Args, name: str, stopped: Callable[[], bool] = lambda: False
-) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, each in its own environment; films the first under this name.
-
-    act: (B, *obs_shape) -> (B, *action shape). Ends early, with an empty result, once stopped() is true. The random
-    streams of training stay as they are.
-    """
-    streams = random.getstate(), np.random.get_state()  # for environments that draw from these instead of their own
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(1,)).generate_state(args.eval_episodes).tolist()
-    random.seed(seeds[0])
-    np.random.seed(seeds[0])
-    envs = [make_env(args.env_id, film=args.capture_video and i == 0) for i in range(args.eval_episodes)]
-    if args.capture_video:
-        film = {"name_prefix": name, "episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
-        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", **film)
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    returns, lengths = np.zeros((2, args.eval_episodes))
-    playing = list(range(args.eval_episodes))
-    while playing and not stopped():
-        actions = act(np.stack([obs[i] for i in playing]))
-        for i, action in zip(playing.copy(), actions, strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
-                envs[i].close()
-                playing.remove(i)
-    random.setstate(streams[0])
-    np.random.set_state(streams[1])
-    if playing:
-        return {}
+def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
+    """Plays the same eval_episodes episodes every time, each in its own environment, and films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())  # some environments draw from these two
+        stack.callback(np.random.set_state, np.random.get_state())
+        random.seed(args.seed)
+        np.random.seed(seeds)
+        films = [film if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
+        envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
+        here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
+        if here != there:
+            raise UsageError(f"--env-id {args.env_id} observes and acts in {here}, the trained agent in {there}")
+        playing = {i: env.reset(seed=seed)[0] for i, (env, seed) in enumerate(zip(envs, seeds, strict=True))}
+        while playing and not Run.stop_signal:
+            for i, action in zip(list(playing), agent.act(np.stack([*playing.values()])), strict=True):
+                playing[i], reward, terminated, truncated, _ = envs[i].step(action)
+                returns[i : i + 1] += reward  # some environments return an array of one element
+                lengths[i] += 1
+                if terminated or truncated or lengths[i] == args.eval_max_steps:
+                    del playing[i]
+    if lengths.max() == args.eval_max_steps:
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
-    return result | {"eval/episodic_length": lengths.mean()}
-
-
-def evaluate_saved(args: Args) -> None:
-    """Plays eval_episodes episodes with the model in run_dir and prints the result."""
-    env = make_env(args.env_id)
-    agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
-    load_file(Path(args.run_dir, MODEL), model=agent)
-    result = evaluate(agent.act, args, "evaluation")
-    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces the file atomically: a crash never leaves half of it."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
-        temporary.unlink(missing_ok=True)
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-MODEL, CHECKPOINT = "model.pt", "checkpoint.pt"
-
-
-def save_file(path: Path, state: dict) -> None:
-    write_file(path, lambda file: torch.save(state, file))
-
-
-def save_model(folder: Path, model: nn.Module) -> None:
-    save_file(folder / MODEL, {"model": model.state_dict()})
+    return {} if playing else result | {"eval/episodic_length": lengths.mean()}
 
 
 def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads what save_file wrote, data and never code, into the parts of the same names."""
-    if not path.exists():
-        refuse(f"{path} is missing")
+    """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # not the fault of what is in the file
-        raise
+        return state
     except Exception as error:  # a damaged file can raise anything
-        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
-    return state
+        raise UsageError(f"{path} is missing, damaged or of another script: {error}") from None
+
+
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+
+
+def load(run_dir: str) -> nn.Module:
+    """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
+    state = load_file(Path(run_dir, "model.pt"))
+    kind, dtype, values = state["action_space"]
+    values = {name: value.numpy()[()] for name, value in values.items()}
+    space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
+    agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
+    load_file(Path(run_dir, "model.pt"), model=agent)
+    return agent
 
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
+    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
-    acts, also into a file of its own.
-    """
+    stop_signal = 0  # main sets it when a signal arrives
 
-    def __init__(self, args: Args, task: str, **parts: object):
-        task = task.replace("/", "-").replace(":", "-")
-        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        args.run_dir = args.run_dir or f"runs/{name}"
-        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+    def __init__(self, args: Args):
+        name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.bar = self.wandb = None
         try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            refuse(f"--run-dir {self.dir} is in use by another process")
-        path = self.dir / "config.json"
-        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
-            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
-        config = json.loads(path.read_text()) if args.resume else self.describe()
-        self.wandb = self.start_wandb(config) if args.track else None
-        if not args.resume:
-            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
-        self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
-        self.started, self.stop_signal = time.time(), None
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self.ask_to_stop)
-        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {error}") from None
+        if args.capture_video:
+            make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
+        self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
+        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
+        if small:
+            torch.set_num_threads(1)
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        torch.manual_seed(args.seed)
 
-    def describe(self) -> dict:
-        """What another person needs to know to repeat the run."""
-        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
-        commit_status, commit = subprocess.getstatusoutput(git)
-        cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
-        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
-        cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
-        gpus = gpus if gpu_status == 0 else "none"
-        packages = [distribution.metadata for distribution in distributions()]  # read once each
-        return {
-            "script": Path(__file__).stem,
-            "args": asdict(self.args),
-            "command": sys.argv,
-            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
-            "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
-            "hardware": f"{platform.platform()}, {os.cpu_count()} cores ({cpu}), GPUs: {gpus}",
-            "wandb_id": os.urandom(8).hex(),
-        }
+    def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
 
-    def start_wandb(self, config: dict) -> object:
-        import wandb
+        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
+        """
+        args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
+        if args.resume:
+            config = json.loads(path.read_text())
+            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
+            if changed - {"run_dir", "resume", "device", "total_timesteps"}:
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+            config = {"script": Path(__file__).stem, "command": sys.argv}
+            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"] = asdict(args) | {"resume": False}
+        if args.track:
+            import wandb
 
-        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            try:
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
+            self.wandb.define_metric("*", step_metric="global_step")
         try:
-            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
-        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
-            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
-        run.define_metric("*", step_metric="global_step")
-        return run
-
-    def ask_to_stop(self, number: int, _frame: object) -> None:
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
-
-    def stopped(self) -> bool:
-        return self.stop_signal is not None
-
-    def restore(self) -> int:
-        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
-        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
-        if (self.dir / CHECKPOINT).exists():
-            state = load_file(self.dir / CHECKPOINT, **self.parts)
-        if self.metrics.tell() < state["metrics_bytes"]:
-            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
-        self.metrics.truncate(state["metrics_bytes"])
-        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
-        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+            self.dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
+        none = [torch.zeros(0)] * args.num_envs
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": none, "streams": []}
+        if args.resume and checkpoint.exists():
+            state = load_file(checkpoint, **parts)
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
-        return self.checkpoint_step
+        for i, actions in enumerate(state["actions"]):
+            self.begin_episode(i, actions.numpy())
+            if "obs" in state and (self.obs[i] != state["obs"][i].numpy()).any():
+                tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
+                self.begin_episode(i)
+        setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for setter, stream in zip(setters, state["streams"], strict=False):
+            setter(stream)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        kind = "vectors" if len(self.obs_shape) == 1 else "images"
+        print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
-    def is_due(self, frequency: int, last: int, step: int) -> bool:
-        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
-        return step // frequency > last // frequency or step == self.args.total_timesteps > last
+    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> None:
+        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again."""
+        began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
+        seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
+        self.obs[i], _ = self.envs[i].reset(seed=seed)
+        self.returns[i], self.actions[i] = 0.0, list(actions)
+        for action in actions:
+            self.obs[i], reward, *_ = self.envs[i].step(action)
+            self.returns[i : i + 1] += reward
 
-    def evaluation_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-    def checkpoint_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
+        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        """
+        next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
+        terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+            self.actions[i].append(action)
+            next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
+            infos.append(info)
+        if not math.isfinite(next_obs.sum() + rewards.sum()):
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: rewards {rewards}, {next_obs}")
+        self.obs = next_obs.copy()
+        self.global_step += len(self.envs)
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.log({"charts/episodic_return": self.returns[i], "charts/episodic_length": len(self.actions[i])})
+            self.begin_episode(i)
+        return next_obs, rewards, terminated, truncated, infos
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
-        if not row:
-            return
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
-        row = {name: None if name in broken else float(value) for name, value in row.items()}
-        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
+    def goes_on(self) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last, result = self.args, self.global_step, self.last_step, {}
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            result = evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}")
+            if result:
+                self.log(result)
+                self.result = result
+            else:  # a signal has stopped it: after --resume it is due again
+                self.last_step = last
+        if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
+            self.save()
+        if Run.stop_signal:
+            print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + Run.stop_signal)
+        if end:
+            print(f"Done: {self.dir}/model.pt. To watch it:\n    {self.command} --evaluate --capture-video")
+        return not end
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
-        try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
-                self.wandb.log(row, step=self.num_rows, commit=True)
-        except Exception as error:  # it must not end the run
-            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
-            self.wandb = None
-        self.num_rows += 1
-        if broken:
-            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
-        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
-        if evaluation:
-            self.evaluation_step = step
-            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
-        if "charts/episodic_return" in row:
-            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
-        self.bar.update(step - self.bar.n)
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
 
-    def save(self, step: int) -> None:
-        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
+    def save(self) -> None:
+        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):
-            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
-        os.fsync(self.metrics.fileno())
-        state |= {"step": step, "evaluation_step": self.evaluation_step}
-        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
-        save_model(self.dir, self.parts["model"])
-        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
-        self.checkpoint_step = step
-        if self.stopped():
-            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
-            raise SystemExit(128 + self.stop_signal)
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape}
+        model["action_space"] = type(space).__name__, str(space.dtype), values
+        state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
-    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.wandb:
-            self.wandb.finish(exit_code)
-        self.lock.release()
-        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
+            self.wandb.finish()
+        if self.last_step and isinstance(sys.exc_info()[1], Exception):
+            print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
-    args = parse_args()
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
+    gym.logger.min_level = gym.logger.ERROR  # its warnings would stand around our one line
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     try:
+        args = parse_args()
         if args.evaluate:
-            evaluate_saved(args)
+            film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
+            result = evaluate(load(args.run_dir), args, film)
+            print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
+            print(*film.parent.glob(f"{film.name}*.mp4"))
         else:
             train(args)
-    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
-        sys.exit(130)
-    except (FloatingPointError, MemoryError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
+    except (UsageError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Tabular Q-learning, SARSA, Expected SARSA and Double Q-learning: learn from each step what each action is worth.
 
 Q(s, a) is the discounted sum of the rewards to expect after action a in state s. It is learned as a table: after each
-step one entry moves towards a better estimate, the reward plus what the table says that the next state s' is worth.
-The four algorithms differ in nothing but this value of s'.
+step, one entry moves towards a better estimate, the reward plus what the table says that the next state s' is worth.
+The four algorithms differ only in this value of s'.
 
     [1] Q-learning         target = r + gamma max_a Q(s', a)                     Watkins & Dayan 1992
     [2] SARSA              target = r + gamma Q(s', a')                          Rummery & Niranjan 1994
@@ -10,82 +10,81 @@ The four algorithms differ in nothing but this value of s'.
     [4] Double Q-learning  target = r + gamma Q_2(s', argmax_a Q_1(s', a))       van Hasselt 2010, Algorithm 1
     [5] all                Q(s, a) <- Q(s, a) + alpha (target - Q(s, a))
 
-Here gamma is the discount, alpha the learning rate, a' the action that is taken next, and pi the policy that explores.
-[4] has two tables and acts by their mean; a coin tossed at each step says which of them is Q_1, the one to update.
+Here a' is the action that is taken next, and pi the policy that explores. [2] and [3] learn what this policy is worth,
+missteps included: on CliffWalking-v1 they keep away from the edge. [1] learns what the best policy is worth. A maximum
+of noisy estimates is too high, so [4] takes the best action by one table and its worth from another. A coin tossed at
+each step says which of them is Q_1, the one to update.
 
-Watkins & Dayan: doi:10.1007/BF00992698. Rummery & Niranjan: CUED/F-INFENG/TR 166, with a network and traces. van
-Seijen et al.: doi:10.1109/ADPRL.2009.4927542. van Hasselt: Double Q-learning, NeurIPS 2010. All four also: Sutton &
-Barto 2018, Sections 6.4 to 6.7, incompleteideas.net/book/the-book-2nd.html.
+Papers: doi:10.1007/BF00992698; CUED/F-INFENG/TR 166; doi:10.1109/ADPRL.2009.4927542; Double Q-learning, NeurIPS 2010.
+All four: Sutton & Barto 2018, Sections 6.4 to 6.7, incompleteideas.net/book/the-book-2nd.html.
 
-[1] learns what the greedy policy is worth, whatever policy explores. [2] and [3] learn what the exploring policy is
-worth, its missteps included: on CliffWalking-v1 they keep away from the edge along which [1] walks, as long as they
-explore. [4] takes the best action by one table and its worth from the other, because the maximum of noisy estimates is
-too high; what it learns may be too low.
+Differs from the papers:
+- alpha falls to 0, and all values start at 1, which is optimistic: actions not tried yet look good.
+- A time limit is not a terminal state: the value of the last state stands for the rest of the episode.
+- An environment without a time limit, as CliffWalking-v1 is, gets one of 1,000 steps.
 
-Differs from the papers: alpha is annealed linearly to 0, and all values start at an optimistic 1, so that actions not
-tried yet look good. The next action is chosen before the update, as [2] needs it, in all four. A time limit does not
-count as a terminal state: the value of the last state stands for the rest of the episode. An environment without a time
-limit, as CliffWalking-v1 is, gets one of 1,000 steps.
-
-Where the environment gives its transition probabilities, as Gymnasium's FrozenLake, CliffWalking and Taxi do, the
-greedy policy is also evaluated exactly, beside the optimal one from value iteration.
-
-    python algorithms/q_learning.py --env-id FrozenLake-v1
     python algorithms/q_learning.py --env-id CliffWalking-v1 --algorithm sarsa --start-e 0.1 --end-e 0.1
 """
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "filelock>=3.20", "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2", "numpy>=2",
+#     "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2", "numpy>=2", "torch>=2.13",
 #     "tqdm>=4.66", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
+import contextlib
+import inspect
+import io
 import json
 import math
 import os
-import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import Literal
 
-import filelock
 import gymnasium as gym
 import numpy as np
+import torch
 import tyro
 from gymnasium.envs.toy_text import CliffWalkingEnv, FrozenLakeEnv
+from torch import Tensor, nn
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
+    # Run
     env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # all randomness follows from it
-    total_timesteps: int = 300_000  # environment steps, summed over all environments
-    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
-    eval_episodes: int = 20  # episodes of an evaluation
-    checkpoint_frequency: int | None = None  # steps between checkpoints, which cut episodes; None: a tenth of the run
-    capture_video: bool = False  # film the first episode of each evaluation
+    total_timesteps: int = 300_000  # environment steps
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
     run_dir: str | None = None  # folder of the run; None: a new one in runs/
-    resume: bool = False  # continue the run in --run-dir with its own arguments
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_episodes: int = 20  # episodes of an evaluation
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
-
+    # Algorithm
     algorithm: Literal["q-learning", "sarsa", "expected-sarsa", "double-q-learning"] = "q-learning"  # [1] to [4]
     learning_rate: float = 0.2  # [5] alpha
-    anneal_lr: bool = True  # anneal it linearly to 0
+    anneal_lr: bool = True  # let it fall linearly to 0
     gamma: float = 0.995  # discount
     initial_value: float = 1.0  # of all Q(s, a); optimistic if no return exceeds it
     exploration: Literal["epsilon-greedy", "boltzmann", "ucb"] = "epsilon-greedy"  # how actions are chosen
@@ -93,22 +92,27 @@ class Args:
     end_e: float = 0.02  # the same from the end of exploration_fraction on
     exploration_fraction: float = 0.5  # share of the run in which it goes linearly from start_e to end_e
     ucb_c: float = 1.0  # ucb: weight of the uncertainty, in units of the return
-    plot_values: bool = False  # draw the final values as values.png in the run's folder; needs matplotlib
+    plot_values: bool = False  # draw a grid's final values as values.png in the run's folder; needs matplotlib
+
+    num_envs, device = 1, "cpu"  # no flags: it learns from one step at a time
 
     def __post_init__(self) -> None:
-        bounds = (1e-9, math.inf) if self.exploration == "boltzmann" else (0, 1)  # boltzmann() divides by it
-        check_and_complete(self, learning_rate=(0, 1), initial_value=(-math.inf, math.inf), start_e=bounds,
-                           end_e=bounds, exploration_fraction=(0, 1))  # fmt: skip
+        level = (1e-9, math.inf) if self.exploration == "boltzmann" else (0, 1)  # Boltzmann divides by it
+        check_ranges(self, learning_rate=(0, 1), initial_value=(-math.inf, math.inf), start_e=level, end_e=level,
+                     exploration_fraction=(0, 1))  # fmt: skip
         if self.plot_values and not find_spec("matplotlib"):
-            refuse("--plot-values needs matplotlib: pip install matplotlib")
+            raise UsageError("--plot-values needs matplotlib: pip install matplotlib")
 
 
 class Table:
-    """Q(s, a), twice for Double Q-learning, in lists: to read and write single numbers they are faster than arrays."""
+    """Q(s, a) in lists: faster than arrays, one number at a time. A state's row is made when it is first met."""
 
-    def __init__(self, num_tables: int, num_states: int, num_actions: int, initial_value: float):
-        self.q = [[[initial_value] * num_actions for _ in range(num_states)] for _ in range(num_tables)]
-        self.counts = [[0] * num_actions for _ in range(num_states)]  # how often each action was taken
+    def __init__(self, args: Args, action_space: gym.spaces.Discrete):
+        self.obs_shape, self.action_space, num_actions = (), action_space, int(action_space.n)
+        num_tables = 2 if args.algorithm == "double-q-learning" else 1
+        self.q = [defaultdict(lambda: [args.initial_value] * num_actions) for _ in range(num_tables)]
+        self.counts = defaultdict(lambda: [0] * num_actions)  # how often each action was taken
+        self.next_action = -1  # to take in the present state; -1: it is not chosen yet
 
     def values(self, state: int) -> list[float]:
         """Of each action; the mean of the tables, if there are two."""
@@ -116,30 +120,28 @@ class Table:
             return self.q[0][state]
         return [(a + b) / 2 for a, b in zip(self.q[0][state], self.q[1][state], strict=True)]
 
-    def act(self, states: np.ndarray) -> np.ndarray:
-        """The best actions, of equal ones the first: deterministic, for evaluation. (B,) -> (B,)"""
-        return np.array([self.values(state) for state in states.tolist()]).argmax(axis=1)
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """The best action for a state, (), or for each of a batch, (B,). Of equal ones, as in new states, the first."""
+        states = np.asarray(obs)
+        rows = [self.values(s) if s in self.counts else [0.0] for s in states.flatten().tolist()]
+        return np.reshape([row.index(max(row)) for row in rows], states.shape) + self.action_space.start
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        return {"q": np.array(self.q), "counts": np.array(self.counts)}
+    def state_dict(self) -> dict[str, Tensor]:
+        states = list(self.counts)
+        q = torch.tensor([[table[s] for s in states] for table in self.q], dtype=torch.float64)  # (1 or 2, S, A)
+        counts = torch.tensor([self.counts[s] for s in states], dtype=torch.int64)  # (S, A)
+        return {"states": torch.tensor(states), "q": q, "counts": counts, "next_action": torch.tensor(self.next_action)}
 
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        for name, array in self.state_dict().items():
-            if (state[name].shape, state[name].dtype) != (array.shape, array.dtype):
-                raise ValueError(f"{name} is of another shape or type")
-        self.q, self.counts = state["q"].tolist(), state["counts"].tolist()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        states = state["states"].tolist()
+        for table, q in zip(self.q, state["q"].tolist(), strict=True):
+            table.update(zip(states, q, strict=True))
+        self.counts.update(zip(states, state["counts"].tolist(), strict=True))
+        self.next_action = state["next_action"].item()
 
 
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
     return start + (end - start) * min(1, step / max(1, duration))
-
-
-def boltzmann(values: list[float], temperature: float) -> list[float]:
-    """Probabilities proportional to exp(value / temperature)."""
-    best = max(values)  # subtracted, or exp would overflow
-    weights = [math.exp((value - best) / temperature) for value in values]
-    total = sum(weights)
-    return [weight / total for weight in weights]
 
 
 def upper_bounds(values: list[float], counts: list[int], c: float) -> list[float]:
@@ -150,574 +152,482 @@ def upper_bounds(values: list[float], counts: list[int], c: float) -> list[float
     return [value + c * math.sqrt(log_total / count) for value, count in zip(values, counts, strict=True)]
 
 
-def greedy(values: list[float]) -> int:
-    """The action of the highest value, ties broken at random."""
-    best = max(values)
-    if values.count(best) == 1:
-        return values.index(best)
-    return random.choice([action for action, value in enumerate(values) if value == best])
-
-
-def explore(values: list[float], counts: list[int], epsilon: float, args: Args) -> int:
-    """An action in a state with these Q(s, a) and counts, (A,) each; epsilon is also Boltzmann's temperature."""
-    if args.exploration == "boltzmann":
-        return random.choices(range(len(values)), boltzmann(values, epsilon))[0]
-    if args.exploration == "ucb":
-        return greedy(upper_bounds(values, counts, args.ucb_c))
-    return int(random.random() * len(values)) if random.random() < epsilon else greedy(values)
-
-
 def policy(values: list[float], counts: list[int], epsilon: float, args: Args) -> list[float]:
-    """pi(a|s): the probabilities with which explore chooses the actions. All lists are (A,)."""
-    if args.exploration == "boltzmann":
-        return boltzmann(values, epsilon)
+    """pi(a|s) in a state with these Q(s, a) and counts; all lists are (A,). epsilon: also Boltzmann's temperature."""
+    if args.exploration == "boltzmann":  # proportional to exp(Q / temperature)
+        weights = [math.exp((value - max(values)) / epsilon) for value in values]  # without max, it would overflow
+        total = sum(weights)
+        return [weight / total for weight in weights]
     if args.exploration == "ucb":
         values, epsilon = upper_bounds(values, counts, args.ucb_c), 0.0
     best = max(values)
-    of_each = epsilon / len(values)
-    of_best = of_each + (1 - epsilon) / values.count(best)
-    return [of_best if value == best else of_each for value in values]
+    share = (1 - epsilon) / values.count(best)
+    return [epsilon / len(values) + (share if value == best else 0) for value in values]
 
 
-def td_target(
-    reward: float, terminated: bool, next_q: list[float], other_next_q: list[float],
-    next_action: int, next_probs: list[float] | None, args: Args,
-) -> float:  # fmt: skip
-    """The target of Q(s, a). next_q: Q(s', a) of the table that learns, other_next_q: of the other one, (A,) each.
+def explore(values: list[float], counts: list[int], epsilon: float, args: Args) -> int:
+    """An action, drawn from policy, but epsilon-greedy without making its list: that is faster."""
+    if args.exploration != "epsilon-greedy":
+        return random.choices(range(len(values)), policy(values, counts, epsilon, args))[0]
+    if random.random() < epsilon:
+        return random.randrange(len(values))
+    highest = max(values)
+    best = [action for action, value in enumerate(values) if value == highest]
+    return best[0] if len(best) == 1 else random.choice(best)
 
-    next_action: a' of [2]; next_probs: pi(a|s') of [3], (A,), else None.
-    """
-    if terminated:
-        return reward  # a terminal state is worth nothing
+
+def next_value(q: list[float], other_q: list[float], action: int, probs: list[float], args: Args) -> float:
+    """What s' is worth. q: Q(s', a) of the table that learns, other_q: of the other one, probs: pi(a|s'), (A,) each."""
     if args.algorithm == "q-learning":
-        next_value = max(next_q)  # [1]
-    elif args.algorithm == "sarsa":
-        next_value = next_q[next_action]  # [2]
-    elif args.algorithm == "expected-sarsa":
-        next_value = sum(prob * q for prob, q in zip(next_probs, next_q, strict=True))  # [3]
-    else:
-        next_value = other_next_q[next_q.index(max(next_q))]  # [4]
-    return reward + args.gamma * next_value
+        return max(q)  # [1]
+    if args.algorithm == "sarsa":
+        return q[action]  # [2]; action: a'
+    if args.algorithm == "expected-sarsa":
+        return sum(prob * value for prob, value in zip(probs, q, strict=True))  # [3]
+    return other_q[q.index(max(q))]  # [4]
 
 
-class Transitions:
-    """The transition probabilities that a finite environment gives: a row for each transition that can happen."""
+def exact_returns(agent: Table, env: gym.Env, args: Args) -> dict[str, float]:
+    """Expected returns, not discounted, of the greedy policy and of value iteration's, where probabilities are known.
 
-    def __init__(self, env: gym.Env, gamma: float):
-        transitions = env.unwrapped.P  # P[s][a]: a list of (probability, next state, reward, terminated)
-        rows = [(s, a, *row) for s, of_s in transitions.items() for a, of_a in of_s.items() for row in of_a]
-        states, actions, self.probs, next_states, self.rewards, terminated = np.array(rows, float).T  # (rows,) each
-        self.states, self.actions, self.next_states = (x.astype(int) for x in (states, actions, next_states))
-        self.continues = 1 - terminated
-        self.start = np.asarray(env.unwrapped.initial_state_distrib, float)  # (S,)
-        self.num_actions, self.time_limit = int(env.action_space.n), env.spec.max_episode_steps
-        self.optimal_return = self.expected_return(self.value_iteration(gamma).argmax(axis=1))
-
-    def value_iteration(self, gamma: float) -> np.ndarray:
-        """The optimal Q(s, a), (S, A). With gamma 1 they may be infinite: then the iteration is cut off."""
-        num_states, q = len(self.start), np.zeros((len(self.start), self.num_actions))
-        pairs = self.states * self.num_actions + self.actions  # (rows,): (s, a) as one number
-        for _ in range(100_000):
-            targets = self.rewards + gamma * self.continues * q.max(axis=1)[self.next_states]  # [1]
-            # for each (s, a) the sum of probability * target
-            old_q, q = q, np.bincount(pairs, self.probs * targets, q.size).reshape(num_states, -1)
-            if np.abs(q - old_q).max() < 1e-10:
-                break
-        return q
-
-    def expected_return(self, actions: np.ndarray) -> float:
-        """Of an episode, undiscounted, up to the time limit, with one action for each state. (S,) -> ()"""
-        taken = np.flatnonzero(self.actions == actions[self.states])  # the rows that can happen under these actions
-        occupancy, expected = self.start, 0.0  # (S,): the probabilities of being in each state
-        for _ in range(self.time_limit):
-            flow = occupancy[self.states[taken]] * self.probs[taken]  # the probability of each in this step
-            expected += flow @ self.rewards[taken]
-            occupancy = np.bincount(self.next_states[taken], flow * self.continues[taken], len(self.start))
-            if not occupancy.any():
-                break
-        return float(expected)
-
-    def evaluate(self, act: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-        """Exact undiscounted returns, up to the time limit: of act's policy, and of value iteration's.
-
-        Value iteration's is optimal for discounted rewards without a time limit, so the other can be the larger one.
-        """
-        expected = self.expected_return(act(np.arange(len(self.start))))
-        return {"eval/exact_return": expected, "eval/optimal_return": self.optimal_return}
-
-
-def make_agent(args: Args, env: gym.Env) -> Table:
-    num_tables = 2 if args.algorithm == "double-q-learning" else 1
-    return Table(num_tables, int(env.observation_space.n), int(env.action_space.n), args.initial_value)
-
-
-def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
-    agent = make_agent(args, env)
-    transitions = Transitions(env, args.gamma) if hasattr(env.unwrapped, "initial_state_distrib") else None
-    exploration_steps = args.exploration_fraction * args.total_timesteps
-    run = Run(args, args.env_id, model=agent)
-    global_step = run.restore()  # 0 in a new run
-    start_time = time.perf_counter()  # of the steps that the next charts/SPS is about
-
-    while True:
-        # 1. Evaluate and save where it is due, and at the end
-        if run.evaluation_is_due(global_step):
-            evaluation_start = time.perf_counter()
-            row = evaluate(agent.act, args, f"step-{global_step}", run.stopped)
-            if row and transitions:  # row is empty if a signal stopped the evaluation
-                row |= transitions.evaluate(agent.act)
-            run.log(global_step, row)
-            start_time += time.perf_counter() - evaluation_start  # SPS is that of training alone
-        if run.checkpoint_is_due(global_step):
-            run.save(global_step)
-        if global_step == args.total_timesteps:
+    The latter is optimal with a discount and without a time limit, so it can have the smaller return of the two.
+    """
+    start = getattr(env.unwrapped, "initial_state_distrib", None)  # FrozenLake, CliffWalking and Taxi have one
+    if start is None or len(start) > 2000:  # more states would take too much memory
+        return {}
+    states = np.arange(len(start))
+    rewards = np.zeros((len(states), env.action_space.n))  # (S, A): expected
+    probs = np.zeros((*rewards.shape, len(states)))  # (S, A, S): of each next state, if the episode goes on
+    for s, actions in env.unwrapped.P.items():
+        for a, transitions in actions.items():
+            for prob, next_s, reward, terminated in transitions:
+                rewards[s, a] += prob * reward
+                probs[s, a, next_s] += prob * (not terminated)
+    q = np.zeros_like(rewards)
+    for _ in range(10_000):
+        old_q, q = q, rewards + args.gamma * probs @ q.max(axis=1)  # [1]
+        if np.abs(q - old_q).max() < 1e-10:
             break
-
-        # 2. At the start and after each checkpoint, make the environment anew and reseed, also in a run that nothing
-        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
-        if global_step == run.checkpoint_step:
-            env, state = make_envs(args, global_step)
-            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
-            action = explore(agent.values(state), agent.counts[state], epsilon, args)
-            episode_return, episode_length = 0.0, 0
-            td_errors, start_time = [], time.perf_counter()
-
-        # 3. Act
-        next_state, reward, terminated, truncated, _ = env.step(action)
-        global_step += 1
-        agent.counts[state][action] += 1
-        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
-        next_values, next_counts = agent.values(next_state), agent.counts[next_state]
-        next_action = explore(next_values, next_counts, epsilon, args)  # before the table changes: [2] learns about it
-        next_probs = policy(next_values, next_counts, epsilon, args) if args.algorithm == "expected-sarsa" else None
-
-        # 4. Learn
-        learning_rate = args.learning_rate
-        if args.anneal_lr:
-            learning_rate *= 1 - (global_step - 1) / args.total_timesteps  # 1 in the first step
-        table, other = agent.q[0], agent.q[-1]  # one and the same, except for Double Q-learning
-        if args.algorithm == "double-q-learning" and random.random() < 0.5:
-            table, other = other, table
-        target = td_target(reward, terminated, table[next_state], other[next_state], next_action, next_probs, args)
-        td_error = target - table[state][action]
-        table[state][action] += learning_rate * td_error  # [5]
-        state, action = next_state, next_action
-
-        # 5. Log
-        episode_return += reward
-        episode_length += 1
-        td_errors.append(td_error)
-        if terminated or truncated:
-            run.log(global_step, {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length})
-            episode_return, episode_length = 0.0, 0
-            state, _ = env.reset()
-            action = explore(agent.values(state), agent.counts[state], epsilon, args)
-        if global_step % 1000 == 0 or run.checkpoint_is_due(global_step):
-            metrics = {"losses/td_loss": np.square(td_errors).mean(), "charts/epsilon": epsilon}
-            metrics["charts/learning_rate"] = learning_rate
-            metrics["charts/SPS"] = len(td_errors) / (time.perf_counter() - start_time)
-            run.log(global_step, metrics)
-            td_errors, start_time = [], time.perf_counter()
-    show_policy(env, agent)
-    if args.plot_values:
-        plot_values(env, agent, run.dir / "values.png")
-    run.finish("Done. To watch it:", "--evaluate --capture-video")
+    results = {}
+    for name, actions in {"exact": agent.act(states) - env.action_space.start, "optimal": q.argmax(axis=1)}.items():
+        policy_rewards, policy_probs = rewards[states, actions], probs[states, actions]  # (S,), (S, S)
+        here, expected = start, 0.0  # here: the probability of being in each state
+        for _ in range(env.spec.max_episode_steps):
+            here, expected = here @ policy_probs, expected + here @ policy_rewards
+        results[f"eval/{name}_return"] = float(expected)
+    return results
 
 
-def grid_of(env: gym.Env) -> tuple[tuple[int, int], str] | None:
-    """Of Gymnasium's grids: rows and columns, and a sign for each action."""
+def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> Table:
+    if not isinstance(action_space, gym.spaces.Discrete):
+        raise UsageError(f"--env-id {args.env_id} acts in {action_space}, not Discrete: see ppo.py")
+    return Table(args, action_space)
+
+
+def train(args: Args) -> dict[str, float]:
+    """Trains an agent and returns its last evaluation. From below the ruled line it needs only Run."""
+    with contextlib.closing(Run(args)) as run:  # closes the environment, also after an error
+        agent = make_agent(args, run.obs_shape, run.action_space)
+        run.start(model=agent)  # what a checkpoint holds
+        state, first = run.obs[0].item(), int(run.action_space.start)  # actions are counted from 0 here
+        duration = args.exploration_fraction * args.total_timesteps
+        while run.goes_on():  # evaluates and saves where that is due
+            # 1. Act
+            epsilon = linear_schedule(args.start_e, args.end_e, duration, run.global_step)
+            action, learning_rate = agent.next_action, args.learning_rate
+            if action < 0:  # an episode begins
+                action = explore(agent.values(state), agent.counts[state], epsilon, args)
+            if args.anneal_lr:
+                learning_rate *= 1 - run.global_step / args.total_timesteps
+            next_state, reward, terminated, truncated, _ = run.step(action + first)
+            agent.counts[state][action] += 1
+
+            # 2. Choose the next action: before the table changes, for [2] learns about it
+            next_values, next_counts = agent.values(next_state), agent.counts[next_state]
+            next_action = explore(next_values, next_counts, epsilon, args)
+            next_probs = policy(next_values, next_counts, epsilon, args) if args.algorithm == "expected-sarsa" else []
+
+            # 3. Learn
+            table, other = agent.q[0], agent.q[-1]  # one and the same, except for [4]
+            if args.algorithm == "double-q-learning" and random.random() < 0.5:
+                table, other = other, table
+            target = reward
+            if not terminated:  # a terminal state is worth nothing
+                target += args.gamma * next_value(table[next_state], other[next_state], next_action, next_probs, args)
+            td_error = target - table[state][action]
+            table[state][action] += learning_rate * td_error  # [5]
+            state, agent.next_action = next_state, next_action
+            if terminated or truncated:
+                state, agent.next_action = run.obs[0].item(), -1
+
+            # 4. Log
+            if run.global_step % 1000 == 0:
+                losses = {"losses/td_loss": td_error**2, "charts/epsilon": epsilon}
+                run.log(losses | {"charts/learning_rate": learning_rate})
+        show_grid(run.envs[0], agent, run.dir / "values.png" if args.plot_values else None)
+        return run.result
+
+
+def show_grid(env: gym.Env, agent: Table, picture: Path | None) -> None:
+    """Of Gymnasium's grids: prints the greedy policy, with a dot where the agent never had to act; draws max_a Q."""
     if isinstance(env.unwrapped, FrozenLakeEnv):
-        return env.unwrapped.desc.shape, "<v>^"
-    return (env.unwrapped.shape, "^>v<") if isinstance(env.unwrapped, CliffWalkingEnv) else None
-
-
-def show_policy(env: gym.Env, agent: Table) -> None:
-    """Prints the greedy policy of a grid; a dot where the agent never had to act."""
-    if grid := grid_of(env):
-        actions = agent.act(np.arange(len(agent.counts)))
-        cells = [grid[1][action] if any(counts) else "." for action, counts in zip(actions, agent.counts, strict=True)]
-        tqdm.write("\n    ".join(["The greedy policy:", *map(" ".join, np.reshape(cells, grid[0]))]))
-
-
-def plot_values(env: gym.Env, agent: Table, path: Path) -> None:
-    """max_a Q(s, a) of a grid, else Q(s, a) with a column for each state; white where nothing was learned."""
-    from matplotlib.figure import Figure
-
-    q = np.array([agent.values(state) for state in range(len(agent.counts))])  # (S, A)
-    q = np.ma.masked_where(np.array(agent.counts) == 0, q)
-    grid, axes = grid_of(env), Figure(figsize=(8, 5), layout="constrained").subplots()
-    if grid:
-        image = axes.imshow(q.max(axis=1).reshape(grid[0]))
+        shape, signs = env.unwrapped.desc.shape, "<v>^"  # of the actions
+    elif isinstance(env.unwrapped, CliffWalkingEnv):
+        shape, signs = env.unwrapped.shape, "^>v<"
     else:
-        image = axes.imshow(q.T, aspect="auto", interpolation="nearest")
-        axes.set(xlabel="state", ylabel="action", yticks=range(q.shape[1]))
-    axes.figure.colorbar(image, label="value")
-    axes.figure.savefig(path)
+        return
+    states = range(np.prod(shape))
+    cells = [signs[agent.act(s)] if any(agent.counts[s]) else "." for s in states]
+    tqdm.write("\n    ".join(["The greedy policy:", *map(" ".join, np.reshape(cells, shape))]))
+    if picture:
+        from matplotlib.figure import Figure
 
-
-# Below the ruled line every script is the same. These are q_learning.py's exceptions, under the names that they have in
-# the other scripts: one environment of numbered states instead of several of vectors, and files in NumPy's format.
-MODEL, CHECKPOINT = "model.npz", "checkpoint.npz"
-
-
-def state_number(space: gym.Space, obs: object) -> tuple[int, int]:
-    """The number of an observation, and how many the space has. In a composite space the parts' are its digits."""
-    if isinstance(space, gym.spaces.Discrete):
-        return int(obs) - int(space.start), int(space.n)
-    if isinstance(space, gym.spaces.Tuple):
-        parts = [state_number(part, part_obs) for part, part_obs in zip(space.spaces, obs, strict=True)]
-    elif isinstance(space, gym.spaces.Dict):
-        parts = [state_number(part, obs[name]) for name, part in space.spaces.items()]
-    elif isinstance(space, gym.spaces.MultiDiscrete):
-        digits = (np.asarray(obs) - space.start).flatten().tolist()
-        parts = zip(digits, space.nvec.flatten().tolist(), strict=True)
-    elif isinstance(space, gym.spaces.MultiBinary):
-        parts = [(int(bit), 2) for bit in np.asarray(obs).flatten()]
-    else:
-        refuse(f"q_learning.py needs observations that can be counted, and {space} can't; dqn.py has a network instead")
-    number, count = 0, 1
-    for digit, base in parts:
-        number, count = number * base + digit, count * base
-    return number, count
-
-
-def make_env(env_id: str, film: bool = False) -> gym.Env:
-    """One environment whose states and actions are numbered from 0, and whose episodes end some time."""
-    try:
-        env = gym.make(env_id, render_mode="rgb_array" if film else None)
-        if film:
-            env.reset()
-            if env.render() is None:
-                raise ValueError("it gives no picture to film")
-    except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
-        refuse(f"--env-id {env_id}: {error}")
-    space, actions = env.observation_space, env.action_space
-    if not isinstance(actions, gym.spaces.Discrete):
-        refuse(f"--env-id {env_id} acts in {actions}; q_learning.py knows Discrete only: see ppo.py")
-    num_states = state_number(space, space.sample())[1]
-    if num_states * int(actions.n) > 10**7:
-        refuse(f"--env-id {env_id} has {num_states} states, too many for a table; dqn.py has a network instead")
-    if env.spec.max_episode_steps is None:  # or a greedy policy that has learned little would walk in circles for ever
-        env = gym.wrappers.TimeLimit(env, 1000)
-    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
-        numbers = gym.spaces.Discrete(num_states)
-        env = gym.wrappers.TransformObservation(env, lambda obs: state_number(space, obs)[0], numbers)
-    if actions.start != 0:
-        numbers = gym.spaces.Discrete(actions.n)
-        env = gym.wrappers.TransformAction(env, lambda action: action + actions.start, numbers)
-    return env
-
-
-def make_envs(args: Args, step: int) -> tuple[gym.Env, int]:
-    """A new environment and its first state. Reseeds everything random from (seed, step)."""
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(0, step))  # 0: training; evaluation has 1
-    env_seed, seed = seeds.generate_state(2).tolist()
-    random.seed(seed)
-    np.random.seed(seed)
-    env = make_env(args.env_id)
-    return env, env.reset(seed=env_seed)[0]
-
-
-def evaluate_saved(args: Args) -> None:
-    """Plays eval_episodes episodes with the model in run_dir and prints the result."""
-    env = make_env(args.env_id)
-    agent = make_agent(args, env)
-    load_file(Path(args.run_dir, MODEL), model=agent)
-    result = evaluate(agent.act, args, "evaluation")
-    if hasattr(env.unwrapped, "initial_state_distrib"):
-        result |= Transitions(env, args.gamma).evaluate(agent.act)
-    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
-    show_policy(env, agent)
-
-
-def save_file(path: Path, state: dict) -> None:
-    """Numbers, and dictionaries of arrays: these get names like model/q."""
-    arrays = {name: value for name, value in state.items() if not isinstance(value, dict)}
-    for part in state.keys() - arrays.keys():
-        arrays |= {f"{part}/{name}": array for name, array in state[part].items()}
-    write_file(path, lambda file: np.savez(file, **arrays))
-
-
-def save_model(folder: Path, model: Table) -> None:
-    save_file(folder / MODEL, {"model": model.state_dict()})
-
-
-def load_file(path: Path, **parts: Table) -> dict:
-    """Reads what save_file wrote, data and never code, into the parts of the same names."""
-    if not path.exists():
-        refuse(f"{path} is missing")
-    try:
-        state = {}
-        with np.load(path, allow_pickle=False) as arrays:
-            for name, array in arrays.items():
-                part, _, name_in_part = name.partition("/")
-                if name_in_part:
-                    state.setdefault(part, {})[name_in_part] = array
-                else:
-                    state[name] = array.item()
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (PermissionError, MemoryError):  # not the fault of what is in the file
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
-    return state
+        values = [max(agent.values(s)) if any(agent.counts[s]) else np.nan for s in states]  # NaN: white
+        axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+        axes.figure.colorbar(axes.imshow(np.reshape(values, shape)), label="max_a Q(s, a)")
+        axes.figure.savefig(picture)
 
 
 # ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
 
 
-def refuse(message: object) -> NoReturn:
-    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
 
 
-def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range, by default integers below 1, others below 0. Fills in frequencies that are None."""
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
-        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
-            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    num_envs = vars(args).get("num_envs", 1)
-    if args.total_timesteps % num_envs:
-        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.total_timesteps % getattr(args, "num_envs", 1):
+        raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
 
 
+def saved_args(run_dir: str, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
-    args = tyro.cli(Args, description=__doc__)
-    if not args.resume and not args.evaluate:
-        return args
-    if args.run_dir is None:
-        refuse("--resume and --evaluate need --run-dir")
-    path = Path(args.run_dir, "config.json")
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            args = tyro.cli(Args)
+            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def number_of(space: gym.Space, obs: object) -> tuple[int, int]:
+    """The number of an observation, and how many the space has. In a composite space the parts' are its digits."""
+    if isinstance(space, gym.spaces.Discrete):
+        return int(obs) - int(space.start), int(space.n)
+    if isinstance(space, gym.spaces.MultiBinary):
+        space = gym.spaces.MultiDiscrete(np.full(space.shape, 2))
+    if not isinstance(space, gym.spaces.MultiDiscrete | gym.spaces.Tuple | gym.spaces.Dict):
+        raise UsageError(f"--env-id must have observations that can be counted, not {space}: see dqn.py")
+    number, count = 0, 1
+    for part in space.keys() if isinstance(space, gym.spaces.Dict) else range(len(obs)):
+        digit, base = number_of(space[part], obs[part])
+        number, count = number * base + digit, count * base
+    return number, count
+
+
+def make_env(args: Args, film: Path | None = None) -> gym.Env:
+    """An environment whose states are numbered from 0, and whose episodes end some time."""
     try:
-        config = json.loads(path.read_text())
-        script, saved = config["script"], dict(config["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{path} is missing or damaged ({error!r})")
-    if script != Path(__file__).stem:
-        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
-    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
-    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
-    merged = tyro.cli(Args, args=flags + sys.argv[1:])
-    for name in saved.keys() - {"run_dir", "resume", "device"}:
-        if args.resume and getattr(merged, name) != saved[name]:
-            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
-    return merged
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+        if film:
+            env.reset()
+            assert env.render() is not None, "render() returns no picture"
+            options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
+            env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
+    except Exception as error:
+        if not film and not isinstance(error, gym.error.Error | ImportError | TypeError):
+            raise  # from within the environment: the traceback helps most
+        hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
+        raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
+    space = env.observation_space
+    _, num_states = number_of(space, space.sample())
+    if num_states > 10**7:
+        raise UsageError(f"--env-id {args.env_id} has {num_states} states, too many for a table: see dqn.py")
+    if env.spec.max_episode_steps is None:  # or a greedy policy that has learned little would walk in circles for ever
+        env = gym.wrappers.TimeLimit(env, 1000)
+    if isinstance(space, gym.spaces.Discrete) and space.start == 0:
+        return env
+    return gym.wrappers.TransformObservation(env, lambda o: number_of(space, o)[0], gym.spaces.Discrete(num_states))
 
 
-def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], args: Args, name: str, stopped: Callable[[], bool] = lambda: False
-) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, each in its own environment; films the first under this name.
-
-    act: (B, *obs_shape) -> (B, *action shape). Ends early, with an empty result, once stopped() is true. The random
-    streams of training stay as they are.
-    """
-    streams = random.getstate(), np.random.get_state()  # for environments that draw from these instead of their own
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(1,)).generate_state(args.eval_episodes).tolist()
-    random.seed(seeds[0])
-    np.random.seed(seeds[0])
-    envs = [make_env(args.env_id, film=args.capture_video and i == 0) for i in range(args.eval_episodes)]
-    if args.capture_video:
-        film = {"name_prefix": name, "episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
-        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", **film)
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    returns, lengths = np.zeros((2, args.eval_episodes))
-    playing = list(range(args.eval_episodes))
-    while playing and not stopped():
-        actions = act(np.stack([obs[i] for i in playing]))
-        for i, action in zip(playing.copy(), actions, strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
-                envs[i].close()
-                playing.remove(i)
-    random.setstate(streams[0])
-    np.random.set_state(streams[1])
-    if playing:
-        return {}
+def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
+    """Plays the same eval_episodes episodes every time, each in its own environment, and films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())  # some environments draw from these two
+        stack.callback(np.random.set_state, np.random.get_state())
+        random.seed(args.seed)
+        np.random.seed(seeds)
+        films = [film if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
+        envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
+        here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
+        if here != there:
+            raise UsageError(f"--env-id {args.env_id} observes and acts in {here}, the trained agent in {there}")
+        playing = {i: env.reset(seed=seed)[0] for i, (env, seed) in enumerate(zip(envs, seeds, strict=True))}
+        while playing and not Run.stop_signal:
+            for i, action in zip(list(playing), agent.act(np.stack([*playing.values()])), strict=True):
+                playing[i], reward, terminated, truncated, _ = envs[i].step(action)
+                returns[i : i + 1] += reward  # some environments return an array of one element
+                lengths[i] += 1
+                if terminated or truncated or lengths[i] == args.eval_max_steps:
+                    del playing[i]
+    if lengths.max() == args.eval_max_steps:
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
-    return result | {"eval/episodic_length": lengths.mean()}
+    return {} if playing else result | {"eval/episodic_length": lengths.mean()} | exact_returns(agent, envs[0], args)
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces the file atomically: a crash never leaves half of it."""
-    temporary = Path(f"{path}.tmp")
+def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
-        temporary.unlink(missing_ok=True)
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state
+    except Exception as error:  # a damaged file can raise anything
+        raise UsageError(f"{path} is missing, damaged or of another script: {error}") from None
+
+
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+
+
+def load(run_dir: str) -> nn.Module:
+    """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
+    state = load_file(Path(run_dir, "model.pt"))
+    kind, dtype, values = state["action_space"]
+    values = {name: value.numpy()[()] for name, value in values.items()}
+    space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
+    agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
+    load_file(Path(run_dir, "model.pt"), model=agent)
+    return agent
 
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
+    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
-    acts, also into a file of its own.
-    """
+    stop_signal = 0  # main sets it when a signal arrives
 
-    def __init__(self, args: Args, task: str, **parts: object):
-        task = task.replace("/", "-").replace(":", "-")
-        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        args.run_dir = args.run_dir or f"runs/{name}"
-        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+    def __init__(self, args: Args):
+        name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.bar = self.wandb = None
         try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            refuse(f"--run-dir {self.dir} is in use by another process")
-        path = self.dir / "config.json"
-        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
-            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
-        config = json.loads(path.read_text()) if args.resume else self.describe()
-        self.wandb = self.start_wandb(config) if args.track else None
-        if not args.resume:
-            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
-        self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
-        self.started, self.stop_signal = time.time(), None
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self.ask_to_stop)
-        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {error}") from None
+        if args.capture_video:
+            make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
+        self.obs = np.zeros((args.num_envs, *self.obs_shape), np.int64)
+        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
+        if small:
+            torch.set_num_threads(1)
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        torch.manual_seed(args.seed)
 
-    def describe(self) -> dict:
-        """What another person needs to know to repeat the run."""
-        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
-        commit_status, commit = subprocess.getstatusoutput(git)
-        cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
-        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
-        cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
-        gpus = gpus if gpu_status == 0 else "none"
-        packages = [distribution.metadata for distribution in distributions()]  # read once each
-        return {
-            "script": Path(__file__).stem,
-            "args": asdict(self.args),
-            "command": sys.argv,
-            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
-            "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
-            "hardware": f"{platform.platform()}, {os.cpu_count()} cores ({cpu}), GPUs: {gpus}",
-            "wandb_id": os.urandom(8).hex(),
-        }
+    def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
 
-    def start_wandb(self, config: dict) -> object:
-        import wandb
+        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
+        """
+        args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
+        if args.resume:
+            config = json.loads(path.read_text())
+            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
+            if changed - {"run_dir", "resume", "device", "total_timesteps"}:
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+            config = {"script": Path(__file__).stem, "command": sys.argv}
+            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"] = asdict(args) | {"resume": False}
+        if args.track:
+            import wandb
 
-        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            try:
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
+            self.wandb.define_metric("*", step_metric="global_step")
         try:
-            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
-        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
-            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
-        run.define_metric("*", step_metric="global_step")
-        return run
-
-    def ask_to_stop(self, number: int, _frame: object) -> None:
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
-
-    def stopped(self) -> bool:
-        return self.stop_signal is not None
-
-    def restore(self) -> int:
-        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
-        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
-        if (self.dir / CHECKPOINT).exists():
-            state = load_file(self.dir / CHECKPOINT, **self.parts)
-        if self.metrics.tell() < state["metrics_bytes"]:
-            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
-        self.metrics.truncate(state["metrics_bytes"])
-        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
-        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+            self.dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
+        none = [torch.zeros(0)] * args.num_envs
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": none, "streams": []}
+        if args.resume and checkpoint.exists():
+            state = load_file(checkpoint, **parts)
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
-        return self.checkpoint_step
+        for i, actions in enumerate(state["actions"]):
+            self.begin_episode(i, actions.numpy())
+            if "obs" in state and (self.obs[i] != state["obs"][i].numpy()).any():
+                tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
+                self.begin_episode(i)
+        setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for setter, stream in zip(setters, state["streams"], strict=False):
+            setter(stream)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        print(f"{Path(__file__).name} on {args.env_id}: run folder {self.dir}")
 
-    def is_due(self, frequency: int, last: int, step: int) -> bool:
-        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
-        return step // frequency > last // frequency or step == self.args.total_timesteps > last
+    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> None:
+        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again."""
+        began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
+        seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
+        self.obs[i], _ = self.envs[i].reset(seed=seed)
+        self.returns[i], self.actions[i] = 0.0, list(actions)
+        for action in actions:
+            self.obs[i], reward, *_ = self.envs[i].step(action)
+            self.returns[i : i + 1] += reward
 
-    def evaluation_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
+        """Steps the environment -> next_obs, reward, terminated, truncated, info. Arrays would take most of the time.
 
-    def checkpoint_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
+        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        """
+        self.actions[0].append(action)
+        next_obs, reward, terminated, truncated, info = self.envs[0].step(action)
+        if not math.isfinite(reward):
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: rewards {reward}")
+        self.obs[0] = next_obs
+        self.global_step += 1
+        self.returns[0] += reward
+        if terminated or truncated:
+            self.log({"charts/episodic_return": self.returns[0], "charts/episodic_length": len(self.actions[0])})
+            self.begin_episode(0)
+        return int(next_obs), float(reward), terminated, truncated, info
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
-        if not row:
-            return
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
-        row = {name: None if name in broken else float(value) for name, value in row.items()}
-        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
+    def goes_on(self) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last, result = self.args, self.global_step, self.last_step, {}
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            result = evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}")
+            if result:
+                self.log(result)
+                self.result = result
+            else:  # a signal has stopped it: after --resume it is due again
+                self.last_step = last
+        if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
+            self.save()
+        if Run.stop_signal:
+            print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + Run.stop_signal)
+        if end:
+            print(f"Done: {self.dir}/model.pt. To watch it:\n    {self.command} --evaluate --capture-video")
+        return not end
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
-        try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
-                self.wandb.log(row, step=self.num_rows, commit=True)
-        except Exception as error:  # it must not end the run
-            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
-            self.wandb = None
-        self.num_rows += 1
-        if broken:
-            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
-        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
-        if evaluation:
-            self.evaluation_step = step
-            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
-        if "charts/episodic_return" in row:
-            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
-        self.bar.update(step - self.bar.n)
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
 
-    def save(self, step: int) -> None:
-        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
+    def save(self) -> None:
+        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):
-            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
-        os.fsync(self.metrics.fileno())
-        state |= {"step": step, "evaluation_step": self.evaluation_step}
-        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
-        save_model(self.dir, self.parts["model"])
-        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
-        self.checkpoint_step = step
-        if self.stopped():
-            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
-            raise SystemExit(128 + self.stop_signal)
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape}
+        model["action_space"] = type(space).__name__, str(space.dtype), values
+        state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
-    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.wandb:
-            self.wandb.finish(exit_code)
-        self.lock.release()
-        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
+            self.wandb.finish()
+        if self.last_step and isinstance(sys.exc_info()[1], Exception):
+            print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
-    args = parse_args()
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
+    gym.logger.min_level = gym.logger.ERROR  # its warnings would stand around our one line
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     try:
+        args = parse_args()
         if args.evaluate:
-            evaluate_saved(args)
+            film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
+            result = evaluate(load(args.run_dir), args, film)
+            print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
+            print(*film.parent.glob(f"{film.name}*.mp4"))
         else:
             train(args)
-    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
-        sys.exit(130)
-    except (FloatingPointError, MemoryError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
+    except (UsageError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """REINFORCE: play whole episodes, then make each action more likely in proportion to the return that followed it.
 
-The gradient of the expected return is itself an expectation over the policy's own episodes. So an average over episodes
-estimates it, with no model, and with no bias but for the simplifications below, though with much noise. A baseline, a
-number that does not depend on the action, is subtracted from the return: it leaves the expectation as it is and takes
-noise away. How much it takes is measured in every batch, under three baselines at once (losses/gradient_variance_...),
-whichever --baseline learns with.
+The gradient of the expected return is an average over the policy's own episodes. So a batch of episodes estimates it,
+without a model of the environment, but with much noise. A baseline is a number that does not depend on the action.
+Subtracted from the return, it changes nothing on average and takes noise away: in each batch, losses/gradient_variance_
+measures how much noise is left with each of three baselines, whichever of them is used.
 
     [1] G_t    = r_t + gamma G_{t+1}                                                  S&B, Eq. 3.9 (R_{t+1} is r_t here)
     [2] grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t)]                            Williams, Th. 2; S&B, Eq. 13.11
@@ -12,19 +11,14 @@ whichever --baseline learns with.
     [4] L      = E[(V(s_t) - G_t)^2]                                                  S&B, Section 13.4
     [5] var    = trace of the covariance of the K episodes' estimates of [2], divided by K: that of their mean
 
-Here gamma is the discount. Williams 1992, doi:10.1007/BF00992696, for one reward at the end. S&B: Sutton & Barto 2018,
-incompleteideas.net/book/the-book-2nd.html. What else can stand in the place of G_t - b_t, up to the advantage estimator
-of ppo.py: Schulman et al. 2016, arXiv:1506.02438.
+Papers: Williams 1992, doi:10.1007/BF00992696. S&B: Sutton & Barto 2018, incompleteideas.net/book/the-book-2nd.html.
 
-Differs from S&B: gamma^t, which would multiply the t-th term of [2], is left out, as everywhere today; a batch holds
-several episodes; the optimizer is Adam, the policy's rate annealed; V is fitted in several passes over a batch, not in
-a step for each t. The mean over a batch's K episodes has a bias of the order of 1 / K, because K depends on how long
-they last. With --baseline value, and for V itself always, a time limit does not count as a terminal state: V of the
-last observation stands for the rest of the episode. With none and mean, nothing can stand for it, and G_t ends there.
-The last batch, which the end of the run cuts off, is not learned from. Evaluation takes the most likely actions.
-
-Box actions are rescaled to [-1, 1], where the policy is Gaussian. The environment gets the sample clipped to its box;
-the log-probability is that of the unclipped sample.
+Differs from S&B:
+- The factor gamma^t of the t-th term of [2] is left out, as everywhere today.
+- A batch has several episodes, K of them. K depends on how long they last: a bias of order 1 / K in their mean.
+- The optimizer is Adam, and the policy's learning rate falls to 0. V is fitted in several passes over a batch.
+- For V and --baseline value, a time limit is not a terminal state: V of the last observation stands for the rest of
+  the episode. With none and mean, nothing can stand for it, and G_t ends there.
 
     python algorithms/reinforce.py --env-id CartPole-v1
 """
@@ -32,30 +26,30 @@ the log-probability is that of the unclipped sample.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "filelock>=3.20", "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2",
-#     "mujoco>=3.11,<3.12", "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1",
-#     "wandb>=0.31",
+#     "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2", "mujoco>=3.11,<3.12",
+#     "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
+import contextlib
+import inspect
+import io
 import json
 import math
 import os
-import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import Literal
 
-import filelock
 import gymnasium as gym
 import numpy as np
 import torch
@@ -67,31 +61,35 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
+    # Run
     env_id: str = "CartPole-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # all randomness follows from it
-    total_timesteps: int = 200_000  # environment steps, summed over all environments
-    num_envs: int = 8  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
-    eval_episodes: int = 20  # episodes of an evaluation
+    total_timesteps: int = 200_000  # environment steps
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
-    capture_video: bool = False  # film the first episode of each evaluation
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
     run_dir: str | None = None  # folder of the run; None: a new one in runs/
-    resume: bool = False  # continue the run in --run-dir with its own arguments
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_episodes: int = 20  # episodes of an evaluation
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
-
-    num_steps: int = 128  # a batch: the episodes that each environment begins in so many steps, played to their ends
+    # Algorithm
+    num_steps: int = 1024  # a batch: the episodes that begin within so many steps, played to their ends
     learning_rate: float = 5e-3  # of the policy's Adam
-    anneal_lr: bool = True  # anneal it linearly to 0
+    anneal_lr: bool = True  # let it fall linearly to 0
     value_learning_rate: float = 1e-2  # of the value network's Adam
     value_epochs: int = 5  # its passes over a batch; the policy makes one step
     gamma: float = 0.99  # discount
     baseline: Literal["none", "mean", "value"] = "value"  # [3]
 
+    num_envs = 1  # no flag: several would have to wait for the one with the longest episode
+
     def __post_init__(self) -> None:
-        check_and_complete(self)
+        check_ranges(self)
 
 
 def orthogonal(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
@@ -111,15 +109,15 @@ def mlp(obs_dim: int, num_outputs: int, gain: float) -> nn.Sequential:
 class PolicyAndValue(nn.Module):
     """Two networks that share nothing: the policy, a distribution over actions, and V, which only learning needs."""
 
-    def __init__(self, obs_dim: int, space: gym.spaces.Discrete | gym.spaces.Box):
+    def __init__(self, obs_shape: tuple[int, ...], space: gym.Space):  # space: of the actions
         super().__init__()
-        self.space, self.discrete = space, isinstance(space, gym.spaces.Discrete)
-        num_outputs = int(space.n) if self.discrete else int(np.prod(space.shape))
-        self.actor = mlp(obs_dim, num_outputs, gain=0.01)  # 0.01: at first all actions are alike
-        self.critic = mlp(obs_dim, 1, gain=1.0)
-        if not self.discrete:
-            self.actor.log_std = nn.Parameter(torch.zeros(num_outputs))  # in the actor, so that its optimizer has it
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)  # a component without bounds is not rescaled
+        self.obs_shape, self.action_space, self.discrete = obs_shape, space, isinstance(space, gym.spaces.Discrete)
+        num_outputs = int(space.n) if self.discrete else space.low.size
+        # The gain of 0.01 makes all actions about equally likely at first, in every state
+        self.actor, self.critic = mlp(*obs_shape, num_outputs, gain=0.01), mlp(*obs_shape, 1, gain=1.0)
+        if not self.discrete:  # D independent normals, with standard deviations that do not depend on the observation
+            self.actor.log_std = nn.Parameter(torch.zeros(num_outputs))  # of the actor, whose optimizer learns it
+            bounded = (abs(space.low) < 1e6) & (abs(space.high) < 1e6)  # other dimensions are not rescaled
             low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
             self.center, self.scale = (high + low) / 2, (high - low) / 2
 
@@ -127,72 +125,91 @@ class PolicyAndValue(nn.Module):
         outputs = self.actor(obs)
         if self.discrete:
             return Categorical(logits=outputs, validate_args=False)
+        # Independent sums log_prob and entropy over the D dimensions
         return Independent(Normal(outputs, self.actor.log_std.exp(), validate_args=False), 1, validate_args=False)
 
-    def value(self, obs: Tensor) -> Tensor:  # (B, obs_dim) -> (B,)
-        return self.critic(obs).squeeze(-1)
-
     def to_env(self, actions: Tensor) -> np.ndarray:  # (B,) or (B, D) -> (B, *action shape)
-        actions = actions.cpu().numpy()
+        actions = actions.cpu().numpy().reshape(-1, *self.action_space.shape)
         if self.discrete:
-            return actions + self.space.start  # the environment counts from start, the network from 0
-        actions = self.center + self.scale * actions.reshape(-1, *self.space.shape)
-        return np.clip(actions, self.space.low, self.space.high)
+            return actions + self.action_space.start  # the environment counts from start, the network from 0
+        # The policy sees the box as [-1, 1]. A sample beyond it is clipped here; its log_prob stays as it is
+        return np.clip(self.center + self.scale * actions, self.action_space.low, self.action_space.high)
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The most likely actions: deterministic, for evaluation. (B, obs_dim) -> (B, *action shape)"""
-        return self.to_env(self.policy(torch.from_numpy(obs).to(next(self.parameters()).device)).mode)
-
-
-BASELINES = ("none", "mean", "value")
+        """The most likely action for an observation, (*obs_shape,), or for each of a batch, (B, *obs_shape)."""
+        obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
+        batch = obs if obs.ndim > len(self.obs_shape) else obs[None]
+        actions = self.to_env(self.policy(batch).mode)
+        return actions if batch is obs else actions[0]
 
 
 @dataclass
-class Episode:
-    """T steps, from a reset to the end."""
-
-    observations: list[np.ndarray]  # T + 1 of them: no action follows the last
-    actions: list[Tensor]
+class Episode:  # T steps, from a reset to the end
+    observations: Tensor  # (T + 1, obs_dim): no action follows the last one
+    actions: Tensor  # (T,) or (T, D)
     rewards: list[float]
-    terminated: bool = False  # if not, it was truncated
+    terminated: bool  # if not, it was truncated
+
+
+class Batch(list):
+    """The steps since the last update: obs, action, reward, next_obs, terminated, ended, each an array of length 1."""
+
+    def state_dict(self) -> dict:  # for a checkpoint within a batch
+        return {"steps": [torch.from_numpy(np.concatenate(part)) for part in zip(*self, strict=True)]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self[:] = zip(*(np.split(part.numpy(), len(part)) for part in state["steps"]), strict=True)
+
+    def episodes(self, device: str) -> list[Episode]:
+        obs, actions, rewards, next_obs, terminated, ended = (part.to(device) for part in self.state_dict()["steps"])
+        episodes, start = [], 0
+        for end in (ended.nonzero().flatten() + 1).tolist():
+            steps, last = slice(start, end), slice(end - 1, end)
+            observations = torch.cat([obs[steps], next_obs[last]])
+            episodes.append(Episode(observations, actions[steps], rewards[steps].tolist(), terminated[last].item()))
+            start = end
+        return episodes
 
 
 def reward_to_go(rewards: list[float], last_value: float, gamma: float) -> Tensor:
-    """The reward-to-go G_t of an episode's T steps, (T,). last_value: what its last observation is worth."""
+    """G_t of an episode's T steps, (T,). last_value: what its last observation is worth."""
     returns, following = np.empty(len(rewards), np.float32), last_value
     for t in reversed(range(len(rewards))):
         returns[t] = following = rewards[t] + gamma * following  # [1]
     return torch.from_numpy(returns)
 
 
-def subtract_baselines(episodes: list[Episode], values: list[Tensor], gamma: float) -> list[Tensor]:
-    """G_t - b_t under each of the three baselines: (3, T) for each episode. values: V of its T + 1 observations.
-
-    Where V is the baseline, and only there, V of a truncated episode's last observation stands for what is missing.
-    """
-    returns = [reward_to_go(episode.rewards, 0.0, gamma) for episode in episodes]
-    padded = nn.utils.rnn.pad_sequence(returns, batch_first=True)  # (K, longest T): after its end an episode earns 0
-    means = (padded.sum(0) - padded) / max(len(episodes) - 1, 1)  # of the others: its own return depends on the actions
-    advantages = []  # of each episode (3, T), in the order of BASELINES
-    for episode, plain, mean, value in zip(episodes, returns, means, values, strict=True):
-        bootstrapped = reward_to_go(episode.rewards, 0.0 if episode.terminated else value[-1].item(), gamma)
+def subtract_baselines(episodes: list[Episode], values: list[Tensor], gamma: float) -> list[dict[str, Tensor]]:
+    """G_t - b_t, (T,), of each episode under each of the three baselines. values: V of its T + 1 observations."""
+    returns = [reward_to_go(episode.rewards, 0.0, gamma).to(values[0]) for episode in episodes]
+    sums = nn.utils.rnn.pad_sequence(returns).sum(1)  # (longest T,): after its end an episode earns 0
+    advantages = []
+    for episode, plain, value in zip(episodes, returns, values, strict=True):
+        # Of the other episodes: a baseline must not depend on the action, and the episode's own return does
+        mean = (sums[: len(plain)] - plain) / max(len(episodes) - 1, 1)
+        bootstrapped = reward_to_go(episode.rewards, 0.0 if episode.terminated else value[-1].item(), gamma).to(value)
         # r_t + gamma V(s_{t+1}) in the place of G_t would make it the one-step actor-critic, S&B, Section 13.5
-        advantages.append(torch.stack([plain, plain - mean[: len(plain)], bootstrapped - value[:-1]]))  # [3]
+        advantages.append({"none": plain, "mean": plain - mean, "value": bootstrapped - value[:-1]})  # [3]
     return advantages
 
 
-def policy_gradient(log_prob: Tensor, advantages: Tensor, parameters: list[Tensor]) -> Tensor:
-    """One episode's estimates of the gradient, [2]. log_prob (T,), advantages (3, T) -> (3, number of parameters)"""
-    assert log_prob.shape == advantages.shape[1:]
-    # [2] for each baseline b: the sum over t of advantages[b, t] * grad log_prob[t], as three calls of backward would
-    gradients = torch.autograd.grad(log_prob, parameters, advantages, is_grads_batched=True)
-    return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
+def objective(log_prob: Tensor, advantages: Tensor, num_episodes: int) -> Tensor:
+    """Its gradient is the estimate of [2] from so many episodes; log_prob and advantages: of all their steps, (B,)."""
+    assert log_prob.shape == advantages.shape
+    return (log_prob * advantages).sum() / num_episodes  # [2]
 
 
-def variance_of_mean(gradients: Tensor) -> Tensor:
-    """For each baseline, as if the K episodes' estimates were independent. (K, 3, number of parameters) -> (3,)"""
-    return gradients.var(0).sum(-1) / len(gradients)  # [5]
+def gradient_variances(agent: PolicyAndValue, episodes: list[Episode], advantages: list[dict]) -> dict[str, float]:
+    """[5] under each baseline, as if the K episodes' estimates of [2] were independent."""
+    estimates = {name: [] for name in advantages[0]}
+    for episode, of_each in zip(episodes, advantages, strict=True):
+        log_prob = agent.policy(episode.observations[:-1]).log_prob(episode.actions)  # (T,)
+        for name, advantage in of_each.items():
+            value = objective(log_prob, advantage, num_episodes=1)
+            gradients = torch.autograd.grad(value, list(agent.actor.parameters()), retain_graph=True)
+            estimates[name].append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return {name: (torch.stack(rows).var(0).sum() / len(rows)).item() for name, rows in estimates.items()}  # [5]
 
 
 def update(
@@ -200,472 +217,397 @@ def update(
     episodes: list[Episode], args: Args,
 ) -> dict[str, float]:  # fmt: skip
     """One step of the policy, then value_epochs passes of the value network, over K episodes. Returns what to log."""
-    observations = [torch.from_numpy(np.stack(episode.observations)).to(args.device) for episode in episodes]
     with torch.no_grad():  # before V learns from this batch: a baseline that had seen it would depend on the actions
-        values = [agent.value(obs).cpu() for obs in observations]  # (T + 1,) each
+        values = [agent.critic(episode.observations).squeeze(-1) for episode in episodes]  # (T + 1,) each
     advantages = subtract_baselines(episodes, values, args.gamma)
+    variances = gradient_variances(agent, episodes, advantages) if len(episodes) > 1 else {}
 
-    parameters, gradients, entropy = list(agent.actor.parameters()), [], 0.0
-    for episode, obs, advantage in zip(episodes, observations, advantages, strict=True):
-        policy = agent.policy(obs[:-1])
-        log_prob = policy.log_prob(torch.stack(episode.actions))
-        gradients.append(policy_gradient(log_prob, advantage.to(args.device), parameters))
-        entropy += policy.entropy().mean().item() / len(episodes)
-    gradients = torch.stack(gradients)  # (K, 3, number of parameters)
-    gradient = gradients[:, BASELINES.index(args.baseline)].mean(0)  # [2], E
-    # As backward() of the loss -(log_prob * advantage).sum() / K would leave it, but for the sign: Adam maximises
-    for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    obs = torch.cat([episode.observations[:-1] for episode in episodes])  # (B, obs_dim): the steps of all episodes
+    policy = agent.policy(obs)
+    log_prob = policy.log_prob(torch.cat([episode.actions for episode in episodes]))  # (B,)
+    advantage = torch.cat([of_each[args.baseline] for of_each in advantages])  # (B,)
+    optimizer.zero_grad()
+    (-objective(log_prob, advantage, len(episodes))).backward()  # minus: optimizers minimise
     optimizer.step()
 
-    obs = torch.cat([obs[:-1] for obs in observations])  # (B, obs_dim)
-    values = torch.cat([value[:-1] for value in values]).to(args.device)  # (B,)
-    # (B,), bootstrapped; 2 is the index of "value"
-    returns = torch.cat([advantage[2] for advantage in advantages]).to(args.device) + values
+    values = torch.cat([value[:-1] for value in values])  # (B,)
+    returns = torch.cat([of_each["value"] for of_each in advantages]) + values  # (B,), bootstrapped
     value_losses = []
     for _ in range(args.value_epochs):
-        for rows in torch.randperm(len(obs), device=args.device).split(256):
-            value_loss = (agent.value(obs[rows]) - returns[rows]).square().mean()  # [4]
-            value_losses.append(value_loss.detach())
+        for rows in torch.randperm(len(obs), device=obs.device).split(256):
+            value_loss = (agent.critic(obs[rows]).squeeze(-1) - returns[rows]).square().mean()  # [4]
             value_optimizer.zero_grad()
             value_loss.backward()
             value_optimizer.step()
-    explained_variance = 1 - (returns - values).var(correction=0).item() / (returns.var(correction=0).item() + 1e-8)
-    metrics = {
-        "losses/entropy": entropy,
-        "losses/value_loss": torch.stack(value_losses).mean().item(),
-        "losses/explained_variance": explained_variance,
-    }
-    if len(episodes) > 1:  # one estimate has no variance
-        for name, variance in zip(BASELINES, variance_of_mean(gradients).tolist(), strict=True):
-            metrics[f"losses/gradient_variance_{name}"] = variance
-    return metrics
+            value_losses.append(value_loss.item())
+    explained_variance = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+    metrics = {"losses/entropy": policy.entropy().mean().item(), "losses/value_loss": np.mean(value_losses)}
+    metrics["losses/explained_variance"] = explained_variance.item()
+    return metrics | {f"losses/gradient_variance_{name}": variance for name, variance in variances.items()}
 
 
-def make_agent(args: Args, env: gym.Env) -> PolicyAndValue:
-    space, floats = env.action_space, np.issubdtype(env.action_space.dtype, np.floating)
-    if not isinstance(space, gym.spaces.Discrete) and not (isinstance(space, gym.spaces.Box) and floats):
-        refuse(f"--env-id {args.env_id} acts in {space}; reinforce.py knows Discrete and Box of floats: see ppo.py")
-    if len(env.observation_space.shape) == 3:
-        refuse(f"--env-id {args.env_id} observes images; reinforce.py knows vectors only: see ppo.py")
-    return PolicyAndValue(*env.observation_space.shape, space)
+def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> PolicyAndValue:
+    floats = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    if not floats and not isinstance(action_space, gym.spaces.Discrete):
+        raise UsageError(f"--env-id {args.env_id} acts in {action_space}: not Discrete or Box of floats; see ppo.py")
+    return PolicyAndValue(obs_shape, action_space)
 
 
-def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
-    args.device = choose_device(args.device, small=True)
-    torch.manual_seed(args.seed)
-    agent = make_agent(args, env).to(args.device)
-    optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate, maximize=True, fused=True)
-    value_optimizer = torch.optim.Adam(agent.critic.parameters(), args.value_learning_rate, fused=True)
-    run = Run(args, args.env_id, model=agent, optimizer=optimizer, value_optimizer=value_optimizer)
-    global_step = run.restore()  # 0 in a new run
-
-    while True:
-        # 1. Evaluate and save where it is due, and at the end
-        if run.evaluation_is_due(global_step):
-            run.log(global_step, evaluate(agent.act, args, f"step-{global_step}", run.stopped))
-        if run.checkpoint_is_due(global_step):
-            run.save(global_step)
-        if global_step == args.total_timesteps:
-            break
-
-        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
-        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
-        if global_step == run.checkpoint_step:
-            envs, obs = make_envs(args, global_step)
-            current = [Episode([first], [], []) for first in obs]
-
-        # 3. Act: an episode counts if it begins within num_steps steps of its environment, however long it lasts; if
-        #    the episodes that end first counted instead, too many would be short. So each environment plays on to an
-        #    end, then waits for the others: they are stepped one by one
-        first_step, start_time = global_step, time.perf_counter()
-        episodes, playing, steps = [], list(range(args.num_envs)), [0] * args.num_envs
-        while playing and global_step < args.total_timesteps:
-            latest = np.stack([current[i].observations[-1] for i in playing])
+def train(args: Args) -> dict[str, float]:
+    """Trains an agent and returns its last evaluation. From below the ruled line it needs only Run."""
+    with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
+        agent, batch = make_agent(args, run.obs_shape, run.action_space).to(run.device), Batch()
+        optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate, fused=True)
+        value_optimizer = torch.optim.Adam(agent.critic.parameters(), args.value_learning_rate, fused=True)
+        run.start(model=agent, optimizer=optimizer, value_optimizer=value_optimizer, batch=batch)  # for checkpoints
+        if batch and not run.actions[0]:  # --resume could not replay the episode in progress: so it ended
+            batch[-1][-1][:] = True
+        while run.goes_on():  # evaluates and saves where that is due
+            # 1. Act: all episodes that begin within num_steps steps, however long they last. If those that end within
+            #    so many steps counted instead, too many would be short, and the mean over them would be biased
+            obs = run.obs  # (1, obs_dim)
             with torch.inference_mode():
-                actions = agent.policy(torch.from_numpy(latest).to(args.device)).sample()
-            for i, action, env_action in zip(playing.copy(), actions, agent.to_env(actions), strict=True):
-                if global_step == args.total_timesteps:
-                    break
-                episode = current[i]
-                next_obs, reward, episode.terminated, truncated, _ = envs.envs[i].step(env_action)
-                global_step += 1
-                episode.observations.append(next_obs)
-                episode.actions.append(action)
-                episode.rewards.append(reward)
-                if episode.terminated or truncated:
-                    length = len(episode.rewards)
-                    ended = {"charts/episodic_return": sum(episode.rewards), "charts/episodic_length": length}
-                    run.log(global_step, ended)
-                    episodes.append(episode)
-                    current[i] = Episode([envs.envs[i].reset()[0]], [], [])
-                    steps[i] += length
-                    if steps[i] >= args.num_steps:
-                        playing.remove(i)
-        if playing:  # the run ends here; this batch, in which long episodes are missing, is not learned from
-            continue
+                action = agent.policy(torch.from_numpy(obs).to(run.device)).sample()
+            next_obs, reward, terminated, truncated, _ = run.step(agent.to_env(action))
+            ended = terminated | truncated
+            batch.append((obs, action.cpu().numpy(), reward.astype(np.float32), next_obs, terminated, ended))
+            if not ended or len(batch) < args.num_steps:
+                continue
 
-        # 4. Learn
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - first_step / args.total_timesteps)
-        metrics = update(agent, optimizer, value_optimizer, episodes, args)
-
-        # 5. Log
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = (global_step - first_step) / (time.perf_counter() - start_time)
-        run.log(global_step, metrics)
-    run.finish("Done. To watch it:", "--evaluate --capture-video")
+            # 2. Learn
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
+            metrics = update(agent, optimizer, value_optimizer, batch.episodes(run.device), args)
+            batch.clear()
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            run.log(metrics)
+        return run.result
 
 
 # ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
 
 
-def refuse(message: object) -> NoReturn:
-    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
 
 
-def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range, by default integers below 1, others below 0. Fills in frequencies that are None."""
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
-        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
-            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    num_envs = vars(args).get("num_envs", 1)
-    if args.total_timesteps % num_envs:
-        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.total_timesteps % getattr(args, "num_envs", 1):
+        raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
 
 
+def saved_args(run_dir: str, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
-    args = tyro.cli(Args, description=__doc__)
-    if not args.resume and not args.evaluate:
-        return args
-    if args.run_dir is None:
-        refuse("--resume and --evaluate need --run-dir")
-    path = Path(args.run_dir, "config.json")
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            args = tyro.cli(Args)
+            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def make_env(args: Args, film: Path | None = None) -> gym.Env:
+    """An environment that observes vectors, (D,) float32."""
     try:
-        config = json.loads(path.read_text())
-        script, saved = config["script"], dict(config["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{path} is missing or damaged ({error!r})")
-    if script != Path(__file__).stem:
-        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
-    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
-    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
-    merged = tyro.cli(Args, args=flags + sys.argv[1:])
-    for name in saved.keys() - {"run_dir", "resume", "device"}:
-        if args.resume and getattr(merged, name) != saved[name]:
-            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
-    return merged
-
-
-def choose_device(name: str, small: bool) -> str:
-    """auto takes a GPU if there is one, but the CPU for small networks, which don't repay the transfers."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and not small else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (AssertionError, RuntimeError) as error:
-        refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
-    if small:
-        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    return name
-
-
-def make_env(env_id: str, film: bool = False) -> gym.Env:
-    """One environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
-    if env_id.endswith("NoFrameskip-v4"):
-        refuse(f"--env-id {env_id}: name the game ALE/Breakout-v5, ALE/Pong-v5 and so on; its frames are skipped here")
-    atari = {"frameskip": 1} if env_id.startswith("ALE/") else {}  # AtariPreprocessing skips frames itself
-    try:
-        if atari:
-            import ale_py  # registers the games
-
-            ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **atari)
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
         if film:
             env.reset()
-            if env.render() is None:
-                raise ValueError("it gives no picture to film")
-    except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
-        refuse(f"--env-id {env_id}: {error}")
-    space = env.observation_space
-    if atari:
-        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-    if space.dtype == np.uint8 and len(space.shape or ()) == 3 and space.shape[-1] == 3:
-        env = gym.wrappers.ResizeObservation(gym.wrappers.GrayscaleObservation(env), (84, 84))
-        return gym.wrappers.FrameStackObservation(env, 4)
-    if not space.is_np_flattenable:
-        refuse(f"--env-id {env_id} observes {space}, which can't be flattened into a vector")
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
-    elif space.dtype == np.float32 and str(env.spec.entry_point).startswith("gymnasium."):
-        return env
-    # A copy: other environments say float32 and return float64 or lists, or one array that they keep overwriting
-    vector = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    return gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), vector)
+            assert env.render() is not None, "render() returns no picture"
+            options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
+            env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
+    except Exception as error:
+        if not film and not isinstance(error, gym.error.Error | ImportError | TypeError):
+            raise  # from within the environment: the traceback helps most
+        hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
+        raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
+    if not env.observation_space.is_np_flattenable or gym.spaces.flatdim(env.observation_space) > 3000:
+        raise UsageError(f"--env-id {args.env_id} observes {env.observation_space}, no vector: see ppo.py and dqn.py")
+    return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
-def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarray]:
-    """New environments and their first observations, (N, *obs_shape). Reseeds everything random from (seed, step)."""
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(0, step))  # 0: training; evaluation has 1
-    *env_seeds, seed = seeds.generate_state(args.num_envs + 1).tolist()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    # SAME_STEP: the step that ends an episode returns the next one's first observation; its own last is in final_obs
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=same_step)
-    return envs, envs.reset(seed=env_seeds)[0]
-
-
-def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], args: Args, name: str, stopped: Callable[[], bool] = lambda: False
-) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, each in its own environment; films the first under this name.
-
-    act: (B, *obs_shape) -> (B, *action shape). Ends early, with an empty result, once stopped() is true. The random
-    streams of training stay as they are.
-    """
-    streams = random.getstate(), np.random.get_state()  # for environments that draw from these instead of their own
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(1,)).generate_state(args.eval_episodes).tolist()
-    random.seed(seeds[0])
-    np.random.seed(seeds[0])
-    envs = [make_env(args.env_id, film=args.capture_video and i == 0) for i in range(args.eval_episodes)]
-    if args.capture_video:
-        film = {"name_prefix": name, "episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
-        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", **film)
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    returns, lengths = np.zeros((2, args.eval_episodes))
-    playing = list(range(args.eval_episodes))
-    while playing and not stopped():
-        actions = act(np.stack([obs[i] for i in playing]))
-        for i, action in zip(playing.copy(), actions, strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
-                envs[i].close()
-                playing.remove(i)
-    random.setstate(streams[0])
-    np.random.set_state(streams[1])
-    if playing:
-        return {}
+def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
+    """Plays the same eval_episodes episodes every time, each in its own environment, and films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())  # some environments draw from these two
+        stack.callback(np.random.set_state, np.random.get_state())
+        random.seed(args.seed)
+        np.random.seed(seeds)
+        films = [film if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
+        envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
+        here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
+        if here != there:
+            raise UsageError(f"--env-id {args.env_id} observes and acts in {here}, the trained agent in {there}")
+        playing = {i: env.reset(seed=seed)[0] for i, (env, seed) in enumerate(zip(envs, seeds, strict=True))}
+        while playing and not Run.stop_signal:
+            for i, action in zip(list(playing), agent.act(np.stack([*playing.values()])), strict=True):
+                playing[i], reward, terminated, truncated, _ = envs[i].step(action)
+                returns[i : i + 1] += reward  # some environments return an array of one element
+                lengths[i] += 1
+                if terminated or truncated or lengths[i] == args.eval_max_steps:
+                    del playing[i]
+    if lengths.max() == args.eval_max_steps:
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
-    return result | {"eval/episodic_length": lengths.mean()}
-
-
-def evaluate_saved(args: Args) -> None:
-    """Plays eval_episodes episodes with the model in run_dir and prints the result."""
-    env = make_env(args.env_id)
-    agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
-    load_file(Path(args.run_dir, MODEL), model=agent)
-    result = evaluate(agent.act, args, "evaluation")
-    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces the file atomically: a crash never leaves half of it."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
-        temporary.unlink(missing_ok=True)
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-MODEL, CHECKPOINT = "model.pt", "checkpoint.pt"
-
-
-def save_file(path: Path, state: dict) -> None:
-    write_file(path, lambda file: torch.save(state, file))
-
-
-def save_model(folder: Path, model: nn.Module) -> None:
-    save_file(folder / MODEL, {"model": model.state_dict()})
+    return {} if playing else result | {"eval/episodic_length": lengths.mean()}
 
 
 def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads what save_file wrote, data and never code, into the parts of the same names."""
-    if not path.exists():
-        refuse(f"{path} is missing")
+    """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # not the fault of what is in the file
-        raise
+        return state
     except Exception as error:  # a damaged file can raise anything
-        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
-    return state
+        raise UsageError(f"{path} is missing, damaged or of another script: {error}") from None
+
+
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+
+
+def load(run_dir: str) -> nn.Module:
+    """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
+    state = load_file(Path(run_dir, "model.pt"))
+    kind, dtype, values = state["action_space"]
+    values = {name: value.numpy()[()] for name, value in values.items()}
+    space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
+    agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
+    load_file(Path(run_dir, "model.pt"), model=agent)
+    return agent
 
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
+    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
-    acts, also into a file of its own.
-    """
+    stop_signal = 0  # main sets it when a signal arrives
 
-    def __init__(self, args: Args, task: str, **parts: object):
-        task = task.replace("/", "-").replace(":", "-")
-        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        args.run_dir = args.run_dir or f"runs/{name}"
-        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+    def __init__(self, args: Args):
+        name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.bar = self.wandb = None
         try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            refuse(f"--run-dir {self.dir} is in use by another process")
-        path = self.dir / "config.json"
-        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
-            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
-        config = json.loads(path.read_text()) if args.resume else self.describe()
-        self.wandb = self.start_wandb(config) if args.track else None
-        if not args.resume:
-            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
-        self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
-        self.started, self.stop_signal = time.time(), None
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self.ask_to_stop)
-        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {error}") from None
+        if args.capture_video:
+            make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
+        self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
+        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
+        if small:
+            torch.set_num_threads(1)
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        torch.manual_seed(args.seed)
 
-    def describe(self) -> dict:
-        """What another person needs to know to repeat the run."""
-        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
-        commit_status, commit = subprocess.getstatusoutput(git)
-        cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
-        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
-        cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
-        gpus = gpus if gpu_status == 0 else "none"
-        packages = [distribution.metadata for distribution in distributions()]  # read once each
-        return {
-            "script": Path(__file__).stem,
-            "args": asdict(self.args),
-            "command": sys.argv,
-            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
-            "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
-            "hardware": f"{platform.platform()}, {os.cpu_count()} cores ({cpu}), GPUs: {gpus}",
-            "wandb_id": os.urandom(8).hex(),
-        }
+    def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
 
-    def start_wandb(self, config: dict) -> object:
-        import wandb
+        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
+        """
+        args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
+        if args.resume:
+            config = json.loads(path.read_text())
+            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
+            if changed - {"run_dir", "resume", "device", "total_timesteps"}:
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+            config = {"script": Path(__file__).stem, "command": sys.argv}
+            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"] = asdict(args) | {"resume": False}
+        if args.track:
+            import wandb
 
-        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            try:
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
+            self.wandb.define_metric("*", step_metric="global_step")
         try:
-            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
-        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
-            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
-        run.define_metric("*", step_metric="global_step")
-        return run
-
-    def ask_to_stop(self, number: int, _frame: object) -> None:
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
-
-    def stopped(self) -> bool:
-        return self.stop_signal is not None
-
-    def restore(self) -> int:
-        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
-        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
-        if (self.dir / CHECKPOINT).exists():
-            state = load_file(self.dir / CHECKPOINT, **self.parts)
-        if self.metrics.tell() < state["metrics_bytes"]:
-            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
-        self.metrics.truncate(state["metrics_bytes"])
-        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
-        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+            self.dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
+        none = [torch.zeros(0)] * args.num_envs
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": none, "streams": []}
+        if args.resume and checkpoint.exists():
+            state = load_file(checkpoint, **parts)
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
-        return self.checkpoint_step
+        for i, actions in enumerate(state["actions"]):
+            self.begin_episode(i, actions.numpy())
+            if "obs" in state and (self.obs[i] != state["obs"][i].numpy()).any():
+                tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
+                self.begin_episode(i)
+        setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for setter, stream in zip(setters, state["streams"], strict=False):
+            setter(stream)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        kind = "vectors" if len(self.obs_shape) == 1 else "images"
+        print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
-    def is_due(self, frequency: int, last: int, step: int) -> bool:
-        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
-        return step // frequency > last // frequency or step == self.args.total_timesteps > last
+    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> None:
+        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again."""
+        began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
+        seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
+        self.obs[i], _ = self.envs[i].reset(seed=seed)
+        self.returns[i], self.actions[i] = 0.0, list(actions)
+        for action in actions:
+            self.obs[i], reward, *_ = self.envs[i].step(action)
+            self.returns[i : i + 1] += reward
 
-    def evaluation_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-    def checkpoint_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
+        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        """
+        next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
+        terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+            self.actions[i].append(action)
+            next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
+            infos.append(info)
+        if not math.isfinite(next_obs.sum() + rewards.sum()):
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: rewards {rewards}, {next_obs}")
+        self.obs = next_obs.copy()
+        self.global_step += len(self.envs)
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.log({"charts/episodic_return": self.returns[i], "charts/episodic_length": len(self.actions[i])})
+            self.begin_episode(i)
+        return next_obs, rewards, terminated, truncated, infos
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
-        if not row:
-            return
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
-        row = {name: None if name in broken else float(value) for name, value in row.items()}
-        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
+    def goes_on(self) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last, result = self.args, self.global_step, self.last_step, {}
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            result = evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}")
+            if result:
+                self.log(result)
+                self.result = result
+            else:  # a signal has stopped it: after --resume it is due again
+                self.last_step = last
+        if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
+            self.save()
+        if Run.stop_signal:
+            print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + Run.stop_signal)
+        if end:
+            print(f"Done: {self.dir}/model.pt. To watch it:\n    {self.command} --evaluate --capture-video")
+        return not end
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
-        try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
-                self.wandb.log(row, step=self.num_rows, commit=True)
-        except Exception as error:  # it must not end the run
-            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
-            self.wandb = None
-        self.num_rows += 1
-        if broken:
-            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
-        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
-        if evaluation:
-            self.evaluation_step = step
-            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
-        if "charts/episodic_return" in row:
-            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
-        self.bar.update(step - self.bar.n)
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
 
-    def save(self, step: int) -> None:
-        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
+    def save(self) -> None:
+        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):
-            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
-        os.fsync(self.metrics.fileno())
-        state |= {"step": step, "evaluation_step": self.evaluation_step}
-        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
-        save_model(self.dir, self.parts["model"])
-        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
-        self.checkpoint_step = step
-        if self.stopped():
-            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
-            raise SystemExit(128 + self.stop_signal)
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape}
+        model["action_space"] = type(space).__name__, str(space.dtype), values
+        state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
-    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.wandb:
-            self.wandb.finish(exit_code)
-        self.lock.release()
-        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
+            self.wandb.finish()
+        if self.last_step and isinstance(sys.exc_info()[1], Exception):
+            print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
-    args = parse_args()
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
+    gym.logger.min_level = gym.logger.ERROR  # its warnings would stand around our one line
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     try:
+        args = parse_args()
         if args.evaluate:
-            evaluate_saved(args)
+            film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
+            result = evaluate(load(args.run_dir), args, film)
+            print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
+            print(*film.parent.glob(f"{film.name}*.mp4"))
         else:
             train(args)
-    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
-        sys.exit(130)
-    except (FloatingPointError, MemoryError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
+    except (UsageError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Soft actor-critic (SAC): earn reward, and stay as random as that allows.
 
-A stochastic policy is trained from replayed transitions to maximise Q(s, a) plus its entropy, weighted by a temperature
-alpha. Entropy keeps exploration going where it costs nothing. It also smooths the targets, as TD3's noise does, because
-the next action in them is a sample. The temperature is tuned so that the entropy stays, on average, at a target H.
+The critics learn Q(s, a): the return to expect after action a in state s. The actor is a policy that draws its actions
+at random. It learns to make Q large, and its entropy too, which says how random it is: so it goes on exploring where
+that costs little. A temperature alpha weighs the entropy. It is tuned: on average the entropy shall be a target H.
 
     [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal      SAC, Eq. 6
     [2] a = tanh(u), u ~ N(mean(s), std(s)^2): log pi(a|s) = log N(u) - sum_j log(1 - tanh(u_j)^2)       SAC, Appendix C
@@ -11,22 +11,16 @@ the next action in them is a sample. The temperature is tuned so that the entrop
     [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                     SAC, Eq. 7
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 SAC, Algorithm 1
 
-Here gamma is the discount; a prime marks what comes next, and the target networks, whose weights theta' follow slowly.
-In [2], N(u) is the density of u, and j counts the dimensions of an action.
+y is what critics learn, gamma the discount. A prime marks the next step, or a target network: a slow copy of a network,
+with weights theta'. In [2], N(u) is the density of u, and j counts the dimensions of an action.
 
-SAC: Haarnoja et al. 2018, arXiv:1812.05905. The first paper, arXiv:1801.01290, has a network for V too, and a fixed
-temperature. The minimum over two critics is TD3's, arXiv:1802.09477 (SAC, Section 6); diff td3.py sac.py shows what the
-two algorithms do not share.
+Paper: Haarnoja et al. 2018, arXiv:1812.05905. The first one, arXiv:1801.01290, has a fixed temperature and V as well.
+The minimum over two critics is TD3's: diff td3.py sac.py shows what the two algorithms do not share.
 
-Differs from the paper: a learning rate of 1e-3 instead of 3e-4; Eq. 5 has a factor of 1/2, which Adam does not notice.
-What it leaves open: alpha starts at 0.2, where the authors' code has 1; actions are random in the first tenth of the
-run, in 10,000 steps at most, and learning starts after them, where the code of the first paper takes 10,000 steps in
-HalfCheetah and Ant, and 1,000 elsewhere. As in the paper, evaluation acts without noise, with tanh(mean(s)). As in the
-authors' code, a time limit does not count as a terminal state: the value of the last observation stands for the rest of
-the episode.
-
-Actions come from a Box with finite bounds. The networks see them rescaled to [-1, 1], and log pi is the density of
-these: H then means the same for every range.
+Differs from the paper:
+- The learning rate is 1e-3, not 3e-4; alpha starts at 0.2, in the authors' code at 1; Eq. 5 has a factor of 1/2.
+- Actions are random in the first tenth of the run, 10,000 steps at most; learning starts after them.
+- A time limit is not a terminal state: the value of the last observation stands for the rest of the episode.
 
     python algorithms/sac.py --env-id HalfCheetah-v5
 """
@@ -34,32 +28,30 @@ these: H then means the same for every range.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "filelock>=3.20", "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2",
-#     "mujoco>=3.11,<3.12", "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1",
-#     "wandb>=0.31",
+#     "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2", "mujoco>=3.11,<3.12",
+#     "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
+import contextlib
 import copy
+import inspect
+import io
 import json
 import math
 import os
-import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import BinaryIO, NoReturn
 
-import filelock
 import gymnasium as gym
 import numpy as np
 import torch
@@ -70,23 +62,26 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
+    # Run
     env_id: str = "HalfCheetah-v5"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 100_000  # environment steps, summed over all environments
     num_envs: int = 1  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
-    eval_episodes: int = 10  # episodes of an evaluation
-    checkpoint_frequency: int | None = None  # steps between checkpoints, which cut episodes; None: a tenth of the run
-    capture_video: bool = False  # film the first episode of each evaluation
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
     run_dir: str | None = None  # folder of the run; None: a new one in runs/
-    resume: bool = False  # continue the run in --run-dir with its own arguments
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_episodes: int = 10  # episodes of an evaluation
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
-
-    policy_lr: float = 1e-3  # learning rate of the actor
-    q_lr: float = 1e-3  # learning rate of the critics, and of the temperature
+    # Algorithm
+    policy_lr: float = 1e-3  # learning rate of the actor; paper: 3e-4
+    q_lr: float = 1e-3  # learning rate of the critics and of the temperature; paper: 3e-4
     gamma: float = 0.99  # discount
     tau: float = 0.005  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
@@ -98,112 +93,85 @@ class Args:
     autotune: bool = True  # [3] tune the temperature
 
     def __post_init__(self) -> None:
-        check_and_complete(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
+        check_ranges(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
         if self.learning_starts is None:
             self.learning_starts = min(self.total_timesteps // 10, 10_000)
         if self.autotune and self.alpha == 0:
-            refuse("--alpha 0 can't be tuned: add --no-autotune, or start above 0")
+            raise UsageError("--alpha 0 can't be tuned: add --no-autotune, or start above 0")
 
 
-class Actor(nn.Module):
-    """The policy, a squashed normal. Its actions are in [-1, 1]; to_env maps these to the Box from low to high."""
+def network(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, out_dim))
 
-    def __init__(self, obs_dim: int, low: np.ndarray, high: np.ndarray):
+
+class SAC(nn.Module):
+    """The networks. They see actions in [-1, 1]; to_env maps these to the environment's Box, from low to high."""
+
+    def __init__(self, args: Args, obs_shape: tuple[int, ...], space: gym.spaces.Box):  # space: of the actions
         super().__init__()
-        self.low, self.high = low, high
-        self.center, self.scale = (high + low) / 2, (high - low) / 2
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim, 256), nn.ReLU(),
-            nn.Linear(256, 256), nn.ReLU(),
-            nn.Linear(256, 2 * low.size),
-        )  # fmt: skip
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, obs_dim) -> mean and log of the standard deviation before the squashing, (B, action_dim) each"""
-        mean, log_std = self.net(obs).chunk(2, -1)
-        return mean, log_std.clamp(-20, 2)  # as in the code of SAC's authors
+        self.obs_shape, self.action_space = obs_shape, space
+        self.center, self.scale = (space.high + space.low) / 2, (space.high - space.low) / 2
+        obs_dim, action_dim = *obs_shape, space.low.size
+        self.actor = network(obs_dim, 2 * action_dim)  # mean and log of the standard deviation of u in [2]
+        self.critics = nn.ModuleList([network(obs_dim + action_dim, 1) for _ in range(args.num_critics)])
+        self.target_critics = copy.deepcopy(self.critics)
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # logarithm: so alpha stays above 0
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, obs_dim) -> (B, action_dim), (B,)
-        mean, log_std = self(obs)
-        return squashed_normal(mean, log_std, torch.randn_like(mean))
+        mean, log_std = self.actor(obs).chunk(2, -1)
+        return squashed_normal(mean, log_std.clamp(-20, 2), torch.randn_like(mean))  # clamped as in the authors' code
 
-    def to_env(self, actions: Tensor) -> np.ndarray:  # (B, action_dim) -> (B, *action shape)
-        actions = self.center + self.scale * actions.cpu().numpy().reshape(-1, *self.low.shape)
-        return np.clip(actions, self.low, self.high)  # rounding may have led beyond the bounds
+    def to_env(self, actions: Tensor) -> np.ndarray:  # (..., action_dim) -> (..., *action shape)
+        actions = actions.cpu().numpy().reshape(*actions.shape[:-1], *self.action_space.shape)
+        # Clipped, for rounding can lead beyond the bounds
+        return np.clip(self.center + self.scale * actions, self.action_space.low, self.action_space.high)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The actions without noise: deterministic, for evaluation. (B, obs_dim) -> (B, *action shape)"""
-        mean, _ = self(torch.from_numpy(obs).to(next(self.parameters()).device))
+        """The action without noise for an observation, (obs_dim,), or for each of a batch, (B, obs_dim)."""
+        obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
+        mean, _ = self.actor(obs).chunk(2, -1)
         return self.to_env(mean.tanh())
 
 
-class StackedLinear(nn.Module):
-    """n linear layers in one product, each of which starts as an nn.Linear does."""
-
-    def __init__(self, n: int, in_dim: int, out_dim: int):
-        super().__init__()
-        bound = 1 / math.sqrt(in_dim)
-        self.weight = nn.Parameter(torch.empty(n, in_dim, out_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(n, 1, out_dim).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:  # (n, B, in_dim) -> (n, B, out_dim)
-        if self.weight.shape[-1] == 1:  # n dot products with each row: baddbmm takes several times as long for them
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
-class Critics(nn.Module):
-    """n networks Q_i(s, a) that share nothing but the calls: one batch of products costs less than n products."""
-
-    def __init__(self, n: int, obs_dim: int, action_dim: int):
-        super().__init__()
-        self.layer1 = StackedLinear(n, obs_dim + action_dim, 256)
-        self.layer2 = StackedLinear(n, 256, 256)
-        self.layer3 = StackedLinear(n, 256, 1)
-
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:  # (B, obs_dim), (B, action_dim) -> (n, B)
-        x = torch.cat([obs, actions], -1).expand(len(self.layer1.weight), -1, -1)  # (n, B, obs_dim + action_dim)
-        x = self.layer1(x).relu_()
-        x = self.layer2(x).relu_()
-        return self.layer3(x).squeeze(-1)
+def q_values(critics: nn.ModuleList, obs: Tensor, actions: Tensor) -> Tensor:
+    """Q_i(s, a) of each of n critics. (B, obs_dim), (B, action_dim) -> (n, B)"""
+    inputs = torch.cat([obs, actions], -1)
+    return torch.stack([critic(inputs).squeeze(-1) for critic in critics])
 
 
 class TransitionBuffer:
-    """The last transitions of all environments, each one row: s, a, r, terminated, s'. A batch is read in one go."""
+    """The last transitions of N environments. A row holds one step of all; a new row takes the place of the oldest."""
 
-    def __init__(self, buffer_size: int, obs_dim: int, action_dim: int):
-        self.widths = obs_dim, action_dim, 1, 1, obs_dim
-        needed = 4 * buffer_size * sum(self.widths)  # bytes: a float32 has four
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    def __init__(self, buffer_size: int, num_envs: int, obs_dim: int, action_dim: int):
+        needed = 4e-9 * buffer_size * (2 * obs_dim + action_dim + 2)  # GB: a float32 has four bytes
+        memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
-            refuse(f"--buffer-size {buffer_size} needs {needed / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB")
-        self.rows = np.zeros((buffer_size, sum(self.widths)), np.float32)
-        self.tensor = torch.from_numpy(self.rows)  # the same memory: NumPy writes a row faster, torch reads a batch
-        self.num_added = 0
+            raise UsageError(f"--buffer-size {buffer_size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
+        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0
+        shapes = {"obs": (obs_dim,), "actions": (action_dim,), "rewards": (), "terminated": (), "next_obs": (obs_dim,)}
+        self.arrays = {name: np.zeros((self.size, num_envs, *shape), np.float32) for name, shape in shapes.items()}
 
-    def add(
-        self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, next_obs: np.ndarray
-    ) -> None:
-        """A step of N environments, (N, ...) each. Where an episode has ended, next_obs is its last observation."""
-        where = np.arange(self.num_added, self.num_added + len(obs)) % len(self.rows)
-        self.rows[where] = np.hstack([obs, actions, rewards[:, None], terminated[:, None], next_obs])
-        self.num_added += len(obs)
+    def add(self, **new: np.ndarray) -> None:
+        """A step of all environments: obs, actions, rewards, terminated and next_obs, (N, ...) each."""
+        for name, rows in new.items():
+            self.arrays[name][self.added % self.size] = rows
+        self.added += 1
 
-    def sample(self, batch_size: int, device: str) -> tuple[Tensor, ...]:
+    def sample(self, batch_size: int) -> list[Tensor]:
         """obs, actions, rewards, terminated, next_obs: (B, obs_dim), (B, action_dim), (B,), (B,), (B, obs_dim)"""
-        where = torch.randint(min(self.num_added, len(self.rows)), (batch_size,))
-        rows = self.tensor.index_select(0, where).to(device)  # (B, sum of widths)
-        obs, actions, rewards, terminated, next_obs = rows.split(self.widths, -1)
-        return obs, actions, rewards.squeeze(-1), terminated.squeeze(-1), next_obs
+        rows = torch.randint(min(self.added, self.size), (batch_size,)).numpy()
+        envs = torch.randint(self.num_envs, (batch_size,)).numpy()
+        return [torch.from_numpy(array[rows, envs]) for array in self.arrays.values()]
 
     def state_dict(self) -> dict:
-        # torch.save writes all the memory behind a tensor; behind that of a NumPy slice is only the slice
-        return {"rows": torch.from_numpy(self.rows[: self.num_added]), "num_added": self.num_added}
+        filled = {name: torch.from_numpy(array[: self.added]) for name, array in self.arrays.items()}
+        return filled | {"added": self.added}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rows[: len(state["rows"])] = state["rows"].numpy()
-        self.num_added = state["num_added"]
+        self.added = state["added"]
+        for name, array in self.arrays.items():
+            array[: self.added] = state[name].numpy()
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
@@ -220,486 +188,408 @@ def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tenso
     return u.tanh(), (log_normal - log_slope).sum(-1)  # [2]
 
 
-class SAC(nn.Module):
-    """The networks, the targets that follow them, and the optimizers: all that a gradient step changes."""
-
-    def __init__(self, actor: Actor, critics: Critics, args: Args):
-        super().__init__()
-        self.args, self.actor, self.critics = args, actor, critics
-        self.target_critics = copy.deepcopy(critics)
-        # alpha is learned as its logarithm, so that it stays above 0; a fixed alpha of 0 is exp(-infinity)
-        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
-        self.target_entropy = -actor.low.size  # [3] H
-        self.to(args.device)
-        self.actor_optimizer = torch.optim.Adam(actor.parameters(), args.policy_lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(critics.parameters(), args.q_lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], args.q_lr, fused=True)
-
-    def update(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """A gradient step with a batch of the buffer. Returns what to log."""
-        obs, actions, rewards, terminated, next_obs = batch
-        alpha = self.log_alpha.detach().exp()
-        with torch.no_grad():
-            next_actions, next_log_prob = self.actor.sample(next_obs)
-            next_values = self.target_critics(next_obs, next_actions) - alpha * next_log_prob  # [1]; (n, B) - (B,)
-            targets = td_target(rewards, terminated, next_values, self.args.gamma)  # [1]
-        values = self.critics(obs, actions)  # (n, B)
-        critic_losses = (values - targets).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
-        self.critic_optimizer.zero_grad()
-        critic_losses.sum().backward()
-        self.critic_optimizer.step()
-        metrics = {f"losses/qf{i}_loss": loss for i, loss in enumerate(critic_losses.detach(), 1)}
-        metrics["losses/q_values"] = values.detach().mean()
-
-        new_actions, log_prob = self.actor.sample(obs)
-        actor_loss = (alpha * log_prob - self.critics(obs, new_actions).amin(0)).mean()  # [5]; (B,) - (B,)
-        self.actor_optimizer.zero_grad()
-        actor_loss.backward(inputs=list(self.actor.parameters()))  # computes no gradient of the critics' weights
-        self.actor_optimizer.step()
-        entropy = -log_prob.detach().mean()
-        metrics |= {"losses/actor_loss": actor_loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
-        if self.args.autotune:
-            alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)  # [3]
-            self.alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            self.alpha_optimizer.step()
-        with torch.no_grad():
-            target, online = [*self.target_critics.parameters()], [*self.critics.parameters()]
-            torch._foreach_lerp_(target, online, self.args.tau)  # [6]: a step of tau from target to online
-        return metrics
+@torch.no_grad()
+def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+    for theta_target, theta in zip(target.parameters(), online.parameters(), strict=True):
+        theta_target.lerp_(theta, tau)  # [6]: the share tau of the way from theta' to theta
 
 
-def make_agent(args: Args, env: gym.Env) -> Actor:
-    space, obs_shape = env.action_space, env.observation_space.shape
-    if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        refuse(f"--env-id {args.env_id} acts in {space}; sac.py knows Box of floats only: see dqn.py and ppo.py")
-    if not space.is_bounded():
-        refuse(f"--env-id {args.env_id} acts in {space}; sac.py needs finite bounds: see ppo.py")
-    if len(obs_shape) != 1:
-        refuse(f"--env-id {args.env_id} observes images, {obs_shape}; sac.py knows vectors only: see ppo.py")
-    return Actor(*obs_shape, space.low, space.high)
+def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dict[str, Tensor]:
+    """A gradient step with a batch of the buffer. Returns metrics to log."""
+    obs, actions, rewards, terminated, next_obs = batch
+    alpha = agent.log_alpha.detach().exp()
+    with torch.no_grad():
+        next_actions, next_log_prob = agent.sample(next_obs)
+        next_values = q_values(agent.target_critics, next_obs, next_actions) - alpha * next_log_prob  # (n, B) - (B,)
+        targets = td_target(rewards, terminated, next_values, args.gamma)  # [1]
+    values = q_values(agent.critics, obs, actions)  # (n, B)
+    critic_losses = (values - targets).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
+    optimizers["critic_optimizer"].zero_grad()
+    critic_losses.sum().backward()
+    optimizers["critic_optimizer"].step()
+    metrics = {f"losses/qf{i}_loss": loss for i, loss in enumerate(critic_losses.detach(), 1)}
+    metrics["losses/q_values"] = values.detach().mean()
+
+    new_actions, log_prob = agent.sample(obs)
+    actor_loss = (alpha * log_prob - q_values(agent.critics, obs, new_actions).amin(0)).mean()  # [5]; (B,) - (B,)
+    optimizers["actor_optimizer"].zero_grad()
+    actor_loss.backward(inputs=list(agent.actor.parameters()))  # computes no gradient of the critics' weights
+    optimizers["actor_optimizer"].step()
+    entropy = -log_prob.detach().mean()
+    if args.autotune:
+        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: H = -dim(a)
+        optimizers["alpha_optimizer"].zero_grad()
+        alpha_loss.backward()
+        optimizers["alpha_optimizer"].step()
+    move_target(agent.target_critics, agent.critics, args.tau)
+    metrics |= {"losses/actor_loss": actor_loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
+    return metrics
 
 
-def gradient_steps_until(step: int, args: Args) -> int:
-    """Gradient steps that are due after so many environment steps."""
-    return int(args.utd * max(0, step - args.learning_starts))
+def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> SAC:
+    floats = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    if not floats or np.abs([action_space.low, action_space.high]).max() >= 1e6:
+        raise UsageError(f"--env-id {args.env_id} acts in {action_space}, no Box of floats below 1e6: see ppo.py")
+    return SAC(args, obs_shape, action_space)
 
 
-def train(args: Args) -> None:
-    env = make_env(args.env_id, film=args.capture_video)  # for its spaces, and to find out now if it can't be filmed
-    args.device = choose_device(args.device, small=True)
-    torch.manual_seed(args.seed)
-    actor = make_agent(args, env)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.low.size
-    learner = SAC(actor, Critics(args.num_critics, obs_dim, action_dim), args)
-    buffer = TransitionBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim)
-    optimizers = {"actor_optimizer": learner.actor_optimizer, "critic_optimizer": learner.critic_optimizer}
-    optimizers["alpha_optimizer"] = learner.alpha_optimizer
-    run = Run(args, args.env_id, model=actor, learner=learner, **optimizers, buffer=buffer)
-    global_step = run.restore()  # 0 in a new run
+def train(args: Args) -> dict[str, float]:
+    """Trains an agent and returns its last evaluation. From below the ruled line it needs only Run."""
+    with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
+        agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
+        optimizers = {
+            "actor_optimizer": torch.optim.Adam(agent.actor.parameters(), args.policy_lr, fused=True),
+            "critic_optimizer": torch.optim.Adam(agent.critics.parameters(), args.q_lr, fused=True),
+            "alpha_optimizer": torch.optim.Adam([agent.log_alpha], args.q_lr, fused=True),
+        }
+        action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
+        buffer = TransitionBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
+        run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
+        while run.goes_on():  # evaluates and saves where that is due
+            # 1. Act: one step in each of N environments
+            obs, first_step = run.obs, run.global_step
+            with torch.no_grad():
+                if first_step < args.learning_starts:
+                    actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
+                else:
+                    actions, _ = agent.sample(torch.from_numpy(obs).to(run.device))
+            next_obs, rewards, terminated, _, _ = run.step(agent.to_env(actions))
+            buffer.add(obs=obs, actions=actions.cpu(), rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-    while True:
-        # 1. Evaluate and save where it is due, and at the end
-        if run.evaluation_is_due(global_step):
-            run.log(global_step, evaluate(actor.act, args, f"step-{global_step}", run.stopped))
-        if run.checkpoint_is_due(global_step):
-            run.save(global_step)
-        if global_step == args.total_timesteps:
-            break
-
-        # 2. At the start and after each checkpoint, make the environments anew and reseed, also in a run that nothing
-        #    interrupts: then one that is killed, and resumed from a checkpoint, gives the same results
-        if global_step == run.checkpoint_step:
-            envs, obs = make_envs(args, global_step)
-            episode_return, episode_length = np.zeros((2, args.num_envs))
-            history, logged_step, seconds = defaultdict(list), global_step, 0.0  # since the last row of losses
-
-        # 3. Act: one step in each of N environments
-        start_time = time.perf_counter()
-        with torch.inference_mode():
-            if global_step < args.learning_starts:
-                actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
-            else:
-                actions, _ = actor.sample(torch.from_numpy(obs).to(args.device))
-        next_obs, rewards, terminated, truncated, infos = envs.step(actor.to_env(actions))
-        previous_step, global_step = global_step, global_step + args.num_envs
-        episode_return += rewards
-        episode_length += 1
-        final_obs = next_obs.copy()  # after an end, next_obs is the next episode's first, and its own last is in infos
-        for i in np.flatnonzero(terminated | truncated):
-            final_obs[i] = infos["final_obs"][i]
-            ended = {"charts/episodic_return": episode_return[i], "charts/episodic_length": episode_length[i]}
-            run.log(global_step, ended)
-            episode_return[i] = episode_length[i] = 0
-        buffer.add(obs, actions.cpu().numpy(), rewards, terminated, final_obs)
-        obs = next_obs
-
-        # 4. Learn: utd gradient steps for every environment step, whatever the number of environments
-        taken, due = gradient_steps_until(previous_step, args), gradient_steps_until(global_step, args)
-        for _ in range(taken, due):
-            metrics = learner.update(buffer.sample(args.batch_size, args.device))
-            for name, value in metrics.items():
-                history[name].append(value)
-
-        # 5. Log
-        seconds += time.perf_counter() - start_time
-        if global_step // 1000 > previous_step // 1000 or run.checkpoint_is_due(global_step):
-            metrics = {name: torch.stack(values).mean() for name, values in history.items()}
-            metrics["charts/learning_rate"] = args.policy_lr
-            metrics["charts/SPS"] = (global_step - logged_step) / seconds
-            run.log(global_step, metrics)
-            history, logged_step, seconds = defaultdict(list), global_step, 0.0
-    run.finish("Done. To watch it:", "--evaluate --capture-video")
+            # 2. Learn: utd gradient steps for every environment step, whatever the number of environments
+            done, due = (int(args.utd * max(0, step - args.learning_starts)) for step in (first_step, run.global_step))
+            for number in range(done + 1, due + 1):
+                batch = [part.to(run.device) for part in buffer.sample(args.batch_size)]
+                metrics = update(agent, optimizers, batch, args)
+                if number % 100 == 0:  # 3. Log
+                    run.log(metrics | {"charts/learning_rate": args.policy_lr})
+        return run.result
 
 
 # ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
 
 
-def refuse(message: object) -> NoReturn:
-    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
 
 
-def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range, by default integers below 1, others below 0. Fills in frequencies that are None."""
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
-        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
-            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    num_envs = vars(args).get("num_envs", 1)
-    if args.total_timesteps % num_envs:
-        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.total_timesteps % getattr(args, "num_envs", 1):
+        raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
 
 
+def saved_args(run_dir: str, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
-    args = tyro.cli(Args, description=__doc__)
-    if not args.resume and not args.evaluate:
-        return args
-    if args.run_dir is None:
-        refuse("--resume and --evaluate need --run-dir")
-    path = Path(args.run_dir, "config.json")
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            args = tyro.cli(Args)
+            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def make_env(args: Args, film: Path | None = None) -> gym.Env:
+    """An environment that observes vectors, (D,) float32."""
     try:
-        config = json.loads(path.read_text())
-        script, saved = config["script"], dict(config["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{path} is missing or damaged ({error!r})")
-    if script != Path(__file__).stem:
-        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
-    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
-    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
-    merged = tyro.cli(Args, args=flags + sys.argv[1:])
-    for name in saved.keys() - {"run_dir", "resume", "device"}:
-        if args.resume and getattr(merged, name) != saved[name]:
-            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
-    return merged
-
-
-def choose_device(name: str, small: bool) -> str:
-    """auto takes a GPU if there is one, but the CPU for small networks, which don't repay the transfers."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and not small else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (AssertionError, RuntimeError) as error:
-        refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
-    if small:
-        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    return name
-
-
-def make_env(env_id: str, film: bool = False) -> gym.Env:
-    """One environment that observes images, (4, 84, 84) uint8, or vectors, (D,) float32."""
-    if env_id.endswith("NoFrameskip-v4"):
-        refuse(f"--env-id {env_id}: name the game ALE/Breakout-v5, ALE/Pong-v5 and so on; its frames are skipped here")
-    atari = {"frameskip": 1} if env_id.startswith("ALE/") else {}  # AtariPreprocessing skips frames itself
-    try:
-        if atari:
-            import ale_py  # registers the games
-
-            ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        env = gym.make(env_id, render_mode="rgb_array" if film else None, **atari)
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
         if film:
             env.reset()
-            if env.render() is None:
-                raise ValueError("it gives no picture to film")
-    except Exception as error:  # unknown, outdated, not installed, can't render here: its message says which
-        refuse(f"--env-id {env_id}: {error}")
-    space = env.observation_space
-    if atari:
-        return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4)
-    if space.dtype == np.uint8 and len(space.shape or ()) == 3 and space.shape[-1] == 3:
-        env = gym.wrappers.ResizeObservation(gym.wrappers.GrayscaleObservation(env), (84, 84))
-        return gym.wrappers.FrameStackObservation(env, 4)
-    if not space.is_np_flattenable:
-        refuse(f"--env-id {env_id} observes {space}, which can't be flattened into a vector")
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
-    elif space.dtype == np.float32 and str(env.spec.entry_point).startswith("gymnasium."):
-        return env
-    # A copy: other environments say float32 and return float64 or lists, or one array that they keep overwriting
-    vector = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-    return gym.wrappers.TransformObservation(env, lambda obs: np.array(obs, np.float32), vector)
+            assert env.render() is not None, "render() returns no picture"
+            options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
+            env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
+    except Exception as error:
+        if not film and not isinstance(error, gym.error.Error | ImportError | TypeError):
+            raise  # from within the environment: the traceback helps most
+        hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
+        raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
+    if not env.observation_space.is_np_flattenable or gym.spaces.flatdim(env.observation_space) > 3000:
+        raise UsageError(f"--env-id {args.env_id} observes {env.observation_space}, no vector: see ppo.py and dqn.py")
+    return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
-def make_envs(args: Args, step: int) -> tuple[gym.vector.SyncVectorEnv, np.ndarray]:
-    """New environments and their first observations, (N, *obs_shape). Reseeds everything random from (seed, step)."""
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(0, step))  # 0: training; evaluation has 1
-    *env_seeds, seed = seeds.generate_state(args.num_envs + 1).tolist()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    # SAME_STEP: the step that ends an episode returns the next one's first observation; its own last is in final_obs
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, autoreset_mode=same_step)
-    return envs, envs.reset(seed=env_seeds)[0]
-
-
-def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], args: Args, name: str, stopped: Callable[[], bool] = lambda: False
-) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, each in its own environment; films the first under this name.
-
-    act: (B, *obs_shape) -> (B, *action shape). Ends early, with an empty result, once stopped() is true. The random
-    streams of training stay as they are.
-    """
-    streams = random.getstate(), np.random.get_state()  # for environments that draw from these instead of their own
-    seeds = np.random.SeedSequence(args.seed, spawn_key=(1,)).generate_state(args.eval_episodes).tolist()
-    random.seed(seeds[0])
-    np.random.seed(seeds[0])
-    envs = [make_env(args.env_id, film=args.capture_video and i == 0) for i in range(args.eval_episodes)]
-    if args.capture_video:
-        film = {"name_prefix": name, "episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
-        envs[0] = gym.wrappers.RecordVideo(envs[0], f"{args.run_dir}/videos", **film)
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    returns, lengths = np.zeros((2, args.eval_episodes))
-    playing = list(range(args.eval_episodes))
-    while playing and not stopped():
-        actions = act(np.stack([obs[i] for i in playing]))
-        for i, action in zip(playing.copy(), actions, strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            if terminated or truncated or lengths[i] == 27_000:  # Atari's limit, for environments without one
-                envs[i].close()
-                playing.remove(i)
-    random.setstate(streams[0])
-    np.random.set_state(streams[1])
-    if playing:
-        return {}
+def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
+    """Plays the same eval_episodes episodes every time, each in its own environment, and films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    returns, lengths = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())  # some environments draw from these two
+        stack.callback(np.random.set_state, np.random.get_state())
+        random.seed(args.seed)
+        np.random.seed(seeds)
+        films = [film if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
+        envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
+        here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
+        if here != there:
+            raise UsageError(f"--env-id {args.env_id} observes and acts in {here}, the trained agent in {there}")
+        playing = {i: env.reset(seed=seed)[0] for i, (env, seed) in enumerate(zip(envs, seeds, strict=True))}
+        while playing and not Run.stop_signal:
+            for i, action in zip(list(playing), agent.act(np.stack([*playing.values()])), strict=True):
+                playing[i], reward, terminated, truncated, _ = envs[i].step(action)
+                returns[i : i + 1] += reward  # some environments return an array of one element
+                lengths[i] += 1
+                if terminated or truncated or lengths[i] == args.eval_max_steps:
+                    del playing[i]
+    if lengths.max() == args.eval_max_steps:
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
-    return result | {"eval/episodic_length": lengths.mean()}
-
-
-def evaluate_saved(args: Args) -> None:
-    """Plays eval_episodes episodes with the model in run_dir and prints the result."""
-    env = make_env(args.env_id)
-    agent = make_agent(args, env).to(choose_device(args.device, small=len(env.observation_space.shape) == 1))
-    load_file(Path(args.run_dir, MODEL), model=agent)
-    result = evaluate(agent.act, args, "evaluation")
-    print(*(f"{name} {value:.4g}" for name, value in result.items()), f"{args.eval_episodes} episodes", sep=", ")
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces the file atomically: a crash never leaves half of it."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
-        temporary.unlink(missing_ok=True)
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-MODEL, CHECKPOINT = "model.pt", "checkpoint.pt"
-
-
-def save_file(path: Path, state: dict) -> None:
-    write_file(path, lambda file: torch.save(state, file))
-
-
-def save_model(folder: Path, model: nn.Module) -> None:
-    save_file(folder / MODEL, {"model": model.state_dict()})
+    return {} if playing else result | {"eval/episodic_length": lengths.mean()}
 
 
 def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads what save_file wrote, data and never code, into the parts of the same names."""
-    if not path.exists():
-        refuse(f"{path} is missing")
+    """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # not the fault of what is in the file
-        raise
+        return state
     except Exception as error:  # a damaged file can raise anything
-        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
-    return state
+        raise UsageError(f"{path} is missing, damaged or of another script: {error}") from None
+
+
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+
+
+def load(run_dir: str) -> nn.Module:
+    """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
+    state = load_file(Path(run_dir, "model.pt"))
+    kind, dtype, values = state["action_space"]
+    values = {name: value.numpy()[()] for name, value in values.items()}
+    space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
+    agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
+    load_file(Path(run_dir, "model.pt"), model=agent)
+    return agent
 
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
+    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
-    acts, also into a file of its own.
-    """
+    stop_signal = 0  # main sets it when a signal arrives
 
-    def __init__(self, args: Args, task: str, **parts: object):
-        task = task.replace("/", "-").replace(":", "-")
-        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        args.run_dir = args.run_dir or f"runs/{name}"
-        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+    def __init__(self, args: Args):
+        name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.bar = self.wandb = None
         try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            refuse(f"--run-dir {self.dir} is in use by another process")
-        path = self.dir / "config.json"
-        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
-            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
-        config = json.loads(path.read_text()) if args.resume else self.describe()
-        self.wandb = self.start_wandb(config) if args.track else None
-        if not args.resume:
-            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
-        self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
-        self.started, self.stop_signal = time.time(), None
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self.ask_to_stop)
-        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {error}") from None
+        if args.capture_video:
+            make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
+        self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
+        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
+        if small:
+            torch.set_num_threads(1)
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        torch.manual_seed(args.seed)
 
-    def describe(self) -> dict:
-        """What another person needs to know to repeat the run."""
-        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
-        commit_status, commit = subprocess.getstatusoutput(git)
-        cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
-        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
-        cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
-        gpus = gpus if gpu_status == 0 else "none"
-        packages = [distribution.metadata for distribution in distributions()]  # read once each
-        return {
-            "script": Path(__file__).stem,
-            "args": asdict(self.args),
-            "command": sys.argv,
-            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
-            "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
-            "hardware": f"{platform.platform()}, {os.cpu_count()} cores ({cpu}), GPUs: {gpus}",
-            "wandb_id": os.urandom(8).hex(),
-        }
+    def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
 
-    def start_wandb(self, config: dict) -> object:
-        import wandb
+        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
+        """
+        args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
+        if args.resume:
+            config = json.loads(path.read_text())
+            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
+            if changed - {"run_dir", "resume", "device", "total_timesteps"}:
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+            config = {"script": Path(__file__).stem, "command": sys.argv}
+            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"] = asdict(args) | {"resume": False}
+        if args.track:
+            import wandb
 
-        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            try:
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
+            self.wandb.define_metric("*", step_metric="global_step")
         try:
-            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
-        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
-            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
-        run.define_metric("*", step_metric="global_step")
-        return run
-
-    def ask_to_stop(self, number: int, _frame: object) -> None:
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
-
-    def stopped(self) -> bool:
-        return self.stop_signal is not None
-
-    def restore(self) -> int:
-        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
-        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
-        if (self.dir / CHECKPOINT).exists():
-            state = load_file(self.dir / CHECKPOINT, **self.parts)
-        if self.metrics.tell() < state["metrics_bytes"]:
-            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
-        self.metrics.truncate(state["metrics_bytes"])
-        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
-        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+            self.dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
+        none = [torch.zeros(0)] * args.num_envs
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": none, "streams": []}
+        if args.resume and checkpoint.exists():
+            state = load_file(checkpoint, **parts)
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
-        return self.checkpoint_step
+        for i, actions in enumerate(state["actions"]):
+            self.begin_episode(i, actions.numpy())
+            if "obs" in state and (self.obs[i] != state["obs"][i].numpy()).any():
+                tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
+                self.begin_episode(i)
+        setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for setter, stream in zip(setters, state["streams"], strict=False):
+            setter(stream)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        kind = "vectors" if len(self.obs_shape) == 1 else "images"
+        print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
-    def is_due(self, frequency: int, last: int, step: int) -> bool:
-        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
-        return step // frequency > last // frequency or step == self.args.total_timesteps > last
+    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> None:
+        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again."""
+        began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
+        seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
+        self.obs[i], _ = self.envs[i].reset(seed=seed)
+        self.returns[i], self.actions[i] = 0.0, list(actions)
+        for action in actions:
+            self.obs[i], reward, *_ = self.envs[i].step(action)
+            self.returns[i : i + 1] += reward
 
-    def evaluation_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-    def checkpoint_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
+        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        """
+        next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
+        terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+            self.actions[i].append(action)
+            next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
+            infos.append(info)
+        if not math.isfinite(next_obs.sum() + rewards.sum()):
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: rewards {rewards}, {next_obs}")
+        self.obs = next_obs.copy()
+        self.global_step += len(self.envs)
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.log({"charts/episodic_return": self.returns[i], "charts/episodic_length": len(self.actions[i])})
+            self.begin_episode(i)
+        return next_obs, rewards, terminated, truncated, infos
 
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
-        if not row:
-            return
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
-        row = {name: None if name in broken else float(value) for name, value in row.items()}
-        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
+    def goes_on(self) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last, result = self.args, self.global_step, self.last_step, {}
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            result = evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}")
+            if result:
+                self.log(result)
+                self.result = result
+            else:  # a signal has stopped it: after --resume it is due again
+                self.last_step = last
+        if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
+            self.save()
+        if Run.stop_signal:
+            print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + Run.stop_signal)
+        if end:
+            print(f"Done: {self.dir}/model.pt. To watch it:\n    {self.command} --evaluate --capture-video")
+        return not end
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
-        try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
-                self.wandb.log(row, step=self.num_rows, commit=True)
-        except Exception as error:  # it must not end the run
-            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
-            self.wandb = None
-        self.num_rows += 1
-        if broken:
-            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
-        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
-        if evaluation:
-            self.evaluation_step = step
-            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
-        if "charts/episodic_return" in row:
-            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
-        self.bar.update(step - self.bar.n)
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
 
-    def save(self, step: int) -> None:
-        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
+    def save(self) -> None:
+        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):
-            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
-        os.fsync(self.metrics.fileno())
-        state |= {"step": step, "evaluation_step": self.evaluation_step}
-        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
-        save_model(self.dir, self.parts["model"])
-        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
-        self.checkpoint_step = step
-        if self.stopped():
-            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
-            raise SystemExit(128 + self.stop_signal)
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape}
+        model["action_space"] = type(space).__name__, str(space.dtype), values
+        state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
-    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.wandb:
-            self.wandb.finish(exit_code)
-        self.lock.release()
-        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
+            self.wandb.finish()
+        if self.last_step and isinstance(sys.exc_info()[1], Exception):
+            print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
-    args = parse_args()
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
+    gym.logger.min_level = gym.logger.ERROR  # its warnings would stand around our one line
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     try:
+        args = parse_args()
         if args.evaluate:
-            evaluate_saved(args)
+            film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
+            result = evaluate(load(args.run_dir), args, film)
+            print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
+            print(*film.parent.glob(f"{film.name}*.mp4"))
         else:
             train(args)
-    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
-        sys.exit(130)
-    except (FloatingPointError, MemoryError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
+    except (UsageError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Args:
     env_ids: tuple[str, ...] = ()  # environments for --command
     suite: str | None = None  # instead of a command: the name of a file in benchmark/suites, or the path of one
     num_seeds: int | None = None  # seeds of each environment; None: 3, or what the suite says, else 5
-    start_seed: int = 1  # the first of them
+    start_seed: int | None = None  # the first of them; None: what the suite says, else 1
     output: str | None = None  # folder of the ledger and the runs; None: runs/sweep, or runs/ and the suite's name
     workers: int = 1  # runs at a time; with Ray as many as the cluster has room for
     threads: int | None = None  # CPU threads of a run; None: the cores shared among the workers, 1 with Ray or Slurm
@@ -208,6 +208,7 @@ def plan_suite(args: Args) -> list[Run]:
                 refuse(f"{path}: env_ids = {env_ids!r} must be a list")
             flags = {"total_timesteps": entry.pop("total_timesteps")} | entry.pop("flags", {})
             flags = [to_flag(name, value) for name, value in flags.items()]
+            entry.setdefault("start_seed", 1)
             if script.is_file():
                 runs += make_runs(args, [sys.executable, str(script)], flags, env_ids, args.num_seeds or seeds, **entry)
             else:
@@ -225,8 +226,9 @@ def to_flag(name: str, value: object) -> str:
 
 
 def make_runs(
-    args: Args, launch: list[str], flags: list[str], env_ids: list[str], num_seeds: int, result: str = RESULT
-) -> list[Run]:
+    args: Args, launch: list[str], flags: list[str], env_ids: list[str], num_seeds: int, result: str = RESULT,
+    start_seed: int = 1,
+) -> list[Run]:  # fmt: skip
     """The runs of one script with the same flags. Another text or another flag, but --track, makes another folder."""
     script = Path(launch[-1]).stem
     script_hash = hashlib.sha256(Path(launch[-1]).read_bytes()).hexdigest()
@@ -234,7 +236,8 @@ def make_runs(
     for env_id in env_ids:
         digest = hashlib.sha256(repr([script_hash, flags, env_id, result]).encode()).hexdigest()[:8]
         env = re.sub(r"[^\w.-]", "-", env_id or "default")
-        for seed in range(args.start_seed, args.start_seed + num_seeds):
+        first = start_seed if args.start_seed is None else args.start_seed
+        for seed in range(first, first + num_seeds):
             name, group = f"{env}__{script}__{seed}__{digest}", f"{env}__{script}__{digest}"
             runs.append(Run(name, group, launch, [*flags, *track], env_id, seed, result, script_hash))
     return runs

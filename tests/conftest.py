@@ -2,6 +2,8 @@
 
 import atexit
 import functools
+import gc
+import importlib
 import json
 import os
 import re
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from facts import FACTS
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "algorithms").glob("*.py"))
@@ -29,6 +32,42 @@ def call(script: str | Path, *flags: object, cwd: Path = ROOT, **environ: str) -
     path = script if isinstance(script, Path) else ROOT / "algorithms" / f"{script}.py"
     command = [sys.executable, str(path), *map(str, flags)]
     return subprocess.run(command, cwd=cwd, env=os.environ | environ, capture_output=True, text=True, timeout=280)
+
+
+def tiny(script: str, *flags: object) -> list[str]:
+    """The flags of a script's run of seconds, and others: the last of equal flags counts."""
+    return [*FACTS[script].tiny, *map(str, flags)]
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs a script's command line inside this process: cli("ppo", "--seed", 2) -> (exit code, stdout, stderr)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(script: str, *flags: object) -> tuple[int, str, str]:
+        module = importlib.import_module(f"algorithms.{script}")
+        capsys.readouterr()
+        gc.freeze()  # so that the collection after the run need not search a million objects of PyTorch
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [f"algorithms/{script}.py", *map(str, flags)])
+            patch.setattr(sys, "path", [*sys.path])
+            patch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+            if hasattr(module.Run, "stop_signal"):
+                patch.setattr(module.Run, "stop_signal", 0)
+            try:
+                module.main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            finally:  # also after what is no business of main: an error in a user's environment
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        # Where a run locks its folder, the lock lives as long as the run
+        gc.collect()
+        gc.unfreeze()
+        return code or 0, *capsys.readouterr()
+
+    return run
 
 
 # Of these, two are imported late: with the first optimizer, with the first model

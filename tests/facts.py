@@ -158,12 +158,12 @@ FACTS = {
     ),
     "dqn": Facts(
         tiny=flags(
-            "--env-id CartPole-v1 --num-envs 2 --buffer-size 1000 --learning-starts 64 --train-frequency 16 "
+            "--env-id CartPole-v1 --num-envs 2 --buffer-size 1000 --learning-starts 64 --train-frequency 8 "
             "--batch-size 16 --target-network-frequency 5 --learning-rate 0.03"
         ) + EVALUATED,
         resumed=[
             flags("--total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096"),
-            flags("--env-id LunarLander-v3 --norm-obs --total-timesteps 8192 --checkpoint-frequency 1024"),
+            flags("--env-id LunarLander-v3 --no-norm-obs --exploration ez-greedy --total-timesteps 8192"),
             flags("--env-id ALE/Pong-v5 --total-timesteps 512 --checkpoint-frequency 128 --eval-episodes 1"),
         ],
         changes={
@@ -172,7 +172,7 @@ FACTS = {
             "anneal_lr": False, "buffer_size": 100, "batch_size": 8, "learning_starts": 200, "train_frequency": 8,
             "target_network_frequency": 7, "tau": 0.5, "gamma": 0.9, "exploration": "boltzmann", "start_e": 0.5,
             "end_e": 0.3, "exploration_fraction": 0.5, "max_grad_norm": 0.01, "huber": True, "double_q": False,
-            "dueling": True, "norm_obs": True,
+            "dueling": True, "norm_obs": False,
         },
         mistakes={
             "--buffer-size 1": "--buffer-size",
@@ -188,7 +188,6 @@ FACTS = {
             "--exploration-fraction 2": "--exploration-fraction",
             "--exploration ucb": "boltzmann",
             "--double-q maybe": "maybe",
-            "--env-id ALE/Pong-v5 --norm-obs": "--norm-obs",
             "--env-id Pendulum-v1": "sac.py",
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",
             "--env-id OddTupleAction-v0": "Tuple",
@@ -226,7 +225,7 @@ FACTS = {
     ),
     "maddpg": Facts(
         tiny=flags(
-            "--env-id simple_spread_v3 --num-envs 2 --learning-starts 64 --train-frequency 32 --batch-size 32"
+            "--env-id simple_spread_v3 --num-envs 2 --learning-starts 64 --train-frequency 4 --batch-size 16"
             " --hidden-size 16"
         ) + EVALUATED,
         resumed=[
@@ -237,19 +236,19 @@ FACTS = {
             "env_id": "simple_tag_v3", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 512,
             "eval_episodes": 3, "checkpoint_frequency": 512, "capture_video": True, "algorithm": "ddpg",
             "continuous_actions": True, "actor_gradient": "exact", "learning_rate": 0.1, "anneal_lr": True,
-            "beta2": 0.9, "hidden_size": 8, "buffer_size": 64, "batch_size": 16, "learning_starts": 128,
+            "beta2": 0.9, "hidden_size": 8, "buffer_size": 64, "batch_size": 8, "learning_starts": 128,
             "train_frequency": 16, "gamma": 0.5, "tau": 0.5, "output_coef": 1.0,
             "exploration_noise": None, "opponent_dir": None,  # tested in test_maddpg.py
         },
         mistakes={
-            "--env-id LunarLander-v3": "ppo.py",
-            "--env-id simple_v3": "single agent",
+            "--env-id LunarLander-v3": "mpe2.farama.org",
             "--env-id nowhere:env": "nowhere",
             "--env-id mpe2.simple_spread_v3:env": "parallel",
             "--algorithm qmix": "maddpg",
             "--beta2 1": "--beta2",
             "--hidden-size 0": "--hidden-size",
             "--buffer-size 0": "--buffer-size",
+            "--buffer-size 1000000000000 --total-timesteps 1000000000000": "GB",
             "--batch-size 0": "--batch-size",
             "--learning-starts -1": "--learning-starts",
             "--train-frequency 0": "--train-frequency",
@@ -288,9 +287,10 @@ FACTS = {
             "--noise-clip -1": "--noise-clip",
             "--exploration-noise -1": "--exploration-noise",
             "--buffer-size 1": "--buffer-size",
+            "--buffer-size 1000000000000 --total-timesteps 1000000000000": "GB",
             "--batch-size 0": "--batch-size",
             "--learning-starts -1": "--learning-starts",
-            "--env-id CartPole-v1": "dqn.py and ppo.py",
+            "--env-id CartPole-v1": "ppo.py",
             "--env-id CarRacing-v3": "ppo.py",
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",
             "--env-id OddIntegerAction-v0": "Box",
@@ -319,9 +319,10 @@ FACTS = {
             "--alpha -1": "--alpha",
             "--alpha 0": "--no-autotune",
             "--buffer-size 1": "--buffer-size",
+            "--buffer-size 1000000000000 --total-timesteps 1000000000000": "GB",
             "--batch-size 0": "--batch-size",
             "--learning-starts -1": "--learning-starts",
-            "--env-id CartPole-v1": "dqn.py and ppo.py",
+            "--env-id CartPole-v1": "ppo.py",
             "--env-id CarRacing-v3": "ppo.py",
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",
             "--env-id OddIntegerAction-v0": "Box",
@@ -342,9 +343,10 @@ FACTS = {
         mistakes={
             "--her-strategy past": "future",
             "--her-ratio -1": "--her-ratio",
+            "--buffer-size 1000000000000 --total-timesteps 1000000000000": "GB",
             "--alpha 0": "--no-autotune",
             "--env-id Pendulum-v1": "sac.py",
-            "--env-id CartPole-v1": "dqn.py and ppo.py",
+            "--env-id CartPole-v1": "ppo.py",
         },
         rate="q-lr",
     ),

@@ -1,17 +1,14 @@
 """q_learning.py against targets by hand, Bellman's equations as linear systems, and environments with known answers."""
 
-import gc
 import itertools
-import os
 import random
-import signal
-import sys
 from collections import Counter as Multiset
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from conftest import rows, timeless
 
 from algorithms import q_learning
@@ -109,22 +106,20 @@ for name, kwargs in ODD.items():
     gym.register(f"TableOdd{name}-v0", Odd, disable_env_checker=True, kwargs={"action_space": D(2)} | kwargs)
 
 
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-
-def release():
-    """Lets go of a run that did not finish: the signal handlers hold it, and it the lock of its folder."""
-    for number, handler in HANDLERS.items():
-        signal.signal(number, handler)
-    gc.collect()
-
-
 @pytest.fixture(autouse=True)
 def nothing_noted():
     STEPS.clear()
     SEEDS.clear()
-    yield
-    release()
+
+
+def read(run_dir):
+    """Q(s, a), (1 or 2, S, A), and counts, (S, A), of a run's model, with the initial value where it never was."""
+    model = torch.load(Path(run_dir, "model.pt"), weights_only=True)["model"]
+    states, args = model["states"].tolist(), q_learning.saved_args(run_dir)
+    q = np.full((len(model["q"]), max(states) + 1, model["counts"].shape[1]), args.initial_value)
+    counts = np.zeros(q.shape[1:], int)
+    q[:, states], counts[states] = model["q"], model["counts"]
+    return q, counts
 
 
 def train(run_dir="run", **kwargs):
@@ -132,7 +127,28 @@ def train(run_dir="run", **kwargs):
     args = {"env_id": "Walk-v0", "total_timesteps": 1000, "eval_frequency": 10**9, "eval_episodes": 1}
     args = q_learning.Args(**args | {"checkpoint_frequency": 10**9, "run_dir": str(run_dir)} | kwargs)
     q_learning.train(args)
-    return rows(Path(run_dir)), np.load(Path(run_dir, "model.npz"))["model/q"]
+    return rows(Path(run_dir)), read(run_dir)[0]
+
+
+def make_table(num_tables, num_actions, initial_value=0.0, q=()):
+    """A table with these rows, for each table a list of lists."""
+    algorithm = "double-q-learning" if num_tables == 2 else "q-learning"
+    args = q_learning.Args(algorithm=algorithm, initial_value=initial_value)
+    table = q_learning.make_agent(args, (), D(num_actions))
+    for of_one, values in zip(table.q, q, strict=False):
+        for s, row in enumerate(values):
+            of_one[s], table.counts[s] = row, [0] * num_actions
+    return table
+
+
+def make_env(env_id, **flags):
+    return q_learning.make_env(q_learning.Args(env_id=env_id, **flags))
+
+
+def exact(env, actions, gamma=0.9):
+    """The exact returns of a policy, one action for each state, and of value iteration's."""
+    q = [[float(a == action) for a in range(int(env.action_space.n))] for action in actions]
+    return q_learning.exact_returns(make_table(1, int(env.action_space.n), q=[q]), env, q_learning.Args(gamma=gamma))
 
 
 def bellman(gamma, epsilon):
@@ -166,9 +182,6 @@ def test_bellmans_values_by_hand():
     last = 0.8 / 0.84
     expected = [last * (0.64 / 0.84) ** 2, last * 0.64 / 0.84, last]
     np.testing.assert_allclose(bellman(0.8, 0.0)[:, 1], expected)
-    np.testing.assert_allclose(
-        q_learning.Transitions(q_learning.make_env("Walk-v0"), 0.8).value_iteration(0.8)[:3, 1], expected
-    )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -182,43 +195,52 @@ def test_a_td_error_of_half_at_alpha_a_tenth_moves_3_to_3_05(algorithm, terminat
     assert sorted(q.flatten()) == pytest.approx([3.0] * (q.size - 1) + [3.05])
 
 
-TARGETS = {"q-learning": 1 + 0.5 * 4, "sarsa": 1 + 0.5 * -2, "expected-sarsa": 1 + 0.5 * (1.6 + 0.2 - 0.8),
-           "double-q-learning": 1 + 0.5 * 0.7}  # fmt: skip
+NEXT_VALUES = {"q-learning": 4, "sarsa": -2, "expected-sarsa": 1.6 + 0.2 - 0.8, "double-q-learning": 0.7}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_targets_by_hand(algorithm):
-    args = q_learning.Args(algorithm=algorithm, gamma=0.5)
-    next_state = [4.0, 1.0, -2.0], [0.7, 9.0, 3.0], 2, [0.4, 0.2, 0.4]
-    assert q_learning.td_target(1.0, False, *next_state, args) == pytest.approx(TARGETS[algorithm])
-    assert q_learning.td_target(1.0, True, *next_state, args) == 1.0, "a terminal state is worth nothing"
+def test_values_of_the_next_state_by_hand(algorithm):
+    args = q_learning.Args(algorithm=algorithm)
+    value = q_learning.next_value([4.0, 1.0, -2.0], [0.7, 9.0, 3.0], 2, [0.4, 0.2, 0.4], args)
+    assert value == pytest.approx(NEXT_VALUES[algorithm])
+
+
+class Numbered(q_learning.defaultdict):
+    """Rows for two actions: of table k, each value is at first state + 100 k."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def __missing__(self, state):
+        self[state] = [float(state + 100 * self.k)] * 2
+        return self[state]
 
 
 @pytest.fixture
-def targets(monkeypatch):
-    """What train hands to td_target, with a table whose numbers are those of the states; it does not learn."""
-    seen, td_target, make_agent = [], q_learning.td_target, q_learning.make_agent
+def seen(monkeypatch):
+    """What train hands to next_value, with a table whose numbers are at first those of the states."""
+    given, next_value, make_agent = [], q_learning.next_value, q_learning.make_agent
 
-    def make(args, env):
-        agent = make_agent(args, env)
-        agent.q = [[[float(s + 100 * k)] * len(values) for s, values in enumerate(table)]
-                   for k, table in enumerate(agent.q)]  # fmt: skip
+    def make(*args):
+        agent = make_agent(*args)
+        agent.q = [Numbered(k) for k in range(len(agent.q))]
         return agent
 
     monkeypatch.setattr(q_learning, "make_agent", make)
-    monkeypatch.setattr(q_learning, "td_target", lambda *given: (seen.append(given), td_target(*given))[1])
-    return seen
+    monkeypatch.setattr(
+        q_learning, "next_value", lambda q, *others: (given.append((q[:], *others)), next_value(q, *others))[1]
+    )
+    return given
 
 
-def test_what_reaches_the_target_is_what_happened(targets):
+def test_what_is_learned_from_is_what_happened(seen):
     log, _ = train(env_id="TableCounter-v0", total_timesteps=10, learning_rate=0.0, eval_frequency=10)
     steps = STEPS[:10]
     assert [s for s, _, _ in steps] == [0, 1, 2, 10, 11, 20, 21, 22, 23, 0]
-    assert [given[2][0] for given in targets] == [1, 2, 3, 11, 12, 21, 22, 23, 24, 1], (
-        "of the last state, not the reset"
+    assert [q[0] for q, *_ in seen] == [1, 2, 11, 12, 21, 22, 23, 24, 1], (
+        "of the last state of an episode, not of the reset; truncated is not terminated, as state 3 is"
     )
-    assert [given[0] for given in targets] == [1, 2, 3, 1, 2, 1, 2, 3, 4, 1]
-    assert [given[1] for given in targets] == [False, False, True] + [False] * 7, "truncated is not terminated"
     episodes = [(row["global_step"], row["charts/episodic_return"], row["charts/episodic_length"])
                 for row in log if "charts/episodic_return" in row]  # fmt: skip
     assert episodes == [(3, 6, 3), (5, 3, 2), (9, 10, 4)]
@@ -233,31 +255,33 @@ def test_a_time_limit_bootstraps_and_a_terminal_state_does_not():
 
 
 @pytest.mark.parametrize("algorithm", ["sarsa", "expected-sarsa"])
-def test_the_target_is_of_the_action_that_is_taken_next_and_of_the_policy_that_took_it(algorithm, targets):
+def test_the_target_is_of_the_action_that_is_taken_next_and_of_the_policy_that_took_it(algorithm, seen):
     train(env_id="TableCounter-v0", total_timesteps=200, algorithm=algorithm, learning_rate=0.0, start_e=0.6, end_e=0.6)
-    ends = {i for i, (_, _, s) in enumerate(STEPS[:200]) if s in (3, 12, 24)}
+    on = [i for i, (_, _, s) in enumerate(STEPS[:200]) if s != 3]  # steps that do not end in a terminal state
     taken = [action for _, action, _ in STEPS[:200]]
-    for i in set(range(199)) - ends:
-        assert targets[i][4] == taken[i + 1]
-    assert {given[4] for given in targets} == {0, 1}
+    assert len(on) == len(seen)
+    for i, (_, _, action, _, _) in zip(on, seen, strict=True):
+        if i < 199 and STEPS[i][2] not in (12, 24):  # the time limit
+            assert action == taken[i + 1]
+    assert {action for _, _, action, _, _ in seen} == {0, 1}
     if algorithm == "expected-sarsa":
-        assert targets[0][5] == pytest.approx([0.5, 0.5]), "two actions of equal worth"
+        assert seen[0][3] == pytest.approx([0.5, 0.5]), "two actions of equal worth"
 
 
-def test_double_q_learning_tosses_a_coin_for_the_table_that_learns(targets):
+def test_double_q_learning_tosses_a_coin_for_the_table_that_learns(seen):
     train(env_id="TableCounter-v0", total_timesteps=400, algorithm="double-q-learning", learning_rate=0.0)
-    assert {given[3][0] - given[2][0] for given in targets} == {100, -100}
-    assert 150 < sum(given[2][0] < 100 for given in targets) < 250
+    assert {other[0] - q[0] for q, other, *_ in seen} == {100, -100}
+    assert 0.35 * len(seen) < sum(q[0] < 100 for q, *_ in seen) < 0.65 * len(seen)
 
 
-def test_double_q_learning_moves_the_table_that_chose_the_action_of_the_target(targets):
+def test_double_q_learning_moves_the_table_that_chose_the_action_of_the_target(seen):
     """... to the other one's value of it: Q_1 of states 0 and 1 is 0 and 1, Q_2 100 and 101."""
     moved = set()
     for seed in range(1, 13):
         _, q = train(str(seed), env_id="TableCounter-v0", total_timesteps=1, algorithm="double-q-learning", gamma=0.5,
                      learning_rate=1.0, seed=seed)  # fmt: skip
-        chose = int(targets[-1][2][0] == 101)
-        assert (q[1 - chose] == np.arange(40)[:, None] + 100 * (1 - chose)).all()
+        chose = int(seen[-1][0][0] == 101)
+        assert (q[1 - chose] == np.arange(2)[:, None] + 100 * (1 - chose)).all()
         assert sorted(q[chose, 0]) == sorted([100 * chose, 1 + 0.5 * (1 if chose else 101)])
         moved.add(chose)
     assert moved == {0, 1}
@@ -279,18 +303,22 @@ def test_double_q_learning_changes_the_table_that_chose_the_action_of_its_target
 def test_single_table_algorithms_have_one_table_and_double_two():
     for algorithm in ALGORITHMS:
         args = q_learning.Args(algorithm=algorithm, initial_value=2.5)
-        q = np.array(q_learning.make_agent(args, q_learning.make_env(args.env_id)).q)
-        assert q.shape == (1 + (algorithm == "double-q-learning"), 16, 4)
-        assert (q == 2.5).all()
+        table = q_learning.make_agent(args, (), D(4))
+        assert len(table.q) == 1 + (algorithm == "double-q-learning")
+        assert all(of_one[7] == [2.5] * 4 for of_one in table.q)
+        assert table.values(3) == [2.5] * 4
 
 
 def test_acting_is_by_the_mean_of_the_tables_and_takes_the_first_of_equals():
-    table = q_learning.Table(2, 3, 3, 0.0)
-    table.q[0] = [[1, 5, 0], [2, 2, 2], [0, 1, 1]]
-    table.q[1] = [[5, 0, 0], [2, 2, 2], [0, 1, 1]]
+    table = make_table(2, 3, q=[[[1, 5, 0], [2, 2, 2], [0, 1, 1]], [[5, 0, 0], [2, 2, 2], [0, 1, 1]]])
     assert table.values(0) == [3, 2.5, 0]
     for _ in range(20):
         assert table.act(np.array([0, 1, 2, 2])).tolist() == [0, 0, 1, 1]
+    table.action_space = D(3, start=5)
+    assert table.act(np.array([[2], [0]])).tolist() == [[6], [5]]
+    assert table.act(2) == 6, "one state"
+    assert table.act(99) == 5, "one that it has never met"
+    assert 99 not in table.counts, "to evaluate changes nothing"
 
 
 def test_probabilities_of_epsilon_greedy():
@@ -304,8 +332,9 @@ def test_probabilities_of_epsilon_greedy():
 def test_probabilities_of_boltzmann():
     values = np.array([1.0, 2.0, 2.0, -1.0])
     expected = np.exp(values / 0.7) / np.exp(values / 0.7).sum()
-    assert q_learning.boltzmann(values.tolist(), 0.7) == pytest.approx(expected)
-    assert q_learning.boltzmann([9000.0, 9001.0, 1e9], 1e-9) == [0, 0, 1], "no overflow"
+    args = q_learning.Args(exploration="boltzmann")
+    assert q_learning.policy(values.tolist(), [0] * 4, 0.7, args) == pytest.approx(expected)
+    assert q_learning.policy([9000.0, 9001.0, 1e9], [0] * 3, 1e-9, args) == [0, 0, 1], "no overflow"
 
 
 def test_upper_bounds():
@@ -331,7 +360,7 @@ def test_exploring_follows_the_probabilities_of_the_policy(exploration):
         assert expected == [[0.5, 0, 0.5, 0], [0, 0, 0, 1], [0, 0.5, 0, 0.5]]
 
 
-def test_ties_are_broken_at_random_while_training(targets):
+def test_ties_are_broken_at_random_while_training(seen):
     train(env_id="TableCounter-v0", total_timesteps=400, learning_rate=0.0, start_e=0.0, end_e=0.0)
     assert 150 < sum(action for _, action, _ in STEPS[:400]) < 250
 
@@ -346,7 +375,8 @@ def test_schedules_at_both_ends(tmp_path):
         logged = [row for row in log if "charts/learning_rate" in row]
         assert [row["global_step"] for row in logged] == list(range(1000, 9000, 1000))
         assert [row["charts/learning_rate"] for row in logged] == pytest.approx(np.arange(0.35, -0.01, -0.05), abs=1e-4)
-        assert [row["charts/epsilon"] for row in logged] == pytest.approx([*np.linspace(start, end, 5)[1:], *[end] * 4])
+        levels = [*np.linspace(start, end, 5)[1:], *[end] * 4]
+        assert [row["charts/epsilon"] for row in logged] == pytest.approx(levels, abs=1.01 * (start - end) / 4000)
         assert all(row["charts/SPS"] > 0 and row["losses/td_loss"] >= 0 for row in logged)
 
 
@@ -365,9 +395,9 @@ def test_exploration_is_what_the_environment_gets(tmp_path):
 def test_first_learning_rate_is_not_annealed_and_steps_are_counted():
     _, q = train(env_id="TableCounter-v0", total_timesteps=2, learning_rate=0.5, initial_value=0.0, gamma=0.0)
     assert [value for value in q.flatten() if value] == [0.5, 0.5], "0.5 * 1, and half of 0.5 * 2"
-    counts = np.load("run/model.npz")["model/counts"]
+    _, counts = read("run")
     assert counts.sum() == 2
-    assert [s for s in range(40) if counts[s].any()] == [0, 1]
+    assert [s for s, row in enumerate(counts) if row.any()] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -376,19 +406,25 @@ def test_first_learning_rate_is_not_annealed_and_steps_are_counted():
      ("CliffWalking-v1", 0.995, -13), ("CliffWalking-v1", 1.0, -13)],
 )  # fmt: skip
 def test_optimal_returns_that_are_known(env_id, gamma, optimum):
-    assert q_learning.Transitions(q_learning.make_env(env_id), gamma).optimal_return == pytest.approx(optimum, abs=1e-4)
+    env = make_env(env_id)
+    result = exact(env, [0] * int(env.observation_space.n), gamma)
+    assert result["eval/optimal_return"] == pytest.approx(optimum, abs=1e-4)
 
 
-def test_value_iteration_solves_bellmans_equation():
-    for gamma in 0.0, 0.5, 0.9, 0.99:
-        q = q_learning.Transitions(q_learning.make_env("Walk-v0"), gamma).value_iteration(gamma)
-        np.testing.assert_allclose(q[:3], bellman(gamma, 0.0), atol=1e-7)
-        assert (q[3] == 0).all()
+@pytest.mark.parametrize(("gamma", "best_action"), [(0.0, 0), (0.5, 0), (0.9, 1), (0.99, 1)])
+def test_value_iteration_solves_bellmans_equation(gamma, best_action, monkeypatch):
+    """What is best in state 0, to stay or to go on, depends on the discount: now the latter costs more."""
+    first = {0: [(1.0, 0, -0.3, False)], 1: [(0.8, 1, -1.0, False), (0.2, 0, -1.0, False)]}
+    monkeypatch.setattr(Walk, "P", Walk.P | {0: first})
+    best = bellman(gamma, 0.0).argmax(axis=1)
+    assert best[0] == best_action
+    returns = exact(make_env("Walk-v0"), [*best, 0], gamma)
+    assert returns["eval/optimal_return"] == pytest.approx(returns["eval/exact_return"])
+    others = exact(make_env("Walk-v0"), [1 - best[0], *best[1:], 0], gamma)
+    assert abs(others["eval/exact_return"] - returns["eval/exact_return"]) > 0.1
 
 
 def test_exact_return_is_the_sum_over_all_ways_that_an_episode_can_go():
-    model = q_learning.Transitions(q_learning.make_env("Walk-v0"), 0.9)
-
     def expected(state, steps_left, actions):
         if steps_left == 0:
             return 0.0
@@ -397,18 +433,25 @@ def test_exact_return_is_the_sum_over_all_ways_that_an_episode_can_go():
             for prob, next_state, reward, terminated in Walk.P[state][actions[state]]
         )
 
-    for actions in itertools.product(range(2), repeat=3):
-        for model.time_limit in 1, 2, 3, 7:
-            exact = model.expected_return(np.array([*actions, 0]))
-            assert exact == pytest.approx(expected(0, model.time_limit, actions))
+    for limit in 1, 2, 3, 7:
+        env = gym.make("Walk-v0", max_episode_steps=limit)
+        for actions in itertools.product(range(2), repeat=3):
+            result = exact(env, [*actions, 0])
+            assert result["eval/exact_return"] == pytest.approx(expected(0, limit, actions))
 
 
 def test_exact_return_is_the_mean_of_sampled_ones():
     args = q_learning.Args(env_id="FrozenLake-v1", eval_episodes=2000)
-    model = q_learning.Transitions(q_learning.make_env(args.env_id), 0.995)
-    actions = model.value_iteration(0.995).argmax(axis=1)
-    sampled = q_learning.evaluate(lambda states: actions[states], args, "x")["eval/episodic_return"]
-    assert sampled == pytest.approx(model.expected_return(actions), abs=0.03)
+    q = [[float(a == action) for a in range(4)] for action in (0, 3, 3, 3, 0, 0, 0, 0, 3, 1, 0, 0, 0, 2, 1, 0)]
+    result = q_learning.evaluate(make_table(1, 4, q=[q]), args, None)
+    assert result["eval/exact_return"] == pytest.approx(0.7402, abs=1e-4)
+    assert result["eval/episodic_return"] == pytest.approx(result["eval/exact_return"], abs=0.03)
+
+
+def test_a_table_that_would_take_too_much_memory_has_no_exact_return(monkeypatch):
+    for size, known in (2000, True), (2001, False):
+        monkeypatch.setattr(Walk, "initial_state_distrib", np.eye(1, size)[0])
+        assert bool(exact(make_env("Walk-v0"), [0] * 4)) == known
 
 
 def observations(space):
@@ -433,7 +476,7 @@ def observations(space):
 def test_every_observation_has_a_number_of_its_own(space):
     every = observations(space)
     assert all(space.contains(obs) for obs in every if not isinstance(space, gym.spaces.MultiBinary))
-    numbers = [q_learning.state_number(space, obs) for obs in every]
+    numbers = [q_learning.number_of(space, obs) for obs in every]
     assert sorted(number for number, _ in numbers) == list(range(len(every)))
     assert {count for _, count in numbers} == {len(every)}
 
@@ -448,22 +491,9 @@ def test_any_discrete_spaces_are_numbered_from_0(name):
 
 def test_learns_blackjack():
     log, q = train(env_id="Blackjack-v1", total_timesteps=30_000, eval_episodes=500, gamma=1.0)
-    assert q.shape == (1, 32 * 11 * 2, 2)
+    assert 600 < q.shape[1] <= 32 * 11 * 2
     assert log[-1]["eval/episodic_return"] > -0.2, "random play loses 0.4"
     assert "eval/exact_return" not in log[-1], "it gives no probabilities"
-
-
-def command(monkeypatch, capsys, *flags):
-    monkeypatch.setattr(sys, "argv", ["algorithms/q_learning.py", *map(str, flags)])
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-    capsys.readouterr()
-    try:
-        q_learning.main()
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    release()
-    return code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -475,9 +505,9 @@ def command(monkeypatch, capsys, *flags):
         ("--exploration boltzmann --end-e 0", ["--end-e"]),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line(flags, words, monkeypatch, capsys):
+def test_mistakes_are_one_line(flags, words, monkeypatch, cli):
     monkeypatch.setattr(q_learning, "find_spec", lambda name: None)
-    code, _, err = command(monkeypatch, capsys, *flags.split())
+    code, _, err = cli("q_learning", *flags.split())
     assert code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -494,75 +524,40 @@ VARIANTS = [(a, "epsilon-greedy") for a in ALGORITHMS] + [("q-learning", "ucb"),
 
 
 @pytest.mark.parametrize(("algorithm", "exploration"), VARIANTS)
-def test_killed_and_resumed_equals_unbroken(algorithm, exploration, monkeypatch):
-    flags = {"env_id": "FrozenLake-v1", "total_timesteps": 4000, "checkpoint_frequency": 700, "eval_frequency": 900,
-             "algorithm": algorithm, "exploration": exploration}  # fmt: skip
+def test_a_run_that_dies_and_goes_on_equals_one_without_checkpoints(algorithm, exploration, monkeypatch):
+    """It dies twice: in the midst of an episode, and at its end."""
+    flags = {"env_id": "FrozenLake-v1", "total_timesteps": 4000, "eval_frequency": 900, "algorithm": algorithm,
+             "exploration": exploration}  # fmt: skip
     train("unbroken", **flags)
-    log = q_learning.Run.log
+    step, deaths, resumed = q_learning.Run.step, [1503, 2500], {}
 
-    def killed(self, step, row):
-        if step > 1500:
+    def dying(self, action):
+        if deaths and self.global_step >= deaths[0] and bool(self.actions[0]) == (len(deaths) == 2):
+            del deaths[0]
             raise InterruptedError
-        log(self, step, row)
+        return step(self, action)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(q_learning.Run, "log", killed)
-        died = False
-        try:
-            train("killed", **flags)
-        except InterruptedError:  # its traceback, gone after this line, would hold the folder's lock
-            died = True
-    assert died
-    release()
-    assert q_learning.load_file(Path("killed/checkpoint.npz"))["step"] == 1400
-    random.seed(99)  # whatever the process that goes on starts with
-    np.random.seed(99)
-    train("killed", resume=True, **flags)
+    monkeypatch.setattr(q_learning.Run, "step", dying)
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            train("killed", checkpoint_frequency=70, **flags, **resumed)
+        random.seed(99)  # whatever the process that goes on starts with
+        resumed = {"resume": True}
+    train("killed", checkpoint_frequency=70, **flags, **resumed)
     assert timeless(Path("killed")) == timeless(Path("unbroken"))
-    for name in "model/q", "model/counts":
-        arrays = [np.load(f"{run}/model.npz")[name] for run in ("killed", "unbroken")]
-        np.testing.assert_array_equal(*arrays)
+    models = [torch.load(Path(name, "model.pt"), weights_only=True)["model"] for name in ("killed", "unbroken")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_a_run_that_is_stopped_in_an_evaluation_repeats_it(monkeypatch):
-    flags = {"env_id": "FrozenLake-v1", "total_timesteps": 3000, "eval_frequency": 1000, "eval_episodes": 5}
-    train("unbroken", **flags, checkpoint_frequency=1500)
-    evaluate = q_learning.evaluate
-
-    def stopping(act, args, name, stopped):
-        if name == "step-2000":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(act, args, name, stopped)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(q_learning, "evaluate", stopping)
-        code = 0
-        try:
-            train("stopped", **flags, checkpoint_frequency=1500)
-        except SystemExit as end:
-            code = end.code
-    assert code == 143
-    release()
-    before = timeless(Path("stopped"))
-    assert before[-1]["global_step"] == 2000
-    assert "eval/exact_return" not in before[-1]
-    train("stopped", resume=True, **flags, checkpoint_frequency=1500)
-    after = timeless(Path("stopped"))
-    assert after[: len(before)] == before
-    assert [row["global_step"] for row in after if "eval/exact_return" in row] == [1000, 2000, 3000]
-    assert after[len(before)]["global_step"] == 2000
-    assert "eval/exact_return" in after[len(before)]
-
-
-def test_no_two_resets_share_a_seed_and_evaluations_share_theirs():
-    train(total_timesteps=300, checkpoint_frequency=100, eval_frequency=150, eval_episodes=3)
-    first_training, second_training = SEEDS[:2]
-    evaluations = SEEDS[2:5], SEEDS[-3:]
-    assert evaluations[0] == evaluations[1]
-    assert len(set(SEEDS)) == 3 + 3
+def test_no_two_episodes_share_a_seed_and_evaluations_share_theirs():
+    train(total_timesteps=300, eval_frequency=150, eval_episodes=3)
+    counts = Multiset(SEEDS)
+    assert sorted(counts.values())[-4:] == [1, 2, 2, 2], "those of the two evaluations"
+    assert len(counts) > 3 + 5
+    used = set(SEEDS)
     SEEDS.clear()
-    train("other", total_timesteps=300, checkpoint_frequency=100, eval_frequency=150, eval_episodes=3, seed=2)
-    assert not {first_training, second_training, *evaluations[0]} & set(SEEDS)
+    train("other", total_timesteps=300, eval_frequency=150, eval_episodes=3, seed=2)
+    assert not used & set(SEEDS)
 
 
 def test_watching_changes_nothing_and_another_seed_does():
@@ -577,48 +572,31 @@ def test_the_constant_of_ucb_matters():
     assert (train("a", **flags, ucb_c=0.1)[1] != train("b", **flags, ucb_c=9.0)[1]).any()
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-@pytest.mark.parametrize(
-    ("q", "counts"),
-    [
-        (np.array([Bomb()], object), np.zeros((4, 2), int)),
-        (np.zeros((1, 2, 2)), np.zeros((2, 2), int)),
-        (np.zeros((1, 4, 2)), np.zeros((4, 2))),
-    ],
-    ids=["code in an array", "another table", "counts that are no integers"],
-)
-def test_a_file_with_something_else_in_it_is_refused(q, counts, monkeypatch, capsys):
-    train(total_timesteps=100)
-    np.savez("run/model.npz", **{"model/q": q, "model/counts": counts})
-    code, _, err = command(monkeypatch, capsys, "--run-dir", "run", "--evaluate")
-    assert code == 2, err
-    assert "model.npz" in err
-    assert err.count("\n") == 1
-    assert not Path("exploded").exists(), "no code was run"
-
-
 def test_what_is_saved_is_what_is_loaded():
-    table, other = q_learning.Table(2, 3, 2, 0.1), q_learning.Table(2, 3, 2, 0.0)
-    table.q[1][2][0] = 1 / 3
-    table.counts[1][1] = 7
-    q_learning.save_file(Path("file.npz"), {"model": table.state_dict(), "step": 12, "seconds": 0.1})
-    state = q_learning.load_file(Path("file.npz"), model=other)
-    assert (other.q, other.counts) == (table.q, table.counts)
-    assert (state["step"], state["seconds"]) == (12, 0.1)
-    assert (type(state["step"]), type(other.q[0][0][0]), type(other.counts[0][0])) == (int, float, int)
-    assert [path.name for path in Path().iterdir()] == ["file.npz"]
+    table, other = make_table(2, 2, 0.1), make_table(2, 2, 0.0)
+    other.load_state_dict(table.state_dict())
+    assert (len(other.counts), other.next_action) == (0, -1), "of an empty table"
+    for state in 7, 3, 5:
+        table.values(state)
+        table.counts[state][1] += state
+    table.q[1][3][0] = 1 / 3
+    table.next_action = 1
+    torch.save(table.state_dict(), "file")
+    other.load_state_dict(torch.load("file", weights_only=True))
+    assert (other.q, other.counts, other.next_action) == (table.q, table.counts, 1)
+    assert [list(part) for part in (*other.q, other.counts)] == [[7, 3, 5]] * 3, "in the same order"
+    assert (type(other.q[0][3][0]), type(other.counts[3][0]), type(other.next_action)) == (float, int, int)
+    assert {part.dtype for part in table.state_dict().values()} == {torch.float64, torch.int64}
+    with pytest.raises(ValueError, match="argument"):  # what load_file makes one line of
+        make_table(1, 2).load_state_dict(table.state_dict())
 
 
-def test_nan_rewards_end_the_run_and_spare_the_last_checkpoint(monkeypatch, capsys):
+def test_nan_rewards_end_the_run_and_spare_the_last_checkpoint(monkeypatch, cli):
     monkeypatch.setattr(Odd, "REWARD", float("nan"))
-    code, _, err = command(monkeypatch, capsys, "--env-id", "TableOddShifted-v0", "--run-dir", "run")
+    code, _, err = cli("q_learning", "--env-id", "TableOddShifted-v0", "--run-dir", "run")
     assert code == 1
     assert "NaN" in err
-    assert not Path("run/model.npz").exists()
+    assert not Path("run/model.pt").exists()
 
 
 def test_an_environment_without_a_time_limit_gets_one():
@@ -626,48 +604,55 @@ def test_an_environment_without_a_time_limit_gets_one():
                    eval_episodes=2, initial_value=0.0)  # fmt: skip
     assert log[-1]["eval/episodic_length"] == 1000, "the first of equal actions stays where it is"
     assert log[-1]["eval/exact_return"] == pytest.approx(log[-1]["eval/episodic_return"])
-    assert q_learning.make_env("Walk-v0").spec.max_episode_steps == 50, "one that it has is kept"
+    assert make_env("Walk-v0").spec.max_episode_steps == 50, "one that it has is kept"
 
 
-@pytest.mark.parametrize(("env_id", "inside"), [("FrozenLake-v1", 9), ("CliffWalking-v1", 17)])
-def test_arrows_point_where_the_actions_lead(env_id, inside, capsys):
+@pytest.mark.parametrize(("env_id", "inside", "shape", "signs"), [
+    ("FrozenLake-v1", 9, (4, 4), "<v>^"), ("CliffWalking-v1", 17, (4, 12), "^>v<"),
+])  # fmt: skip
+def test_arrows_point_where_the_actions_lead(env_id, inside, shape, signs, capsys):
     env = gym.make(env_id, **({"is_slippery": False} if "Lake" in env_id else {}))
-    (height, width), signs = q_learning.grid_of(env)
+    height, width = shape
     for sign, offset in {"<": -1, ">": 1, "^": -width, "v": width}.items():
         ((_, next_state, *_),) = env.unwrapped.P[inside][signs.index(sign)]
         assert next_state == inside + offset
-    table = q_learning.Table(1, height * width, 4, 0.0)
-    table.q[0][0][2], table.counts[0][1] = 1.0, 1
-    table.q[0][1][2] = 1.0
-    q_learning.show_policy(env, table)
-    shown = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [len(line) for line in shown] == [width] * height
-    assert shown[0][:2] == [signs[2], "."], "a dot where it never acted"
-    q_learning.show_policy(gym.make("Taxi-v4"), table)
+    for action in range(4):
+        table = make_table(1, 4, q=[[[float(a == action) for a in range(4)]] * 2])
+        table.counts[0][1] = 1
+        q_learning.show_grid(env, table, None)
+        shown = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        assert [len(line) for line in shown] == [width] * height
+        assert shown[0][:2] == [signs[action], "."], "a dot where it never acted"
+    q_learning.show_grid(gym.make("Taxi-v4"), table, None)
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Blackjack-v1"])
-def test_values_are_drawn_on_request(env_id):
+def test_values_are_drawn_on_request(capsys):
     image = pytest.importorskip("matplotlib.image")
-    train(env_id=env_id, plot_values=True)
+    train(env_id="FrozenLake-v1", plot_values=True)
     assert image.imread("run/values.png").std() > 0.05
+    assert "The greedy policy:\n    " in capsys.readouterr().out
+    train("plain", env_id="FrozenLake-v1")
+    train("taxi", env_id="Taxi-v4", plot_values=True)
+    assert [path.name for path in Path().glob("*/*.png")] == ["values.png"]
 
 
-def test_what_was_never_tried_is_left_white(tmp_path, monkeypatch):
+def test_what_was_never_tried_is_left_white(monkeypatch):
     axes = pytest.importorskip("matplotlib.axes").Axes
     drawn, imshow = [], axes.imshow
     monkeypatch.setattr(
         axes, "imshow", lambda self, values, **look: drawn.append(values) or imshow(self, values, **look)
     )
-    table = q_learning.Table(1, 500, 6, 0.0)
-    table.counts[3][4] = 1
-    q_learning.plot_values(gym.make("Taxi-v4"), table, tmp_path / "values.png")
-    assert np.argwhere(~drawn[0].mask).tolist() == [[4, 3]]
+    table = make_table(1, 4, q=[[[0.0] * 4, [0.0, 3.0, 1.0, 2.0]]])
+    table.counts[1][2] = 1
+    q_learning.show_grid(gym.make("FrozenLake-v1"), table, Path("values.png"))
+    assert drawn[0].shape == (4, 4)
+    assert np.argwhere(~np.isnan(drawn[0])).tolist() == [[0, 1]]
+    assert drawn[0][0, 1] == 3
 
 
-def test_a_table_has_at_most_ten_million_values(capsys):
-    for states, fits in (10**6, True), (10**6 + 1, False):
+def test_a_table_has_at_most_ten_million_states():
+    for states, fits in (10**7, True), (10**7 + 1, False):
 
         class Large(gym.Env):
             observation_space, action_space = gym.spaces.Discrete(states), gym.spaces.Discrete(10)
@@ -677,22 +662,28 @@ def test_a_table_has_at_most_ten_million_values(capsys):
 
         gym.register("TableLarge-v0", Large, disable_env_checker=True, max_episode_steps=9)
         if fits:
-            q_learning.make_env("TableLarge-v0")
+            make_env("TableLarge-v0")
         else:
-            with pytest.raises(SystemExit):
-                q_learning.make_env("TableLarge-v0")
-            assert "too many" in capsys.readouterr().err
+            with pytest.raises(q_learning.UsageError, match="too many"):
+                make_env("TableLarge-v0")
         del gym.registry["TableLarge-v0"]
 
 
-def test_evaluate_repeats_the_last_evaluation_and_shows_the_policy(monkeypatch, capsys):
+def test_evaluate_repeats_the_last_evaluation(cli):
     log, _ = train(env_id="FrozenLake-v1", total_timesteps=3000, eval_episodes=7)
-    code, out, _ = command(monkeypatch, capsys, "--run-dir", "run", "--evaluate")
+    code, out, _ = cli("q_learning", "--run-dir", "run", "--evaluate")
     assert code == 0
     for name in "episodic_return", "exact_return", "optimal_return":
         assert f"eval/{name} {log[-1][f'eval/{name}']:.4g}" in out
     assert "7 episodes" in out
-    assert "The greedy policy:\n    " in out
+
+
+def test_a_trained_table_can_be_evaluated_in_another_environment_with_the_same_actions(cli):
+    train(env_id="FrozenLake-v1", total_timesteps=300)
+    assert cli("q_learning", "--run-dir", "run", "--evaluate", "--env-id", "FrozenLake8x8-v1")[0] == 0
+    code, _, err = cli("q_learning", "--run-dir", "run", "--evaluate", "--env-id", "Taxi-v4")
+    assert code == 2
+    assert "--env-id" in err
 
 
 def test_defaults_learn_frozen_lake():
