@@ -19,10 +19,10 @@ et al. 2016, arXiv:1511.06581. ez-greedy: Dabney et al. 2021, arXiv:2006.01782.
 
 Differs from the papers:
 - Double DQN is the default, and Q' follows a little at each gradient step, as in DDPG, arXiv:1509.02971.
-- Adam, with a learning rate that falls to 0, in place of RMSprop. Epsilon falls from the first step on. Observations
-  that are vectors are normalised.
-- [4]: both streams begin after the last hidden layer. [6]: an action is held for n steps in all, 10,000 at most, and
-  not beyond the episode; in the paper's Algorithm 1 it is held for n + 1.
+- Adam, with a learning rate that falls to 0, in place of RMSprop. Epsilon falls from the first step on.
+- Vector observations are normalised. The two streams of [4] begin after the last hidden layer.
+- [6]: the action is held for n steps in all, 10,000 at most, and never beyond the episode. In the paper's Algorithm 1
+  it is held for n + 1.
 - A time limit is not a terminal state. Atari (ALE/...): sticky actions, and an episode is a whole game.
 
     python algorithms/dqn.py --env-id CartPole-v1
@@ -50,6 +50,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import distributions
@@ -183,74 +184,65 @@ class QNetwork(nn.Module):
 
 
 class ReplayBuffer(nn.Module):
-    """The last transitions. Number n is in row n % size of each array, so that the newest overwrite the oldest."""
+    """The last transitions. Number n is in row n % size of each tensor, so that the newest overwrite the oldest."""
 
-    def __init__(self, size: int, obs_shape: tuple[int, ...], obs_dtype: type = np.float32, image_bytes: int = 0):
+    def __init__(self, args: Args, obs_shape: tuple[int, ...], dtype: torch.dtype = torch.float32, more_bytes: int = 0):
         super().__init__()
-        needed = 1e-9 * size * (2 * math.prod(obs_shape) * np.dtype(obs_dtype).itemsize + image_bytes + 8 + 4 + 1)
+        self.size = size = args.buffer_size
+        needed = 1e-9 * size * (2 * math.prod(obs_shape) * dtype.itemsize + 8 + 4 + 1 + more_bytes)
         memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
             raise UsageError(f"--buffer-size {size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
-        self.size = size
-        self.arrays = {
-            "obs": np.zeros((size, *obs_shape), obs_dtype),
-            "actions": np.zeros(size, np.int64),
-            "rewards": np.zeros(size, np.float32),
-            "terminated": np.zeros(size, bool),
-            "next_obs": np.zeros((size, *obs_shape), obs_dtype),
-        }
-        for name, array in self.arrays.items():
-            self.register_buffer(name, torch.from_numpy(array))  # the same memory: now it is saved in checkpoints
+        self.register_buffer("obs", torch.zeros(size, *obs_shape, dtype=dtype))
+        self.register_buffer("actions", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("rewards", torch.zeros(size))
+        self.register_buffer("terminated", torch.zeros(size, dtype=torch.bool))
+        self.register_buffer("next_obs", torch.zeros(size, *obs_shape, dtype=dtype))
         self.register_buffer("added", torch.tensor(0))  # transitions so far
         self.register_buffer("oldest", torch.tensor(0))  # number of the oldest one that is still there
 
     def add(self, **transitions: np.ndarray) -> None:
-        """A transition of each of N environments: what goes into each array, (N, ...)."""
+        """A transition of each of N environments: what goes into each tensor, (N, ...)."""
         rows = (self.added.item() + np.arange(len(transitions["obs"]))) % self.size
         for name, values in transitions.items():
-            self.arrays[name][rows] = values
+            getattr(self, name).numpy()[rows] = values  # by NumPy, which converts types
         self.added += len(rows)
         self.oldest.clamp_(min=self.added - self.size)
 
     def sample(self, batch_size: int) -> list[Tensor]:
         """obs (B, *obs_shape), actions (B,), rewards (B,), terminated (B,), next_obs (B, *obs_shape)"""
-        rows = torch.randint(self.oldest.item(), self.added.item(), (batch_size,)).numpy() % self.size
-        return [torch.from_numpy(array[rows]) for array in self.arrays.values()]
+        rows = torch.randint(self.oldest.item(), self.added.item(), (batch_size,)) % self.size
+        return [self.obs[rows], self.actions[rows], self.rewards[rows], self.terminated[rows], self.next_obs[rows]]
 
 
 class ImageReplayBuffer(ReplayBuffer):
     """The same for stacks of K images. Each image is stored once: a million transitions take 7.1 GB, not 56 GB.
 
-    The arrays obs and next_obs hold numbers of images, K in a row. Image number n is images[n % len(images)].
+    obs and next_obs hold numbers of images, K in a row. Image number n is images[n % len(images)].
     """
 
-    def __init__(self, size: int, obs_shape: tuple[int, ...], num_envs: int):
-        super().__init__(size, obs_shape[:1], np.int64, image_bytes=math.prod(obs_shape[1:]))
-        self.arrays["next_obs"][:] = -1  # the number of no image
+    def __init__(self, args: Args, obs_shape: tuple[int, ...]):
+        super().__init__(args, obs_shape[:1], torch.int64, more_bytes=math.prod(obs_shape[1:]))
         # A step adds up to 2 num_envs images: where an episode ends, its last one and the first one of the next
-        self.images = np.zeros((size + 2 * num_envs * obs_shape[0], *obs_shape[1:]), np.uint8)
-        self.register_buffer("saved_images", torch.from_numpy(self.images))
-        self.register_buffer("num_images", torch.tensor(0))  # so far
+        num_images = self.size + 2 * args.num_envs * obs_shape[0]
+        self.register_buffer("images", torch.zeros(num_images, *obs_shape[1:], dtype=torch.uint8))
 
     def add(self, obs: np.ndarray, next_obs: np.ndarray, **others: np.ndarray) -> None:
-        last_rows = (self.added.item() - np.arange(len(obs), 0, -1)) % self.size
-        numbers = self.arrays["next_obs"][last_rows]  # (N, K)
-        begun = (self.images[numbers % len(self.images)] != obs).any((1, 2, 3))  # where obs is not the last next_obs
-        new_images = np.concatenate([obs[begun, -1], next_obs[:, -1]])
-        new_numbers = self.num_images.item() + np.arange(len(new_images))
+        obs, next_obs = torch.from_numpy(obs), torch.from_numpy(next_obs)  # (N, K, 84, 84)
+        numbers = self.next_obs[torch.arange(self.added - len(obs), self.added) % self.size]  # (N, K)
+        begun = (self.images[numbers % len(self.images)] != obs).flatten(1).any(1)  # (N,): obs is not the last next_obs
+        new_images = torch.cat([obs[begun, -1], next_obs[:, -1]])
+        new_numbers = numbers[-1, -1] + 1 + torch.arange(len(new_images))  # that of the newest image, and on
         self.images[new_numbers % len(self.images)] = new_images
-        self.num_images += len(new_images)
-        numbers[begun] = new_numbers[: begun.sum(), None]  # an episode's first stack is one image K times
-        next_numbers = np.column_stack([numbers[:, 1:], new_numbers[begun.sum() :]])
-        super().add(obs=numbers, next_obs=next_numbers, **others)
+        numbers[begun] = new_numbers[: -len(obs), None]  # an episode's first stack is one image K times
+        super().add(obs=numbers, next_obs=torch.cat([numbers[:, 1:], new_numbers[-len(obs) :, None]], 1), **others)
         # The images of a transition came within K steps: all are there if the newest is one of the last size images
-        while self.arrays["next_obs"][self.oldest % self.size, -1] < self.num_images - self.size:
+        while self.next_obs[self.oldest % self.size, -1] <= new_numbers[-1] - self.size:
             self.oldest += 1
 
     def sample(self, batch_size: int) -> list[Tensor]:
-        numbers, *others, next_numbers = super().sample(batch_size)
-        obs, next_obs = (torch.from_numpy(self.images[n % len(self.images)]) for n in (numbers, next_numbers))
-        return [obs, *others, next_obs]
+        obs, *others, next_obs = super().sample(batch_size)
+        return [self.images[obs % len(self.images)], *others, self.images[next_obs % len(self.images)]]
 
 
 def td_target(rewards: Tensor, terminated: Tensor, target_q: Tensor, choosing_q: Tensor, gamma: float) -> Tensor:
@@ -274,7 +266,7 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
 
 
 def explore(q_values: Tensor, epsilon: float, held: nn.Module, args: Args) -> Tensor:
-    """[5], [6] Actions, (N, A) -> (N,). epsilon: Boltzmann's temperature as well. It changes held: see train."""
+    """[5] Actions, counted from 0: (N, A) -> (N,). epsilon is Boltzmann's temperature as well. held: see train."""
     if args.exploration == "boltzmann":  # the argmax of logits with Gumbel noise is a sample of their softmax
         return (q_values - epsilon * torch.empty_like(q_values).exponential_().log()).argmax(-1)
     num_envs, num_actions = q_values.shape
@@ -321,10 +313,8 @@ def train(args: Args) -> dict[str, float]:
         target_network = copy.deepcopy(q_network)
         target_network.obs_stats = q_network.obs_stats  # one normaliser for both
         optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
-        if len(run.obs_shape) == 3:
-            buffer = ImageReplayBuffer(args.buffer_size, run.obs_shape, args.num_envs)
-        else:
-            buffer = ReplayBuffer(args.buffer_size, run.obs_shape)
+        kind_of_buffer = ImageReplayBuffer if len(run.obs_shape) == 3 else ReplayBuffer
+        buffer = kind_of_buffer(args, run.obs_shape)
         held = nn.Module()  # [6] in each environment: the action that ez-greedy holds, and for how many more steps
         held.register_buffer("actions", torch.zeros(args.num_envs, dtype=torch.int64))
         held.register_buffer("steps_left", torch.zeros(args.num_envs, dtype=torch.int64))
@@ -423,14 +413,19 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
     atari = args.env_id.startswith("ALE/")
     options = {"frameskip": 1} if atari else {}  # AtariPreprocessing skips frames itself
     options |= {"render_mode": "rgb_array"} if film else {}
+    env = None
     try:
         env = gym.make(f"ale_py:{args.env_id}" if atari else args.env_id, **options)
+        if not (atari or is_image(env.observation_space) or env.observation_space.is_np_flattenable):
+            raise UsageError(f"--env-id {args.env_id} observes {env.observation_space}, which can't become a vector")
         if film:
             env.reset()
             assert env.render() is not None, "render() returns no picture"
             options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
             env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
     except Exception as error:
+        if env is not None:
+            env.close()
         if not film and not isinstance(error, gym.error.Error | ImportError | TypeError):
             raise  # from within the environment: the traceback helps most
         hint = "; Atari games are named ALE/Pong-v5" if "NoFrameskip" in args.env_id else ""
@@ -441,9 +436,7 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
     if is_image(env.observation_space):
         env = gym.wrappers.TransformObservation(env, to_grey, gym.spaces.Box(0, 255, (84, 84), np.uint8))
         return gym.wrappers.FrameStackObservation(env, 4)
-    if env.observation_space.is_np_flattenable:
-        return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
-    raise UsageError(f"--env-id {args.env_id} observes {env.observation_space}, which can't become a vector")
+    return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
 def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
@@ -482,7 +475,7 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
             part.load_state_dict(state[name])
         return state
     except Exception as error:  # a damaged file can raise anything
-        raise UsageError(f"{path} is missing, damaged or of another script: {error}") from None
+        raise UsageError(f"{path} is missing, damaged or of another script ({type(error).__name__})") from None
 
 
 SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
@@ -509,14 +502,21 @@ class Run:
         self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
         self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
-        self.bar = self.wandb = None
+        self.bar = self.metrics = self.wandb = None
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
-            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {error}") from None
+            reason = re.split(r"\. |\n", str(error))[0]
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {reason}") from None
         if args.capture_video:
             make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
-        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.envs = []
+        try:
+            for _ in range(args.num_envs):
+                self.envs.append(make_env(args))
+        except BaseException:
+            self.close()
+            raise
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
@@ -537,18 +537,21 @@ class Run:
         if args.resume:
             config = json.loads(path.read_text())
             changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
-            if changed - {"run_dir", "resume", "device", "total_timesteps"}:
+            shorter = args.total_timesteps < config["args"]["total_timesteps"]
+            if shorter or changed - {"run_dir", "resume", "device", "total_timesteps"}:
                 raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
-            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-            config = {"script": Path(__file__).stem, "command": sys.argv}
-            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+            folder = shlex.quote(str(Path(__file__).parent))
+            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            status, commit = subprocess.getstatusoutput(git)
+            config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
+            config["commit"] = None if status else commit
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
             config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
             config["wandb_id"] = os.urandom(8).hex()
-        config["args"] = asdict(args) | {"resume": False}
+        config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         if args.track:
             import wandb
 
@@ -571,6 +574,7 @@ class Run:
         if self.metrics.tell() < state["bytes"]:
             raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
         self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.metrics.seek(state["bytes"])
         self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
         for i, actions in enumerate(state["actions"]):
@@ -592,8 +596,12 @@ class Run:
         self.obs[i], _ = self.envs[i].reset(seed=seed)
         self.returns[i], self.actions[i] = 0.0, list(actions)
         for action in actions:
-            self.obs[i], reward, *_ = self.envs[i].step(action)
+            self.obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
             self.returns[i : i + 1] += reward
+            if terminated or truncated:
+                break
+        if not np.isfinite(self.obs[i]).all():
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {self.obs[i]}")
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
@@ -672,10 +680,9 @@ class Run:
             os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
     def close(self) -> None:
-        for env in self.envs:
-            env.close()
-        if self.bar is not None:
-            self.bar.close()
+        for part in (*self.envs, self.bar, self.metrics):
+            if part is not None:
+                part.close()
         if self.wandb:
             self.wandb.finish()
         if self.last_step and isinstance(sys.exc_info()[1], Exception):
@@ -691,7 +698,8 @@ def main() -> None:
 
     sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
     sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
-    gym.logger.min_level = gym.logger.ERROR  # its warnings would stand around our one line
+    gym.logger.min_level = gym.logger.ERROR  # warnings of libraries would stand around our one line
+    warnings.simplefilter("ignore")
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, stop)
     try:
@@ -699,6 +707,8 @@ def main() -> None:
         if args.evaluate:
             film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
             result = evaluate(load(args.run_dir), args, film)
+            if Run.stop_signal:
+                sys.exit(128 + Run.stop_signal)
             print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
             print(*film.parent.glob(f"{film.name}*.mp4"))
         else:

@@ -48,6 +48,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import distributions
@@ -300,20 +301,23 @@ def parse_args() -> Args:
 
 def make_env(args: Args, film: Path | None = None) -> gym.Env:
     """An environment that observes vectors, (D,) float32."""
+    env = None
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+        if not env.observation_space.is_np_flattenable or gym.spaces.flatdim(env.observation_space) > 3000:
+            raise UsageError(f"--env-id {args.env_id} observes {env.observation_space}, no vector: see ppo.py, dqn.py")
         if film:
             env.reset()
             assert env.render() is not None, "render() returns no picture"
             options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
             env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
     except Exception as error:
+        if env is not None:
+            env.close()
         if not film and not isinstance(error, gym.error.Error | ImportError | TypeError):
             raise  # from within the environment: the traceback helps most
         hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
         raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
-    if not env.observation_space.is_np_flattenable or gym.spaces.flatdim(env.observation_space) > 3000:
-        raise UsageError(f"--env-id {args.env_id} observes {env.observation_space}, no vector: see ppo.py and dqn.py")
     return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
@@ -353,7 +357,7 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
             part.load_state_dict(state[name])
         return state
     except Exception as error:  # a damaged file can raise anything
-        raise UsageError(f"{path} is missing, damaged or of another script: {error}") from None
+        raise UsageError(f"{path} is missing, damaged or of another script ({type(error).__name__})") from None
 
 
 SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
@@ -380,14 +384,21 @@ class Run:
         self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
         self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
-        self.bar = self.wandb = None
+        self.bar = self.metrics = self.wandb = None
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
-            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {error}") from None
+            reason = re.split(r"\. |\n", str(error))[0]
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {reason}") from None
         if args.capture_video:
             make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
-        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.envs = []
+        try:
+            for _ in range(args.num_envs):
+                self.envs.append(make_env(args))
+        except BaseException:
+            self.close()
+            raise
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
@@ -408,18 +419,21 @@ class Run:
         if args.resume:
             config = json.loads(path.read_text())
             changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
-            if changed - {"run_dir", "resume", "device", "total_timesteps"}:
+            shorter = args.total_timesteps < config["args"]["total_timesteps"]
+            if shorter or changed - {"run_dir", "resume", "device", "total_timesteps"}:
                 raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
-            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-            config = {"script": Path(__file__).stem, "command": sys.argv}
-            config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+            folder = shlex.quote(str(Path(__file__).parent))
+            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            status, commit = subprocess.getstatusoutput(git)
+            config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
+            config["commit"] = None if status else commit
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
             config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
             config["wandb_id"] = os.urandom(8).hex()
-        config["args"] = asdict(args) | {"resume": False}
+        config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         if args.track:
             import wandb
 
@@ -442,6 +456,7 @@ class Run:
         if self.metrics.tell() < state["bytes"]:
             raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
         self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.metrics.seek(state["bytes"])
         self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
         for i, actions in enumerate(state["actions"]):
@@ -463,8 +478,12 @@ class Run:
         self.obs[i], _ = self.envs[i].reset(seed=seed)
         self.returns[i], self.actions[i] = 0.0, list(actions)
         for action in actions:
-            self.obs[i], reward, *_ = self.envs[i].step(action)
+            self.obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
             self.returns[i : i + 1] += reward
+            if terminated or truncated:
+                break
+        if not np.isfinite(self.obs[i]).all():
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {self.obs[i]}")
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
@@ -543,10 +562,9 @@ class Run:
             os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
     def close(self) -> None:
-        for env in self.envs:
-            env.close()
-        if self.bar is not None:
-            self.bar.close()
+        for part in (*self.envs, self.bar, self.metrics):
+            if part is not None:
+                part.close()
         if self.wandb:
             self.wandb.finish()
         if self.last_step and isinstance(sys.exc_info()[1], Exception):
@@ -562,7 +580,8 @@ def main() -> None:
 
     sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
     sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
-    gym.logger.min_level = gym.logger.ERROR  # its warnings would stand around our one line
+    gym.logger.min_level = gym.logger.ERROR  # warnings of libraries would stand around our one line
+    warnings.simplefilter("ignore")
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, stop)
     try:
@@ -570,6 +589,8 @@ def main() -> None:
         if args.evaluate:
             film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
             result = evaluate(load(args.run_dir), args, film)
+            if Run.stop_signal:
+                sys.exit(128 + Run.stop_signal)
             print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
             print(*film.parent.glob(f"{film.name}*.mp4"))
         else:

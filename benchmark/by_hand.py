@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import tyro
@@ -141,10 +142,12 @@ def main() -> None:
             cuts = np.cumsum([space.shape[0] for space in env.obs_space_n])[:-1]
             play = play or at_random(env)
 
-            def act(obs: np.ndarray, play: Play = play, cuts: np.ndarray = cuts) -> np.ndarray:  # (1, O) -> (1, A)
-                return np.concatenate(play(np.split(obs[0], cuts)), dtype=np.float32)[None]
+            def act(obs: np.ndarray, play: Play = play, cuts: np.ndarray = cuts) -> np.ndarray:  # (O,) -> (A,)
+                return np.concatenate(play(np.split(obs, cuts)), dtype=np.float32)
 
-            result = maddpg.evaluate(act, run, rule)
+            team = SimpleNamespace(act=act, names=env.names, space_n=(env.obs_space_n, env.action_space_n))
+            result = maddpg.evaluate(team, run, Path())
+            env.close()
             results.append({name.removeprefix("eval/"): value for name, value in result.items()})
         means = {name: round(float(np.mean([result[name] for result in results])), 3) for name in results[0]}
         row = {"environment": env_id, "continuous_actions": continuous, "team": rule, "episodes": 5 * run.eval_episodes}

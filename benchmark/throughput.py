@@ -359,8 +359,9 @@ def mlp_flop(*sizes: int) -> int:
 
 def ppo_work(env_id: str, observations: int, actions: int) -> Work:
     actor, critic = mlp_flop(observations, 64, 64, actions), mlp_flop(observations, 64, 64, 1)
-    # acting, then all values and log-probabilities once, then in each epoch forward and, twice as much, backward
-    flop = actor + (actor + critic) * (1 + 3 * PPO_SETTINGS["update_epochs"])
+    # acting, then both networks for all observations and all next ones, then in each epoch forward and, twice as much,
+    # backward
+    flop = actor + (actor + critic) * (2 + 3 * PPO_SETTINGS["update_epochs"])
     batch = PPO_SETTINGS["num_envs"] * PPO_SETTINGS["num_steps"]
     return Work("ppo", env_id, PPO_SETTINGS, "stable-baselines3 PPO", sb3_ppo_arguments, sb3_ppo, batch, flop)
 
@@ -368,7 +369,7 @@ def ppo_work(env_id: str, observations: int, actions: int) -> Work:
 DQN_SETTINGS = {  # CleanRL's schedule
     "train_frequency": 10, "batch_size": 128, "target_network_frequency": 50, "tau": 1.0, "learning_rate": 2.5e-4,
     "anneal_lr": False, "buffer_size": 10_000, "learning_starts": 1000, "gamma": 0.99, "start_e": 1.0, "end_e": 0.05,
-    "exploration_fraction": 0.05, "max_grad_norm": 10.0, "huber": True, "double_q": False,
+    "exploration_fraction": 0.05, "max_grad_norm": 10.0, "norm_obs": False, "huber": True, "double_q": False,
 }  # fmt: skip
 
 
@@ -466,14 +467,15 @@ WORKS = [
 ACTING = "--eval-episodes 1 --eval-frequency 1000 --checkpoint-frequency 1000"
 STARTS = {  # what a script can't do without, and the flags of a run of one learning step
     "q_learning": ("gymnasium", f"--env-id FrozenLake-v1 --total-timesteps 1 {ACTING}"),
-    "reinforce": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --total-timesteps 1 {ACTING}"),
+    "reinforce": ("gymnasium, torch", f"--env-id CartPole-v1 --total-timesteps 1 {ACTING}"),
     "dqn": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "ppo": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --num-steps 1 --num-minibatches 1 "
             f"--update-epochs 1 --total-timesteps 1 {ACTING}"),
     "td3": ("gymnasium, torch", f"--env-id Pendulum-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "sac": ("gymnasium, torch", f"--env-id Pendulum-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "her": ("gymnasium_robotics, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
-    "maddpg": ("mpe2.simple_spread_v3, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
+    "maddpg": ("mpe2.simple_spread_v3, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 2 "
+               f"--train-frequency 1 {ACTING}"),
     "reward_model": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
     "dpo": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
 }  # fmt: skip
@@ -674,12 +676,12 @@ def fill_replay(steps: int) -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident()
-    buffer, obs = dqn.ReplayBuffer(steps, 8, (4, 84, 84)), np.ones((8, 4, 84, 84), np.uint8)
-    nothing, over = np.zeros(8, np.bool_), np.ones(8, np.bool_)
-    buffer.begin(obs)
+    buffer = dqn.ImageReplayBuffer(dqn.Args(buffer_size=steps, num_envs=8), (4, 84, 84))
+    others = {"actions": np.zeros(8, np.int64), "rewards": np.ones(8), "terminated": np.zeros(8, np.bool_)}
     for row in range(math.ceil(1.03 * steps / 8)):  # past its end
-        truncated = over if row % 500 == 499 else nothing  # episodes of 500 steps
-        buffer.add(np.zeros(8, np.int64), np.ones(8), nothing, truncated, obs, {"final_obs": obs})
+        if row % 500 == 0:  # episodes of 500 steps, each of another grey than the last: so it sees where one begins
+            obs = np.full((8, 4, 84, 84), 1 + row // 500 % 255, np.uint8)
+        buffer.add(obs=obs, next_obs=obs, **others)
     return resident() - before
 
 

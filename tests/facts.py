@@ -100,7 +100,10 @@ FACTS = {
         },
     ),
     "q_learning": Facts(
-        tiny=flags("--env-id FrozenLake-v1") + EVALUATED,
+        tiny=flags(
+            "--env-id FrozenLake-v1 --eval-episodes 2 --eval-frequency 2048 --checkpoint-frequency 2048"
+            " --total-timesteps 8192"
+        ),
         resumed=[
             flags("--total-timesteps 60000 --checkpoint-frequency 5000 --eval-episodes 1"),
             flags("--env-id Taxi-v4 --algorithm double-q-learning --total-timesteps 60000 --eval-episodes 1"),
@@ -108,8 +111,8 @@ FACTS = {
             flags("--env-id Blackjack-v1 --algorithm expected-sarsa --exploration ucb --total-timesteps 50000"),
         ],
         changes={
-            "env_id": "CliffWalking-v1", "seed": 2, "total_timesteps": 1024, "eval_frequency": 1024,
-            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "algorithm": "sarsa",
+            "env_id": "CliffWalking-v1", "seed": 2, "total_timesteps": 4096, "eval_frequency": 4096,
+            "eval_episodes": 3, "checkpoint_frequency": 4096, "capture_video": True, "algorithm": "sarsa",
             "learning_rate": 0.3, "anneal_lr": False, "gamma": 0.9, "initial_value": 0.5, "exploration": "ucb",
             "start_e": 0.5, "end_e": 0.5, "exploration_fraction": 0.9, "plot_values": True,
             "ucb_c": None,  # tested in test_q_learning.py
@@ -129,19 +132,18 @@ FACTS = {
         },
         task="FrozenLake-v1",
         env_class="gymnasium.envs.toy_text.frozen_lake.FrozenLakeEnv",
-        model="model.npz",
-        checkpoint="checkpoint.npz",
+        quarter=2048,
     ),
     "reinforce": Facts(
-        tiny=flags("--env-id CartPole-v1 --num-envs 2 --num-steps 32") + EVALUATED,
+        tiny=flags("--env-id CartPole-v1 --num-steps 48") + EVALUATED,
         resumed=[
             flags("--total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096"),
             flags("--env-id LunarLander-v3 --total-timesteps 8192 --checkpoint-frequency 1024 --eval-frequency 4096"),
             flags("--env-id InvertedPendulum-v5 --total-timesteps 4096 --eval-frequency 2048"),
         ],
         changes={
-            "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
-            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "num_steps": 16,
+            "env_id": "Acrobot-v1", "seed": 2, "total_timesteps": 1024, "eval_frequency": 1024,
+            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "num_steps": 32,
             "learning_rate": 1e-3, "anneal_lr": False, "value_learning_rate": 1e-3, "value_epochs": 2, "gamma": 0.9,
             "baseline": "mean",
         },
@@ -150,7 +152,7 @@ FACTS = {
             "--value-learning-rate -1": "--value-learning-rate",
             "--value-epochs 0": "--value-epochs",
             "--baseline all": "mean",
-            "--env-id ALE/Pong-v5": "ppo.py",
+            "--env-id CarRacing-v3": "ppo.py",
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",
             "--env-id OddTupleAction-v0": "Tuple",
             "--env-id OddIntegerAction-v0": "ppo.py",

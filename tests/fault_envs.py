@@ -91,6 +91,14 @@ class PaysZeroDim(Plain):
         return np.array(reward, np.float32)
 
 
+class EndsInArrays(Plain):
+    """Whether an episode has ended is an array of one element as well."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, np.array([terminated]), np.array([truncated]), info
+
+
 class PaysIntegers(Plain):
     """Integers of Python, and no noise to tell one episode from another."""
 
@@ -135,6 +143,13 @@ class Overwrites(Plain):
         vector = self.__dict__.setdefault("array", np.zeros(3, np.float32))
         vector[:] = super().vector()
         return vector
+
+
+class ShowsTooLittle(Plain):
+    """Observes one number, where its space has three."""
+
+    def vector(self):
+        return super().vector()[:1]
 
 
 class Float64(Plain):

@@ -31,6 +31,7 @@ def test_steering_counts_on_what_three_steps_of_mpe2_do(continuous):
         assert distances[0] <= min(distances) + 1e-6
 
 
+@pytest.mark.slow
 def test_teams_that_follow_rules_beat_random_actions(tmp_path):
     result = call(ROOT / "benchmark" / "by_hand.py", "--episodes", 4, "--output", tmp_path / "table.json")
     assert result.returncode == 0, result.stderr

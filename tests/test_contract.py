@@ -416,6 +416,21 @@ def test_a_run_that_was_killed_then_resumed_then_stopped_at_once_goes_on(script,
     assert timeless(run_dir) == timeless(finished(script, "unbroken"))
 
 
+@scripts(ACTING)
+def test_a_signal_ends_an_evaluation_of_a_finished_run(script, cli, finished, monkeypatch):
+    module, evaluate, run_dir = module_of(script), module_of(script).evaluate, finished(script)
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
+
+    monkeypatch.setattr(module, "evaluate", interrupted)
+    code, out, err = cli(script, "--run-dir", run_dir, "--evaluate")
+    assert code == 143, (out, err)
+    assert "Traceback" not in err
+    assert "episodes" not in out, "there is no result"
+
+
 # ---- The commands that it prints, and what they do
 
 

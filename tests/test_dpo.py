@@ -472,6 +472,7 @@ def test_a_run_repeats_itself_resumes_exactly_and_evaluates_as_it_did(folders, t
     assert not torch.equal(next(model.parameters()), next(loaded(folders)[0].parameters()))
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(folders, tmp_path):
     flags = ["--model-name", folders / "gpt2", "--dataset", folders / "pairs.jsonl", "--device", "cpu", "--batch-size",
              "9", "--micro-batch-size", "2", "--total-timesteps", "54", "--eval-frequency", "27"]  # fmt: skip
@@ -702,6 +703,7 @@ def test_true_reward_by_hand(script):
     assert all(script.parse_review(script.write_review(prompt, rng)) for _ in range(99))
 
 
+@pytest.mark.slow
 @both
 def test_the_made_reference_learns_at_a_rate_that_rises_and_falls(script, tmp_path, monkeypatch):
     rates, adamw = [], torch.optim.AdamW
@@ -748,6 +750,7 @@ def learned(tmp_path_factory):
     return args, out.getvalue()
 
 
+@pytest.mark.slow
 def test_the_policy_gains_reward_and_stays_fluent(learned):
     args, out = learned
     assert out.count("before") == out.count("after") == 3
@@ -767,6 +770,7 @@ def test_the_policy_gains_reward_and_stays_fluent(learned):
     assert 0.7 * length < last["eval/length"] < 1.3 * length
 
 
+@pytest.mark.slow
 def test_the_reference_writes_reviews_and_has_no_dropout(learned):
     args, _ = learned
     folder = Path(args.run_dir)
@@ -811,6 +815,7 @@ def test_the_grammars_probabilities_sum_to_one(script):
     assert np.mean([count == 1 for count in written]) == pytest.approx(share, abs=0.03)
 
 
+@pytest.mark.slow
 def test_labels_are_drawn_from_the_true_reward(learned):
     labels = [record for _, record in dpo.read_records(learned[0].run_dir + "/pairs.jsonl")]
     assert len(labels) == 6000
@@ -819,6 +824,7 @@ def test_labels_are_drawn_from_the_true_reward(learned):
     assert np.mean([(m > 0) + (m == 0) / 2 for m in margins]) == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_reference_judged_as_a_policy_is_itself(learned, capsys):
     args, _ = learned
     folder = Path(args.run_dir)

@@ -137,10 +137,17 @@ def test_a_module_in_the_current_folder_is_found_also_by_the_printed_command(scr
 # ---- What environments return
 
 
-@pytest.mark.parametrize("trait", ["PaysArrays", "PaysZeroDim", "Overwrites", "Float64"])
+@pytest.mark.parametrize("trait", ["PaysArrays", "PaysZeroDim", "EndsInArrays", "Overwrites", "Float64"])
 @cases()
 def test_arrays_for_numbers_and_reused_arrays_are_the_same_run(script, kind, trait, trained):
     assert trained(script, env_of(trait, kind))[0] == trained(script, env_of("Plain", kind))[0]
+
+
+@cases("table", "goal")
+def test_an_observation_of_another_shape_than_its_space_is_no_observation(script, kind, cli):
+    """One number must not become three equal ones."""
+    with pytest.raises((ValueError, RuntimeError, AssertionError)):
+        cli(script, *tiny(script, *SHORT, "--env-id", env_of("ShowsTooLittle", kind)))
 
 
 @cases()
@@ -464,6 +471,14 @@ def test_a_system_without_sysconf(script, cli, monkeypatch):
     monkeypatch.delattr(os, "sysconf")
     code, _, err = cli(script, *tiny(script, *SHORT))
     assert code == 0, err
+
+
+@pytest.mark.parametrize("script", ACTING)
+def test_a_system_without_git_or_any_other_program(script, cli, monkeypatch):
+    monkeypatch.setenv("PATH", "nowhere")
+    code, _, err = cli(script, *tiny(script, *SHORT, "--run-dir", "run"))
+    assert code == 0, err
+    assert not re.fullmatch(r"[0-9a-f]{40}.*", json.loads(Path("run", "config.json").read_text())["commit"] or "")
 
 
 @pytest.mark.parametrize("script", [script for script in ACTING if script != "q_learning"])

@@ -65,6 +65,7 @@ def test_kinds_of_mistakes(expression, mutant):
     assert f"def f():\n    return {mutant}\n{mutants.RULED_LINE}\n" in sources
 
 
+@pytest.mark.slow
 def test_a_mistake_is_killed_or_survives(tmp_path, monkeypatch, capsys):
     for folder in "algorithms", "tests":
         (tmp_path / folder).mkdir()

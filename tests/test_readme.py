@@ -132,6 +132,7 @@ def clone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_make_train_and_the_commands_that_follow_it(clone):
     result = shell(["make", "train", f"ARGS={' '.join(SMALL)}"], clone)
@@ -153,6 +154,7 @@ def test_make_train_and_the_commands_that_follow_it(clone):
     assert untracked.stdout == "", "a run leaves no clutter in the repository"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_script_alone_in_a_folder_runs_with_uv(tmp_path):
     shutil.copy(ROOT / "algorithms" / "ppo.py", tmp_path)
@@ -162,6 +164,7 @@ def test_a_script_alone_in_a_folder_runs_with_uv(tmp_path):
     assert rows(run_dir)[-1]["global_step"] == 8192
 
 
+@pytest.mark.slow
 def test_the_smoke_suite_and_its_report(tmp_path):
     output = tmp_path / "runs" / "smoke"
     run = [sys.executable, ROOT / "benchmark" / "run.py", "--suite", "smoke", "--workers", "2", "--output", output]

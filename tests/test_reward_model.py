@@ -400,6 +400,7 @@ def test_lora_keeps_the_frozen_weights_in_bfloat16_and_its_own_and_the_head_in_f
     assert abs(steps[-1]["rewards/margins"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(folders, tmp_path):
     flags = ["--model-name", folders / "gpt2", "--dataset", folders / "pairs.jsonl", "--device", "cpu", "--batch-size",
              "9", "--micro-batch-size", "2", "--total-timesteps", "54", "--eval-frequency", "27"]  # fmt: skip
@@ -470,6 +471,7 @@ def test_replies_are_for_evaluation_alone(folders, capsys):
     assert "--evaluate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reviews_are_made_and_learned(tmp_path):
     """The default task with an eighth of its pairs."""
     run_dir = tmp_path / "run"

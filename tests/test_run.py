@@ -135,6 +135,7 @@ def test_every_kind_of_failure_is_named_and_only_failures_run_again(output):
             assert "--resume --run-dir" in (folder / "output.log").read_text()
 
 
+@pytest.mark.slow
 def test_forty_runs_a_fifth_in_trouble_and_the_launcher_killed_twice(output):
     entries = [("fine-0", 32), ("crash-1", 2), ("kill-1", 2), ("hang-1", 2), ("nan-1", 2)]
     suite = output.with_name("sweep.toml")
@@ -271,6 +272,7 @@ def test_a_stopped_launcher_stops_its_runs_and_the_next_goes_on(output, number):
         check_steps(output / row["name"])
 
 
+@pytest.mark.slow
 def test_another_script_text_or_flag_is_another_run(output):
     script = output.with_name("fake.py")
     shutil.copy(FAKE, script)
@@ -328,6 +330,7 @@ def test_every_flag_reaches_the_script_and_each_worker_has_its_share_of_the_mach
     assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) == 2
 
 
+@pytest.mark.slow
 def test_the_estimate_comes_from_a_probe_that_is_made_once(output):
     words = ("--env-ids", "fine-0", "--num-seeds", "2", "--workers", "1", "--track", "--probe-seconds", "2")
     flags = ("--", "--total-timesteps", "30", "--delay", "0.1")
@@ -392,6 +395,7 @@ def test_dry_run_only_speaks(output):
     assert not output.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", sorted(file.stem for file in (ROOT / "benchmark" / "suites").glob("*.toml")))
 def test_each_run_of_a_suite_passes_the_checks_of_its_script(suite, launcher_module, tmp_path):
     """Its flags and its environment are good: it begins, with its folder's config.json."""
@@ -541,6 +545,7 @@ def test_threads_of_a_run(launcher_module, monkeypatch):
         assert args.threads == threads, flags
 
 
+@pytest.mark.slow
 def test_slurm_through_submitit(output):
     words = ("--env-ids", "fine-0", "crash-1", "--num-seeds", "2", "--slurm", "--slurm-cluster", "local")
     text = run(output, *words, "--slurm-parameters", "partition", "gpu", code=1)
@@ -592,6 +597,7 @@ for i in 0 1 2; do [ -e {jobs}/7_$i ] && echo "7_$i|RUNNING|here" || echo "7_$i|
     assert [calls(output / name) for name in ledger(output)] == [["begin", "end"]] * 3
 
 
+@pytest.mark.slow
 def test_ray_loses_a_node_and_finishes_every_run_once(output, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import replace
 
-import numpy as np
+import gymnasium as gym
 import pytest
 import torch
 import tyro
@@ -34,23 +34,40 @@ def test_floating_point_operations_by_hand():
     assert throughput.mlp_flop(4, 64, 2) == 2 * (4 * 64 + 64 * 2)
     actor, critic = 2 * (4 * 64 + 64 * 64 + 64 * 2), 2 * (4 * 64 + 64 * 64 + 64)
     cartpole = throughput.ppo_work("CartPole-v1", 4, 2)
-    assert cartpole.flop_per_step == 2 * actor + critic + 4 * 3 * (actor + critic)
+    assert cartpole.flop_per_step == actor + 2 * (actor + critic) + 4 * 3 * (actor + critic)
     assert cartpole.multiple == 512
 
 
+def gradient_steps(script, args, folder):
+    """How often a run learns."""
+    numbers, update = [], script.update
+
+    def counted(*arguments):
+        numbers.append(len(numbers))
+        return update(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "update", counted)
+        script.train(replace(args, run_dir=str(folder / "run")))
+    return len(numbers)
+
+
 @pytest.mark.parametrize("num_envs", [1, 8])
-def test_dqn_and_its_peer_learn_as_often(num_envs):
+def test_dqn_and_its_peer_learn_as_often(num_envs, tmp_path):
     from stable_baselines3 import DQN
     from stable_baselines3.common.env_util import make_vec_env
 
     work = throughput.dqn_work("CartPole-v1", 4, 2, num_envs)
-    args = tyro.cli(dqn.Args, args=[throughput.to_flag(name, value) for name, value in work.settings.items()])
+    settings = work.settings | {"env_id": "CartPole-v1", "eval_episodes": 1}
+    args = tyro.cli(dqn.Args, args=[throughput.to_flag(name, value) for name, value in settings.items()])
     assert {name: getattr(args, name) for name in work.settings} == work.settings
     arguments = throughput.sb3_dqn_arguments(work.settings)
     model = DQN("MlpPolicy", make_vec_env("CartPole-v1", num_envs), **arguments)
     # SB3 counts in steps of all environments together, each of which is num_envs of ours
     vector_steps = model.train_freq.frequency
-    assert model.gradient_steps == dqn.gradient_steps_until(args.learning_starts + vector_steps * num_envs, args)
+    total = args.learning_starts + vector_steps * num_envs
+    short = replace(args, total_timesteps=total, eval_frequency=total, checkpoint_frequency=total)
+    assert model.gradient_steps == gradient_steps(dqn, short, tmp_path)
     assert vector_steps * num_envs == model.gradient_steps * args.train_frequency
     assert work.multiple % (vector_steps * num_envs) == 0
     copied_every = args.target_network_frequency * args.train_frequency  # SB3 divides it by num_envs
@@ -61,7 +78,9 @@ def test_dqn_and_its_peer_learn_as_often(num_envs):
     assert theirs == (args.start_e, args.end_e, args.exploration_fraction)
     assert not args.double_q
     assert not args.dueling
-    ours = dqn.make_agent(args, dqn.make_env("CartPole-v1"))
+    assert not args.norm_obs
+    env = dqn.make_env(args)
+    ours = dqn.make_agent(args, env.observation_space.shape, env.action_space)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in model.q_net.parameters())
     actor, every = 2 * (4 * 128 + 128 * 128 + 128 * 2), 10
     assert work.flop_per_step == actor + 128 * 4 * actor / every
@@ -73,7 +92,8 @@ def test_td3_and_sac_and_their_peers_learn_alike(script):
 
     name = script.__name__.split(".")[1]
     work = getattr(throughput, f"{name}_work")("Pendulum-v1", 3, 1)
-    args = tyro.cli(script.Args, args=[throughput.to_flag(name, value) for name, value in work.settings.items()])
+    settings = work.settings | {"env_id": "Pendulum-v1"}
+    args = tyro.cli(script.Args, args=[throughput.to_flag(name, value) for name, value in settings.items()])
     assert {name: getattr(args, name) for name in work.settings} == work.settings
     assert (args.num_envs, args.utd, args.num_critics, args.policy_lr) == (1, 1, 2, args.q_lr)
     arguments = work.peer_arguments(work.settings)
@@ -87,8 +107,9 @@ def test_td3_and_sac_and_their_peers_learn_alike(script):
     else:
         assert model.log_ent_coef.exp().item() == pytest.approx(args.alpha)
         assert model.target_entropy == -1
-    actor, critics = script.make_agent(args, script.make_env("Pendulum-v1")), script.Critics(2, 3, 1)
-    for ours, theirs in (actor, model.actor), (critics, model.critic):
+    env = script.make_env(args)
+    agent = script.make_agent(args, env.observation_space.shape, env.action_space)
+    for ours, theirs in (agent.actor, model.actor), (agent.critics, model.critic):
         assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
@@ -96,13 +117,14 @@ def test_td3_and_sac_and_their_peers_learn_alike(script):
 def test_floating_point_operations_of_a_learning_step_are_those_that_torch_counts(script):
     name = script.__name__.split(".")[1]
     args = script.Args(device="cpu", policy_frequency=2) if script is td3 else script.Args(device="cpu")
-    learner = getattr(script, name.upper())(
-        script.Actor(17, -np.ones(6, np.float32), np.ones(6, np.float32)), script.Critics(2, 17, 6), args
-    )
+    agent = script.make_agent(args, (17,), gym.spaces.Box(-1, 1, (6,)))
+    parts = {"actor": agent.actor.parameters(), "critic": agent.critics.parameters()}
+    parts |= {"alpha": [agent.log_alpha]} if script is sac else {}
+    optimizers = {f"{part}_optimizer": torch.optim.Adam(parameters) for part, parameters in parts.items()}
     batch = torch.rand(256, 17), torch.rand(256, 6), torch.rand(256), torch.zeros(256), torch.rand(256, 17)
     with FlopCounterMode(display=False) as counter:
         for number in 1, 2:
-            learner.update(batch, number) if script is td3 else learner.update(batch)
+            script.update(agent, optimizers, batch, *([number] if script is td3 else []), args)
     flop = getattr(throughput, f"{name}_work")("HalfCheetah-v5", 17, 6).flop_per_step
     assert counter.get_total_flops() / 2 == pytest.approx(flop, rel=0.01)
 
@@ -123,14 +145,15 @@ def test_maddpg_stands_beside_its_environment_alone():
     assert {name: getattr(args, name) for name in work.settings} == work.settings
     assert work.multiple % args.num_envs == work.multiple % args.train_frequency == 0
     env = maddpg.make_env(args)
-    learner = maddpg.MADDPG(maddpg.make_agent(args, env), args)
-    weights = sum(p.numel() for p in learner.actors.parameters() if p.dim() > 1)
-    actors = 2 * weights
-    critics = 2 * sum(p.numel() for p in learner.critics.parameters() if p.shape[1] > 1)  # biases are (N, 1, hidden)
+    agent = maddpg.make_agent(args, env.observation_space.shape, env.action_space)
+    actors, critics = (
+        2 * sum(p.numel() for p in networks.parameters() if p.dim() > 1) for networks in (agent.actor_n, agent.critic_n)
+    )
     assert work.flop_per_step == actors + 1024 * (4 * actors + 6 * critics) / 100
     assert 100 < work.time_peer(work.env_id, work.settings, 10, 1000) < 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [dpo, reward_model])
 def test_trl_learns_the_same_from_the_same_pairs(script, tmp_path):
     trl = pytest.importorskip("trl")
@@ -160,6 +183,7 @@ def test_trl_learns_the_same_from_the_same_pairs(script, tmp_path):
     assert forward_and_backward == pytest.approx(work.flop_per_step * (3 / 4 if script is dpo else 1), rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_model_alone_has_the_head_of_the_script():
     flop, expected = [], []
     for script, share in ("dpo", 3 / 4), ("reward_model", 1):  # a quarter of dpo's is the reference
@@ -185,8 +209,8 @@ def test_our_flags_say_what_the_peer_is_called_with():
     theirs = model.learning_rate, model.ent_coef, model.vf_coef, model.max_grad_norm, model.normalize_advantage
     assert theirs == (args.learning_rate, args.ent_coef, args.vf_coef, args.max_grad_norm, args.norm_adv)
     assert model.target_kl is None
-    env = ppo.make_env("CartPole-v1")
-    ours, theirs = ppo.make_agent(args, env), model.policy
+    env = ppo.make_env(replace(args, env_id="CartPole-v1"))
+    ours, theirs = ppo.make_agent(args, env.observation_space.shape, env.action_space), model.policy
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
@@ -282,7 +306,8 @@ def test_repeats_alternate_and_their_median_counts(monkeypatch):
     assert cells in throughput.to_markdown(result)
 
 
-def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch):
     commands, seconds = [], iter([9.0, 9.0, 3.0, 2.0, 4.0, 1.0])
 
     def time_command(command):
@@ -294,12 +319,17 @@ def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch, tmp_path):
     assert (row["ours"], row["limit"], row["ratios"], row["ratio"]) == ([3, 4], [2, 1], [1.5, 4], 2.75)
     assert [len(set(map(str, commands[i::2]))) for i in (0, 1)] == [3, 1], "each run has a folder of its own"
     assert commands[1] == [sys.executable, "-c", "import gymnasium, torch"]
-    args = tyro.cli(dqn.Args, args=commands[0][2:])
-    assert dqn.gradient_steps_until(args.total_timesteps, args) == 1
     row |= {"hardware": "this", "versions": "torch 1", "commit": "abc"}
     lines = throughput.to_markdown({kind: [] for kind in throughput.KINDS} | {"starts": [row]}).splitlines()
     assert lines[2] == "| dqn | 3.5 | 1.5 | **2.75** (1.50-4.00) |"
     assert lines[-1] == "start/dqn: this, one thread each; torch 1; commit abc."
+
+
+@pytest.mark.parametrize("name", ["dqn", "her", "maddpg", "ppo", "reinforce", "sac", "td3"])
+def test_a_start_learns_once(name, tmp_path):
+    script = pytest.importorskip(f"algorithms.{name}")
+    args = tyro.cli(script.Args, args=throughput.STARTS[name][1].split())
+    assert gradient_steps(script, args, tmp_path) == 1
 
 
 EVALUATIONS = """
@@ -342,6 +372,7 @@ def test_a_script_that_fails_is_not_solved(monkeypatch, tmp_path, capsys):
     assert "it broke" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_peers_that_are_solved_after_the_same_evaluations(monkeypatch):
     import stable_baselines3.common.evaluation
 
@@ -374,6 +405,7 @@ def test_solving_and_memory_in_the_tables(monkeypatch):
     assert "solve/ppo, memory/dqn: this" in table
 
 
+@pytest.mark.slow
 def test_replay_of_images_holds_each_frame_once_and_sb3s_eight_times():
     frames = 40_000 * 84 * 84
     assert 0.9 < throughput.in_new_process(throughput.fill_replay, 40_000) / frames < 1.1
@@ -384,6 +416,7 @@ def test_every_script_has_a_start():
     assert throughput.STARTS.keys() == {path.stem for path in throughput.ROOT.glob("algorithms/*.py")}
 
 
+@pytest.mark.slow
 def test_a_tiny_run_end_to_end_keeps_what_was_measured_before(monkeypatch, tmp_path):
     def run(*flags):
         output = "--output", str(tmp_path / "results")
