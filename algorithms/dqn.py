@@ -21,8 +21,8 @@ Differs from the papers:
 - Double DQN is the default, and Q' follows a little at each gradient step, as in DDPG, arXiv:1509.02971.
 - Adam, with a learning rate that falls to 0, in place of RMSprop. Epsilon falls from the first step on.
 - Vector observations are normalised. The two streams of [4] begin after the last hidden layer.
-- [6]: the action is held for n steps in all, 10,000 at most, and never beyond the episode. In the paper's Algorithm 1
-  it is held for n + 1.
+- ez-greedy holds the action of [6] for n steps in all, 10,000 at most and within the episode, where Algorithm 1 of the
+  paper holds it for n + 1 steps.
 - A time limit is not a terminal state. Atari (ALE/...): sticky actions, and an episode is a whole game.
 
     python algorithms/dqn.py --env-id CartPole-v1

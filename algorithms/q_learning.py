@@ -107,8 +107,8 @@ class Args:
 class Table:
     """Q(s, a) in lists: faster than arrays, one number at a time. A state's row is made when it is first met."""
 
-    def __init__(self, args: Args, action_space: gym.spaces.Discrete):
-        self.obs_shape, self.action_space, num_actions = (), action_space, int(action_space.n)
+    def __init__(self, args: Args, action_space: gym.spaces.Discrete, obs_shape: tuple[int, ...] = ()):
+        self.obs_shape, self.action_space, num_actions = obs_shape, action_space, int(action_space.n)
         num_tables = 2 if args.algorithm == "double-q-learning" else 1
         self.q = [defaultdict(lambda: [args.initial_value] * num_actions) for _ in range(num_tables)]
         self.counts = defaultdict(lambda: [0] * num_actions)  # how often each action was taken
@@ -221,7 +221,7 @@ def exact_returns(agent: Table, env: gym.Env, args: Args) -> dict[str, float]:
 def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> Table:
     if not isinstance(action_space, gym.spaces.Discrete):
         raise UsageError(f"--env-id {args.env_id} acts in {action_space}, not Discrete: see ppo.py")
-    return Table(args, action_space)
+    return Table(args, action_space, obs_shape)
 
 
 def train(args: Args) -> dict[str, float]:
@@ -387,7 +387,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
         np.random.seed(seeds)
         films = [film if args.capture_video else None, *[None] * (args.eval_episodes - 1)]
         envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
-        here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
+        here, there = ((int(envs[0].observation_space.n),), envs[0].action_space), (agent.obs_shape, agent.action_space)
         if here != there:
             raise UsageError(f"--env-id {args.env_id} observes and acts in {here}, the trained agent in {there}")
         playing = {i: env.reset(seed=seed)[0] for i, (env, seed) in enumerate(zip(envs, seeds, strict=True))}
@@ -454,9 +454,9 @@ class Run:
         except BaseException:
             self.close()
             raise
-        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        self.obs_shape, self.action_space = (int(self.envs[0].observation_space.n),), self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
-        self.obs = np.zeros((args.num_envs, *self.obs_shape), np.int64)
+        self.obs = np.zeros(args.num_envs, np.int64)  # the number of a state, of obs_shape[0] states
         self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         if small:

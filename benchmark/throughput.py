@@ -467,7 +467,7 @@ WORKS = [
 ACTING = "--eval-episodes 1 --eval-frequency 1000 --checkpoint-frequency 1000"
 STARTS = {  # what a script can't do without, and the flags of a run of one learning step
     "q_learning": ("gymnasium", f"--env-id FrozenLake-v1 --total-timesteps 1 {ACTING}"),
-    "reinforce": ("gymnasium, torch", f"--env-id CartPole-v1 --total-timesteps 1 {ACTING}"),
+    "reinforce": ("gymnasium, torch", f"--env-id CartPole-v1 --num-steps 1 --total-timesteps 20 {ACTING}"),  # 1 episode
     "dqn": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "ppo": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --num-steps 1 --num-minibatches 1 "
             f"--update-epochs 1 --total-timesteps 1 {ACTING}"),

@@ -213,7 +213,7 @@ FACTS = {
             "--label-smoothing 0.1 --loss-type ipo": "--label-smoothing",
         },
         logged=["loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "losses/grad_norm", "eval/kl"],
-        model="model/model.safetensors", files=["reference", "pairs.jsonl", "reference.pt"], goes_on="--evaluate",
+        model="model/model.safetensors", files=[".lock", "reference", "pairs.jsonl", "reference.pt"], goes_on="--evaluate",
     ),
     "reward_model": Facts(
         task="reviews", acts=False, env_class=None, quarter=64, result="eval/accuracy", deaths=1,
@@ -222,7 +222,7 @@ FACTS = {
         changes=REVIEW_CHANGES | {"replies": None},  # tested in test_reward_model.py
         mistakes=REVIEW_MISTAKES | {"--replies replies.jsonl": "--evaluate"},
         logged=["loss", "rewards/margins", "rewards/accuracies", "losses/grad_norm", "eval/bayes_accuracy"],
-        model="model/model.safetensors", files=["reference", "pairs.jsonl"],
+        model="model/model.safetensors", files=[".lock", "reference", "pairs.jsonl"],
         goes_on="--evaluate --replies FILE.jsonl",
     ),
     "maddpg": Facts(
