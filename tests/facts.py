@@ -213,7 +213,8 @@ FACTS = {
             "--label-smoothing 0.1 --loss-type ipo": "--label-smoothing",
         },
         logged=["loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "losses/grad_norm", "eval/kl"],
-        model="model/model.safetensors", files=[".lock", "reference", "pairs.jsonl", "reference.pt"], goes_on="--evaluate",
+        model="model/model.safetensors", goes_on="--evaluate",
+        files=[".lock", "reference", "pairs.jsonl", "reference.pt"],
     ),
     "reward_model": Facts(
         task="reviews", acts=False, env_class=None, quarter=64, result="eval/accuracy", deaths=1,

@@ -549,7 +549,7 @@ def test_learns_a_bandit(baseline):
 def test_learns_the_values_of_a_row_of_states(limit, monkeypatch):
     """Also where a time limit ends every episode after two steps: what follows is bootstrapped."""
     monkeypatch.setattr(Row, "LIMIT", limit)
-    run(env_id="ReinforceRow-v0", total_timesteps=16_384, num_steps=256, gamma=0.9)
+    run(env_id="ReinforceRow-v0", total_timesteps=8192, num_steps=128, gamma=0.9)
     agent = reinforce.load("run")
     assert value(agent, torch.eye(4)).tolist() == pytest.approx([0.9**3, 0.9**2, 0.9, 1], abs=0.02)
 
@@ -564,7 +564,7 @@ def test_sends_nothing_outside_of_the_box():
 
 
 def test_learns_a_point():
-    log = run(env_id="ReinforceAnywhere-v0", total_timesteps=8192, num_steps=32)
+    log = run(env_id="ReinforceAnywhere-v0", total_timesteps=4096, num_steps=16)
     assert log[-1]["eval/episodic_return"] > -0.5  # -20 at first
 
 
