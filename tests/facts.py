@@ -160,7 +160,7 @@ FACTS = {
     ),
     "dqn": Facts(
         tiny=flags(
-            "--env-id CartPole-v1 --num-envs 2 --buffer-size 1000 --learning-starts 64 --train-frequency 8 "
+            "--env-id CartPole-v1 --num-envs 2 --buffer-size 1000 --learning-starts 64 --train-frequency 2 "
             "--batch-size 16 --target-network-frequency 5 --learning-rate 0.03"
         ) + EVALUATED,
         resumed=[

@@ -777,6 +777,7 @@ def test_learns_a_bandit():
     assert dqn.load("run")(torch.ones(1)).tolist() == pytest.approx([0, 1, 2], abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"dueling": True}, {"double_q": False}, {"exploration": "boltzmann"}])
 def test_learns_the_values_of_a_chain(flags):
     args = dqn.Args(env_id="DqnChain-v0", total_timesteps=6000, gamma=0.9, eval_episodes=1, end_e=0.5, run_dir="run",
@@ -794,6 +795,7 @@ def test_a_time_limit_is_no_terminal_state():
     assert dqn.load("run")(torch.ones(1)).tolist() == pytest.approx([5, 5], abs=0.2)
 
 
+@pytest.mark.slow
 def test_learns_cartpole():
     args = dqn.Args(total_timesteps=24_000, eval_frequency=24_000)
     assert dqn.train(args)["eval/episodic_return"] >= 150

@@ -336,6 +336,7 @@ def test_a_resumed_run_joins_the_rows_of_one_episode_alone(env_id, third, buffer
         assert bounds(buffers[1], i)[:36] == [(0, 11)] * 12 + [(12, 23)] * 12 + third
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch):
     """Bit for bit, in the middle of episodes and with a buffer that is full; and no checkpoint leaves a trace."""
     flags = {"env_id": "Point-v0", "total_timesteps": 501, "num_envs": 3, "eval_frequency": 501, "eval_episodes": 1,
@@ -361,6 +362,7 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, monkeypatch):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[part][name])), name
 
 
+@pytest.mark.slow
 def test_it_learns_to_reach_goals_which_sac_alone_misses(tmp_path):
     results = {}
     for ratio in 4.0, 0.0:

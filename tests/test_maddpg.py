@@ -667,6 +667,7 @@ def test_targets_share_nothing_with_the_networks_and_no_optimizer_holds_them(par
             assert net.data_ptr() != target.data_ptr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beta2", "leap"), [(0.999, 0.1 / math.sqrt(0.001)), (0.9, 0.1 / math.sqrt(0.1))])
 def test_a_gradient_after_many_of_zero_is_a_leap_unless_both_means_forget_alike(beta2, leap, parts_of):
     """By Adam's own equations: 3.2 learning rates after 0.999, a third of one after 0.9."""
@@ -826,6 +827,7 @@ def test_actors_act_on_their_own_observation_alone_or_in_a_batch_of_any_type():
 # ---- Games with known answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("env_id", "gradient"), [("Game", "gumbel"), ("Game", "exact"), ("BoxGame", "gumbel")])
 def test_learns_a_game_with_a_known_optimum(env_id, gradient, tmp_path):
     """T22. The pair of actions that each would choose against a random other is not the best."""
@@ -837,6 +839,7 @@ def test_learns_a_game_with_a_known_optimum(env_id, gradient, tmp_path):
     assert rows(tmp_path / "run")[-1]["eval/episodic_return"] / 2 > (0.9 if env_id == "BoxGame" else 0.99)
 
 
+@pytest.mark.slow
 def test_critics_learn_the_values_of_a_game(tmp_path, monkeypatch):
     """Each agent's own: one earns what the other loses."""
     agents, make_agent = [], maddpg.make_agent
@@ -1113,6 +1116,7 @@ def test_nan_ends_the_run(cli, tmp_path):
     assert "NaN" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"continuous_actions": True}, {"actor_gradient": "exact", "algorithm": "ddpg"}])
 def test_killed_and_resumed_equals_unbroken(flags, tmp_path, monkeypatch):
     """T20, and T17: another run, which evaluates and saves more often, is the same."""

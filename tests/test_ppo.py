@@ -789,6 +789,7 @@ def test_learns_the_values_of_a_chain():
     assert values == pytest.approx([0.9**3, 0.9**2, 0.9, 1], abs=0.02)
 
 
+@pytest.mark.slow
 def test_learns_a_point_in_an_asymmetric_box_and_sends_nothing_outside_of_it():
     RECEIVED.clear()
     result = ppo.train(ppo.Args(env_id="Target-v0", total_timesteps=16_384, eval_episodes=1, num_steps=64,
@@ -800,11 +801,13 @@ def test_learns_a_point_in_an_asymmetric_box_and_sends_nothing_outside_of_it():
     assert (received == Target.action_space.high).any(), "the noise did reach over the edge"
 
 
+@pytest.mark.slow
 def test_learns_cartpole():
     result = ppo.train(ppo.Args(env_id="CartPole-v1", total_timesteps=32_768, eval_frequency=32_768))
     assert result["eval/episodic_return"] >= 400  # eight seeds: 448 to 500
 
 
+@pytest.mark.slow
 def test_the_compiled_loss_learns_the_same_and_is_compiled_once(tmp_path):
     torch._dynamo.reset()
     for compile_ in False, True:

@@ -545,6 +545,7 @@ def test_learns_a_bandit(baseline):
     assert log[-1]["eval/episodic_return"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, 2])
 def test_learns_the_values_of_a_row_of_states(limit, monkeypatch):
     """Also where a time limit ends every episode after two steps: what follows is bootstrapped."""
@@ -563,11 +564,13 @@ def test_sends_nothing_outside_of_the_box():
     assert (received == Point.action_space.high).any(), "the noise did reach over the edge"
 
 
+@pytest.mark.slow
 def test_learns_a_point():
     log = run(env_id="ReinforceAnywhere-v0", total_timesteps=4096, num_steps=16)
     assert log[-1]["eval/episodic_return"] > -0.5  # -20 at first
 
 
+@pytest.mark.slow
 def test_learns_cartpole():
     result = reinforce.train(reinforce.Args(total_timesteps=40_000, eval_frequency=40_000))
     assert result["eval/episodic_return"] >= 400

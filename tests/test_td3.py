@@ -573,6 +573,7 @@ def test_a_run_made_longer_equals_a_long_one(script, tmp_path):
     assert timeless(tmp_path / "short") == timeless(tmp_path / "long")
 
 
+@pytest.mark.slow
 @both
 def test_pendulum_is_learned(script, tmp_path):
     script.train(script.Args(env_id="Pendulum-v1", total_timesteps=5000, device="cpu", batch_size=64, tau=0.02,
