@@ -354,7 +354,7 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
         if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    if args.total_timesteps % getattr(args, "num_envs", 1):
+    if args.total_timesteps % getattr(args, "num_envs", 1) and not args.resume:  # then Run.start checks it
         raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
@@ -504,7 +504,7 @@ class Run:
         if args.resume:
             config = json.loads(path.read_text())
             changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
-            shorter = args.total_timesteps < config["args"]["total_timesteps"]
+            shorter = args.total_timesteps < config["args"]["total_timesteps"] or args.total_timesteps % args.num_envs
             if shorter or changed - {"run_dir", "resume", "device", "total_timesteps"}:
                 raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
