@@ -874,7 +874,7 @@ def choose_device(name: str, small: bool) -> str:
     try:
         torch.zeros(1, device=name)
     except (AssertionError, RuntimeError) as error:
-        refuse(f"--device {name} can't be used here; --device cpu can ({str(error).splitlines()[0]})")
+        refuse(f"--device {name} can't be used here; --device cpu can ({error!s:.99})")
     if small:
         torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
     return name

@@ -262,8 +262,7 @@ def train(args: Args) -> dict[str, float]:
             rate = args.learning_rate * ((1 - first_step / args.total_timesteps) if args.anneal_lr else 1)
             for optimizer in optimizers.values():
                 optimizer.param_groups[0]["lr"] = rate
-            done, due = (step // args.train_frequency for step in (first_step, run.global_step))
-            for number in range(done + 1, due + 1):
+            for number in range(first_step // args.train_frequency + 1, run.global_step // args.train_frequency + 1):
                 metrics = update(agent, optimizers, buffer.sample(args.batch_size), args)
                 if number % 100 == 0:  # 3. Log
                     run.log(metrics | {"charts/learning_rate": rate})
@@ -412,13 +411,13 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
         if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    if args.total_timesteps % getattr(args, "num_envs", 1) and not args.resume:  # then Run.start checks it
+    if args.total_timesteps % getattr(args, "num_envs", 1):
         raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
 
 
-def saved_args(run_dir: str, **changes: object) -> Args:
+def saved_args(run_dir: str | Path, **changes: object) -> Args:
     """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
     try:
         config = json.loads(Path(run_dir, "config.json").read_text())
@@ -434,10 +433,12 @@ def parse_args() -> Args:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
         sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
+    if {"--resume", "--evaluate"} & {*sys.argv}:
+        default = {"default": saved_args(run_dirs[-1])}
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
-            args = tyro.cli(Args)
-            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+            return tyro.cli(Args, **default)
         except SystemExit:  # tyro draws a box around its message
             raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
 
@@ -475,30 +476,23 @@ class Run:
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
         self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
-        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.command = shlex.join([sys.executable, __file__, "--run-dir", str(self.dir)])
         self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
-        self.bar = self.metrics = self.wandb = None
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
-            reason = re.split(r"\. |\n", str(error))[0]
-            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {reason}") from None
+            raise UsageError(f"--device {args.device} can't be used, --device cpu can ({error!s:.99})") from None
         if args.capture_video:
             make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
-        self.envs = []
-        try:
-            for _ in range(args.num_envs):
-                self.envs.append(make_env(args))
-        except BaseException:
-            self.close()
-            raise
+        with contextlib.ExitStack() as stack:
+            self.envs = [stack.enter_context(contextlib.closing(make_env(args))) for _ in range(args.num_envs)]
+            self.opened = stack.pop_all()  # what close will close; start adds to it
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
         self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
-        if small:
-            torch.set_num_threads(1)
+        torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
         np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
         torch.manual_seed(args.seed)
@@ -510,10 +504,9 @@ class Run:
         """
         args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
         if args.resume:
-            config = json.loads(path.read_text())
-            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
-            shorter = args.total_timesteps < config["args"]["total_timesteps"] or args.total_timesteps % args.num_envs
-            if shorter or changed - {"run_dir", "resume", "device", "total_timesteps"}:
+            saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
+            changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device"}
+            if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
                 raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
@@ -527,23 +520,22 @@ class Run:
             config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
             config["wandb_id"] = os.urandom(8).hex()
         config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
-        if args.track:
-            import wandb
-
-            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
-            try:
-                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
-            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
-                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
-            self.wandb.define_metric("*", step_metric="global_step")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            self.wandb = None
+            if args.track:
+                import wandb
+
+                names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+                self.opened.callback(self.wandb.finish)
+                self.wandb.define_metric("*", step_metric="global_step")
             path.write_text(json.dumps(config, indent=1))
-            self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        except OSError as error:
-            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
-        none = [torch.zeros(0)] * args.num_envs
-        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": none, "streams": []}
+            self.metrics = self.opened.enter_context(open(self.dir / "metrics.jsonl", "ab"))
+        except Exception as error:  # W&B's have many kinds: no key, no network
+            hint = "--run-dir must be writable" if isinstance(error, OSError) else "WANDB_MODE=offline needs no account"
+            raise UsageError(f"{error}: {hint}") from None
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": self.actions, "streams": []}
         if args.resume and checkpoint.exists():
             state = load_file(checkpoint, **parts)
         if self.metrics.tell() < state["bytes"]:
@@ -553,7 +545,7 @@ class Run:
         self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
         for i, actions in enumerate(state["actions"]):
-            self.begin_episode(i, actions.numpy())
+            self.begin_episode(i, np.array(actions))
             if "obs" in state and (self.obs[i] != state["obs"][i].numpy()).any():
                 tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
                 self.begin_episode(i)
@@ -561,6 +553,7 @@ class Run:
         for setter, stream in zip(setters, state["streams"], strict=False):
             setter(stream)
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        self.opened.callback(self.bar.close)
         kind = "vectors" if len(self.obs_shape) == 1 else "images"
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
@@ -568,15 +561,17 @@ class Run:
         """Resets environment i. An episode is its seed and its actions: those that were taken are taken again."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
-        self.obs[i], _ = self.envs[i].reset(seed=seed)
+        obs, _ = self.envs[i].reset(seed=seed)
         self.returns[i], self.actions[i] = 0.0, list(actions)
         for action in actions:
-            self.obs[i], reward, terminated, truncated, _ = self.envs[i].step(action)
+            obs, reward, terminated, truncated, _ = self.envs[i].step(action)
             self.returns[i : i + 1] += reward
             if terminated or truncated:
                 break
-        if not np.isfinite(self.obs[i]).all():
-            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {self.obs[i]}")
+        assert np.shape(obs) == self.obs[i].shape, f"{self.args.env_id} shows {obs}, of another shape than its space's"
+        if not np.isfinite(obs).all():
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {obs}")
+        self.obs[i] = obs
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
@@ -601,11 +596,10 @@ class Run:
 
     def goes_on(self) -> bool:
         """Evaluates and saves where that is due. False at the end of the run."""
-        args, step, last, result = self.args, self.global_step, self.last_step, {}
+        args, step, last = self.args, self.global_step, self.last_step
         end, self.last_step = step == args.total_timesteps, step
         if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
-            result = evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}")
-            if result:
+            if result := evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}"):
                 self.log(result)
                 self.result = result
             else:  # a signal has stopped it: after --resume it is due again
@@ -621,12 +615,12 @@ class Run:
 
     def log(self, row: dict[str, float]) -> None:
         """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
-        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
-            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
         seconds = time.time() - self.started
         row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
         if "charts/learning_rate" in row:
             row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
         if self.wandb:
@@ -655,11 +649,7 @@ class Run:
             os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
     def close(self) -> None:
-        for part in (*self.envs, self.bar, self.metrics):
-            if part is not None:
-                part.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.opened.close()
         if self.last_step and isinstance(sys.exc_info()[1], Exception):
             print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
 
@@ -671,12 +661,12 @@ def main() -> None:
         Run.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
 
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
     sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
     gym.logger.min_level = gym.logger.ERROR  # warnings of libraries would stand around our one line
     warnings.simplefilter("ignore")
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, stop)
     try:
         args = parse_args()
         if args.evaluate:

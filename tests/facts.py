@@ -92,7 +92,6 @@ FACTS = {
             "--log-std-init 3": "--log-std-init",
             "--log-std-init nan": "--log-std-init",
             "--anneal-lr maybe": "maybe",
-            "--env-id ALE/Pong-v5 --norm-obs": "--norm-obs",
             "--env-id BreakoutNoFrameskip-v4": "ALE/",
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",
             "--env-id OddTupleAction-v0": "Tuple",
