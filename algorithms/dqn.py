@@ -1,29 +1,29 @@
 """Deep Q-network (DQN): learn how good each action is, and take the best one.
 
-Q(s, a) is the sum of the rewards to expect after action a in state s, later ones discounted. A better estimate of it is
-the reward plus the discounted best Q of the next state s'. So a network learns to predict that, from its own estimates.
-Two things keep this stable. Batches are drawn at random from a replay buffer of old transitions, so that a batch is not
-all about one moment. The estimates are those of a target network Q', with older weights theta', so they move slowly.
+Q(s, a) is the return to expect, the discounted sum of rewards, when a is taken in state s and the best actions after.
+A network is fitted to a target y for it: the reward plus the discounted best Q of the next state s' (bootstrapping).
+Two things keep this stable. Batches are drawn at random from a replay buffer, so that transitions are not correlated.
+And y is from a target network Q', whose weights theta' slowly follow Q's weights theta. In [3], y is a constant.
 
     [1] y = r + gamma Q'(s', a*)  with  a* = argmax_a Q'(s', a), or y = r where s' is terminal     DQN, Algorithm 1
-    [2] a* = argmax_a Q(s', a) instead: Q chooses and Q' judges, so that no error chooses itself   Double DQN, cf. Eq. 4
+    [2] a* = argmax_a Q(s', a) instead: Q selects and Q' evaluates, against overestimation         Double DQN, cf. Eq. 4
     [3] L = E[(y - Q(s, a))^2]                                                                     DQN, Algorithm 1
     [4] Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')                                                Dueling, Eq. 9
     [5] explore: with probability epsilon any action, else argmax_a Q(s, a)                        DQN, Algorithm 1
         or Boltzmann: the action a with a probability proportional to exp(Q(s, a) / temperature)
     [6] hold the random action of [5] for n steps, with P(n) proportional to 1 / n^2               ez-greedy
-    [7] theta' <- tau theta + (1 - tau) theta'  every so many gradient steps; tau 1: a copy        DQN, Algorithm 1
+    [7] theta' <- tau theta + (1 - tau) theta'  every C gradient steps; tau 1: a copy              DQN, Algorithm 1
 
 Paper: Mnih et al. 2015, doi:10.1038/nature14236. Double DQN: van Hasselt et al. 2016, arXiv:1509.06461. Dueling: Wang
 et al. 2016, arXiv:1511.06581. ez-greedy: Dabney et al. 2021, arXiv:2006.01782.
 
 Differs from the papers:
-- Double DQN is the default, and Q' follows a little at each gradient step, as in DDPG, arXiv:1509.02971.
+- Double DQN is the default. theta' moves a little at each gradient step (soft update), as in DDPG, arXiv:1509.02971.
 - Adam, with a learning rate that falls to 0, in place of RMSprop. Epsilon falls from the first step on.
-- Vector observations are normalised. The two streams of [4] begin after the last hidden layer.
+- Vectors are normalised, the CNN starts orthogonal. The two streams of [4] begin after the last hidden layer.
 - ez-greedy holds the action of [6] for n steps in all, 10,000 at most and within the episode, where Algorithm 1 of the
   paper holds it for n + 1 steps.
-- A time limit is not a terminal state. Atari (ALE/...): sticky actions, and an episode is a whole game.
+- A time limit is not terminal. Evaluation: epsilon 0, not 0.05. Atari: sticky actions, and an episode is a whole game.
 
     python algorithms/dqn.py --env-id CartPole-v1
 """
@@ -86,22 +86,22 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
-    learning_rate: float = 5e-4  # of Adam
+    learning_rate: float = 5e-4  # of Adam; paper: 2.5e-4, of RMSprop
     anneal_lr: bool = True  # let it fall linearly to 0
     gamma: float = 0.99  # discount
     buffer_size: int = 100_000  # transitions in the replay buffer; paper: 1,000,000
     batch_size: int = 128  # transitions in a gradient step; paper: 32
-    learning_starts: int = 1_000  # environment steps before the first gradient step; paper: 50,000
+    learning_starts: int = 1_000  # environment steps before the first gradient step; paper: 50,000, all random
     train_frequency: int = 1  # environment steps, summed over all environments, per gradient step; paper: 4
-    target_network_frequency: int = 1  # [7] gradient steps between updates of the target network; paper: 10,000
+    target_network_frequency: int = 1  # [7] C, gradient steps between updates of the target network; paper: 10,000
     tau: float = 0.01  # [7] share of the new weights in such an update; paper: 1, a copy
     exploration: Literal["epsilon-greedy", "ez-greedy", "boltzmann"] = "epsilon-greedy"  # [5], [6]
-    start_e: float = 1.0  # [5] epsilon, or Boltzmann's temperature in units of the return, at the start
+    start_e: float = 1.0  # [5] at the start: epsilon, or Boltzmann's temperature, on the scale of Q
     end_e: float = 0.05  # [5] the same from the end of exploration_fraction on; paper: 0.1
-    exploration_fraction: float = 0.2  # share of the run in which it goes linearly from start_e to end_e
-    max_grad_norm: float | None = None  # gradients with a larger norm are scaled down to it; None: none are
+    exploration_fraction: float = 0.2  # share of the run in which it falls to end_e; paper: 1,000,000 frames
+    max_grad_norm: float | None = None  # clip the gradient's norm to this; None: no clipping
     norm_obs: bool = True  # normalise vector observations by their running mean and standard deviation; images: no
-    huber: bool = False  # [3] as Huber loss: e^2 / 2, and |e| - 1/2 where |e| > 1; paper: yes
+    huber: bool = False  # [3] as Huber loss of e = y - Q: e^2 / 2, and |e| - 1/2 where |e| > 1; paper: yes
     double_q: bool = True  # [2] Double DQN; paper: no
     dueling: bool = False  # [4] dueling network
 
@@ -157,7 +157,7 @@ class QNetwork(nn.Module):
         self.obs_shape, self.action_space = obs_shape, space
         if len(obs_shape) == 3:
             self.hidden, hidden_dim = nature_cnn(), 512
-        else:  # not orthogonal(): with biases of 0, an observation twice as long would have values twice as large
+        else:  # not orthogonal(): with its zero biases, Q would be proportional to the observation: Q(2 s) = 2 Q(s)
             self.hidden = nn.Sequential(nn.Linear(*obs_shape, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
             hidden_dim = 128
         self.head = nn.Linear(hidden_dim, int(space.n))  # Q, or the advantages A of [4]
@@ -185,7 +185,7 @@ class QNetwork(nn.Module):
 
 
 class ReplayBuffer(nn.Module):
-    """The last transitions. Number n is in row n % size of each tensor, so that the newest overwrite the oldest."""
+    """A ring: transition n is in row n % size of each tensor. An nn.Module, so that a checkpoint saves its tensors."""
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], dtype: torch.dtype = torch.float32, more_bytes: int = 0):
         super().__init__()
@@ -200,10 +200,10 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("terminated", torch.zeros(size, dtype=torch.bool))
         self.register_buffer("next_obs", torch.zeros(size, *obs_shape, dtype=dtype))
         self.register_buffer("added", torch.tensor(0))  # transitions so far
-        self.register_buffer("oldest", torch.tensor(0))  # number of the oldest one that is still there
+        self.register_buffer("oldest", torch.tensor(0))  # number of the oldest that sample may draw
 
     def add(self, **transitions: np.ndarray) -> None:
-        """A transition of each of N environments: what goes into each tensor, (N, ...)."""
+        """Adds a transition of each of N environments: a keyword for each tensor, with N rows."""
         rows = (self.added.item() + np.arange(len(transitions["obs"]))) % self.size
         for name, values in transitions.items():
             getattr(self, name).numpy()[rows] = values  # by NumPy, which converts types
@@ -219,7 +219,7 @@ class ReplayBuffer(nn.Module):
 class ImageReplayBuffer(ReplayBuffer):
     """The same for stacks of K images. Each image is stored once: a million transitions take 7.1 GB, not 56 GB.
 
-    obs and next_obs hold numbers of images, K in a row. Image number n is images[n % len(images)].
+    obs and next_obs hold the indices of K images. The image of index n is images[n % len(images)].
     """
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...]):
@@ -230,15 +230,15 @@ class ImageReplayBuffer(ReplayBuffer):
 
     def add(self, obs: np.ndarray, next_obs: np.ndarray, **others: np.ndarray) -> None:
         obs, next_obs = torch.from_numpy(obs), torch.from_numpy(next_obs)  # (N, K, 84, 84)
-        numbers = self.next_obs[torch.arange(self.added - len(obs), self.added) % self.size]  # (N, K)
-        begun = (self.images[numbers % len(self.images)] != obs).flatten(1).any(1)  # (N,): obs is not the last next_obs
+        indices = self.next_obs[torch.arange(self.added - len(obs), self.added) % self.size]  # (N, K)
+        begun = (self.images[indices % len(self.images)] != obs).flatten(1).any(1)  # (N,): True: a new episode
         new_images = torch.cat([obs[begun, -1], next_obs[:, -1]])
-        new_numbers = numbers[-1, -1] + 1 + torch.arange(len(new_images))  # that of the newest image, and on
-        self.images[new_numbers % len(self.images)] = new_images
-        numbers[begun] = new_numbers[: -len(obs), None]  # an episode's first stack is one image K times
-        super().add(obs=numbers, next_obs=torch.cat([numbers[:, 1:], new_numbers[-len(obs) :, None]], 1), **others)
-        # The images of a transition came within K steps: all are there if the newest is one of the last size images
-        while self.next_obs[self.oldest % self.size, -1] <= new_numbers[-1] - self.size:
+        new_indices = indices[-1, -1] + 1 + torch.arange(len(new_images))  # indices[-1, -1]: the newest image so far
+        self.images[new_indices % len(self.images)] = new_images
+        indices[begun] = new_indices[: -len(obs), None]  # an episode's first stack is one image K times
+        super().add(obs=indices, next_obs=torch.cat([indices[:, 1:], new_indices[-len(obs) :, None]], 1), **others)
+        # Drop a transition once its oldest image, up to 2 num_envs K older than its newest, may be overwritten
+        while self.next_obs[self.oldest % self.size, -1] <= new_indices[-1] - self.size:
             self.oldest += 1
 
     def sample(self, batch_size: int) -> list[Tensor]:
@@ -247,7 +247,7 @@ class ImageReplayBuffer(ReplayBuffer):
 
 
 def td_target(rewards: Tensor, terminated: Tensor, target_q: Tensor, choosing_q: Tensor, gamma: float) -> Tensor:
-    """y, (B,). target_q: Q'(s', .) (B, A). choosing_q, which chooses a*: the same in [1], Q(s', .) (B, A) in [2]."""
+    """y, (B,). target_q: Q'(s', .), (B, A). choosing_q: what the argmax of a* is over, Q' in [1] and Q in [2]."""
     next_actions = choosing_q.argmax(-1, keepdim=True)  # (B, 1)
     next_values = target_q.gather(-1, next_actions).squeeze(-1)  # (B,)
     assert rewards.shape == terminated.shape == next_values.shape
@@ -268,7 +268,7 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
 
 def explore(q_values: Tensor, epsilon: float, held: nn.Module, args: Args) -> Tensor:
     """[5] Actions, counted from 0: (N, A) -> (N,). epsilon is Boltzmann's temperature as well. held: see train."""
-    if args.exploration == "boltzmann":  # the argmax of logits with Gumbel noise is a sample of their softmax
+    if args.exploration == "boltzmann":  # Gumbel-max trick; -log of an Exp(1) sample is Gumbel noise
         return (q_values - epsilon * torch.empty_like(q_values).exponential_().log()).argmax(-1)
     num_envs, num_actions = q_values.shape
     at_random, actions = torch.rand(num_envs) < epsilon, torch.randint(num_actions, (num_envs,))
@@ -308,22 +308,22 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent and returns its last evaluation. Of what is below the ruled line, it needs Run."""
-    with contextlib.closing(Run(args)) as run:
+    """Trains an agent and returns its last evaluation. From below the ruled line it needs only Run."""
+    with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         q_network = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         target_network = copy.deepcopy(q_network)
         target_network.obs_stats = q_network.obs_stats  # one normaliser for both
         optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
         kind_of_buffer = ImageReplayBuffer if len(run.obs_shape) == 3 else ReplayBuffer
         buffer = kind_of_buffer(args, run.obs_shape)
-        held = nn.Module()  # [6] in each environment: the action that ez-greedy holds, and for how many more steps
+        held = nn.Module()  # [6] each environment's held action and steps left; a Module, so that checkpoints save it
         held.register_buffer("actions", torch.zeros(args.num_envs, dtype=torch.int64))
         held.register_buffer("steps_left", torch.zeros(args.num_envs, dtype=torch.int64))
         run.start(model=q_network, target=target_network, optimizer=optimizer, buffer=buffer, held=held)
 
         while run.goes_on():  # it evaluates and saves where that is due
             # 1. Act: one step in each of N environments
-            obs, step = run.obs, run.global_step
+            obs, step = run.obs, run.global_step  # where an episode has ended, run.obs is the first of the next
             epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
             with torch.inference_mode():
                 q_values = q_network(torch.from_numpy(obs).to(run.device)).cpu()  # (N, A)
@@ -333,10 +333,10 @@ def train(args: Args) -> dict[str, float]:
             if q_network.obs_stats:
                 q_network.obs_stats.update(torch.from_numpy(run.obs).to(run.device))
             if args.env_id.startswith("ALE/"):
-                rewards = np.sign(rewards)
+                rewards = np.sign(rewards)  # as in the paper: -1, 0 or 1; the logged returns are not clipped
             buffer.add(obs=obs, actions=actions, rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-            # 2. Learn: a gradient step for every train_frequency environment steps, whatever the number of environments
+            # 2. Learn: a gradient step per train_frequency environment steps; N environments can make several due
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
             done = max(0, step - args.learning_starts) // args.train_frequency  # gradient steps so far

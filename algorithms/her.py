@@ -93,7 +93,7 @@ class Args:
     tau: float = 0.005  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step
-    learning_starts: int | None = None  # random steps before learning starts; None: a tenth of the run, 10,000 at most
+    learning_starts: int | None = None  # steps of uniform random actions, without learning; None: min(run / 10, 10,000)
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
     num_critics: int = 2  # [1] number of critics
     alpha: float = 0.2  # [1] temperature: at the start, and with --no-autotune always
@@ -124,7 +124,7 @@ class SAC(nn.Module):
         self.actor = network(obs_dim, 2 * action_dim)  # mean and log of the standard deviation of u in [2]
         self.critics = nn.ModuleList([network(obs_dim + action_dim, 1) for _ in range(args.num_critics)])
         self.target_critics = copy.deepcopy(self.critics)
-        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # logarithm: so alpha stays above 0
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # alpha > 0; -99 is for --alpha 0
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, obs_dim) -> (B, action_dim), (B,)
         mean, log_std = self.actor(obs).chunk(2, -1)
@@ -247,10 +247,10 @@ def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
 
 
 def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions from standard normal noise, and their log-probabilities. (B, action_dim) each -> (B, action_dim), (B,)"""
+    """The reparameterisation trick: a as a function of noise, so that gradients reach mean and log_std; log pi (B,)"""
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # log N(u): noise is (u - mean) / std
-    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), also at tanh(u) = 1
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), stable for large |u|
     return u.tanh(), (log_normal - log_slope).sum(-1)  # [2]
 
 
@@ -314,7 +314,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments
-            obs, first_step = run.obs, run.global_step
+            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first
             first = [buffer.added - len(past) for past in run.actions]  # the row in which each episode began
             with torch.no_grad():
                 if first_step < args.learning_starts:
@@ -329,7 +329,7 @@ def train(args: Args) -> dict[str, float]:
                     if name in infos[i]:
                         run.log({"charts/success": infos[i][name]})
 
-            # 2. Learn: utd gradient steps for every environment step, whatever the number of environments
+            # 2. Learn: utd gradient steps for every environment step; with N environments N utd at once
             done = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
             for number in range(done + 1, due + 1):

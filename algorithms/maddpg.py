@@ -1,24 +1,25 @@
-"""Multi-agent deep deterministic policy gradient (MADDPG): critics that see everything, actors that see their own.
+"""Multi-agent deep deterministic policy gradient (MADDPG): centralised training, decentralised execution.
 
-To an agent that learns among other agents the world keeps changing, because their policies change. But given what all
-agents observe and do, it stays the same. So in training each agent has a critic that sees all observations and actions.
-Its actor sees the agent's own observation only, and needs no critic once it is trained. Each critic learns the reward
-of its own agent. So agents may cooperate, compete, or both.
+As all agents learn, the environment of each is non-stationary: it contains the others' policies. But given the actions
+of all, it is stationary. So in training each agent has a centralised critic, which sees all observations and actions.
+Its actor sees the agent's own observation only, and acts without the critic. Each critic learns its own agent's return,
+so agents may cooperate, compete, or both.
 
     [1] critics: minimise E[(Q_i(x, a_1, ..., a_N) - y_i)^2]                                               MADDPG, Eq. 6
         y_i = r_i + gamma Q'_i(x', a'_1, ..., a'_N)  with  a'_j = mu'_j(o'_j), or y_i = r_i where x' is terminal for i
     [2] actors:  maximise E[Q_i(x, a_1, ..., a_i, ..., a_N)]  with  a_i = mu_i(o_i)                        MADDPG, Eq. 5
     [3] targets: theta' <- tau theta + (1 - tau) theta'                                              MADDPG, Algorithm 1
 
-Agent i of N observes o_i, does a_i by its policy mu_i, and earns r_i; x is (o_1, ..., o_N). A prime marks what comes
-next, and the target networks, whose weights theta' follow slowly. In [2] the other actions are the replay buffer's.
+Agent i of N observes o_i, does a_i by its policy mu_i, and earns r_i; x is (o_1, ..., o_N). A prime marks what
+comes next, and target networks, whose weights theta' follow slowly. In [2] x and the others' actions are the buffer's.
 
 Papers: Lowe et al. 2017, arXiv:1706.02275. The actors' gradient: arXiv:1611.01144 (gumbel), arXiv:1709.00503 (exact).
 
 Differs from the paper:
-- Agents do not infer the others' policies (Section 4.2) and have one policy each, not an ensemble (Section 4.3).
-- All agents learn from the same batch. Gradients are not clipped, as they are in the authors' code.
-- Discrete actions are one-hot, in y_i the most likely ones. In the authors' code they are soft samples everywhere.
+- Agents do not infer the others' policies, and have one policy each, not an ensemble. All learn from the same batch.
+- Gradients are not clipped; the authors' code clips their norm to 0.5. mpe2's simple_spread_v3 gives agent i half of
+  (- distances - its own collisions), not the sum over all agents.
+- Discrete actions are one-hot: argmax in y_i and in evaluation, else sampled. The authors': Gumbel-softmax everywhere.
 - As there, the mean square of an actor's outputs is a small penalty in [2], and a time limit is not a terminal state.
 
     python algorithms/maddpg.py --env-id simple_spread_v3
@@ -87,10 +88,10 @@ class Args:
     # Algorithm
     algorithm: Literal["maddpg", "ddpg"] = "maddpg"  # ddpg, the paper's baseline: critics see their own agent only
     continuous_actions: bool = False  # mpe2's environments: actions in a box instead of discrete ones
-    actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # [2] of discrete actions: from one sample, or from all
+    actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # [2], discrete: from one sampled action, or from all actions
     learning_rate: float = 1e-3  # of Adam, for actors and critics; paper: 0.01
     anneal_lr: bool = False  # let it fall linearly to 0
-    beta2: float = 0.999  # of Adam; with 0.9, its beta1, no weight moves by more than the learning rate in a step
+    beta2: float = 0.999  # of Adam; 0.9, its beta1, bounds each weight's step by the learning rate
     gamma: float = 0.95  # discount
     tau: float = 0.01  # [3] share of the new weights in an update of the targets
     hidden_size: int = 128  # units in each of the two hidden layers; paper: 64
@@ -98,9 +99,9 @@ class Args:
     batch_size: int = 256  # transitions in a gradient step; paper: 1024
     learning_starts: int = 5_000  # environment steps before the first gradient step; the authors' code: 25,600
     train_frequency: int = 10  # environment steps, summed over all environments, per gradient step; paper: 100
-    exploration_noise: float = 0.2  # standard deviation of the noise on actions in training, for a box of [-1, 1]
-    output_coef: float = 1e-3  # weight of the penalty in [2]
-    opponent_dir: str | None = None  # with --evaluate, another run: adversaries of each play the other agents of both
+    exploration_noise: float = 0.2  # std of Gaussian noise on box actions in training, for [-1, 1]; discrete: sampled
+    output_coef: float = 1e-3  # weight of the penalty in [2] on the actor's outputs, before softmax or sigmoid
+    opponent_dir: str | None = None  # with --evaluate: a second run; each run's adversaries play each run's good agents
 
     def __post_init__(self) -> None:
         check_ranges(self, tau=(0, 1), beta2=(0, 0.9999), learning_starts=(0, 1e12), buffer_size=(self.num_envs, 1e12))
@@ -128,7 +129,7 @@ class MADDPG(nn.Module):
         self.target_actor_n, self.target_critic_n = copy.deepcopy(self.actor_n), copy.deepcopy(self.critic_n)
 
     def choose(self, i: int, outputs: Tensor, explore: bool = False) -> Tensor:  # (..., action_dim), the same
-        """mu_i, given what network i puts out. Discrete actions are one-hot, others in a box that goes from 0 to 1."""
+        """mu_i(o_i) from the actor's outputs. Discrete: logits -> one-hot. Box: the sigmoid, in [0, 1]."""
         if self.discrete_n[i]:
             chosen = torch.multinomial(outputs.softmax(-1), 1).squeeze(-1) if explore else outputs.argmax(-1)
             return nn.functional.one_hot(chosen, outputs.shape[-1]).float()
@@ -138,7 +139,7 @@ class MADDPG(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool = False) -> np.ndarray:
-        """What all agents do, given what all observe: (O,) -> (A,), or for a batch (B, O) -> (B, A)"""
+        """All agents' actions from all agents' observations, joined: (O,) -> (A,), or for a batch (B, O) -> (B, A)"""
         obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
         output_n = [actor(o) for actor, o in zip(self.actor_n, obs.split(self.obs_dim_n, -1), strict=True)]
         return torch.cat([self.choose(i, outputs, explore) for i, outputs in enumerate(output_n)], -1).cpu().numpy()
@@ -158,10 +159,10 @@ class MADDPG(nn.Module):
         if not self.discrete_n[i]:  # the gradient of Q_i flows through the action into the actor, as in DDPG
             q = q_of(self.choose(i, outputs))
         elif self.args.actor_gradient == "gumbel":
-            # Forward, a one-hot sample; backward, the gradient of a soft one: the straight-through Gumbel-softmax. That
-            # is biased: it follows slopes of Q_i at one-hot actions, where Q_i has learned nothing but values
+            # Forward a one-hot sample, backward the gradient of a soft one: the straight-through Gumbel-softmax. It is
+            # biased: it uses Q_i's gradient at one-hot actions, where only Q_i's values are trained
             q = q_of(nn.functional.gumbel_softmax(outputs, hard=True))
-        else:  # exact: the sum over all actions of agent i, each weighted by its probability
+        else:  # exact: the expected Q_i under the softmax policy, as in mean actor-critic (y_i still uses the argmax)
             with torch.no_grad():
                 all_actions = torch.eye(self.action_dim_n[i], device=outputs.device)
                 q_of_each = torch.stack([q_of(action.expand_as(outputs)) for action in all_actions], -1)
@@ -198,7 +199,7 @@ class JointBuffer:
 
 
 def update(agent: MADDPG, optimizers: dict, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
-    """Algorithm 1: a gradient step of all networks, with the same batch for all agents. Returns metrics to log."""
+    """Algorithm 1, but all critics, then all actors: a gradient step of each with one batch. Returns metrics to log."""
     obs, actions, rewards, terminated, next_obs = batch  # (B, O), (B, A), (B, N), (B, N), (B, O)
     obs_n, next_obs_n = obs.split(agent.obs_dim_n, -1), next_obs.split(agent.obs_dim_n, -1)
     action_n, critic_losses, metrics = actions.split(agent.action_dim_n, -1), [], {}
@@ -211,7 +212,7 @@ def update(agent: MADDPG, optimizers: dict, batch: tuple[Tensor, ...], args: Arg
         critic_losses.append((q - y).square().mean())  # [1]
         metrics |= {f"losses/td_loss/{name}": critic_losses[i].detach(), f"losses/q_values/{name}": q.detach().mean()}
     optimizers["critics"].zero_grad()
-    sum(critic_losses).backward()  # each has gradients in its own network alone: a step for the sum is one for each
+    sum(critic_losses).backward()  # critics share no weights, so a step on the sum is a step on each
     optimizers["critics"].step()
 
     actor_losses = [agent.actor_loss(i, obs_n, action_n) for i in range(len(agent.names))]
@@ -228,7 +229,7 @@ def update(agent: MADDPG, optimizers: dict, batch: tuple[Tensor, ...], args: Arg
 
 
 def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> MADDPG:
-    """obs_shape and action_space are those of rows. What each agent observes and does, an environment knows."""
+    """Opens an environment, which knows each agent's spaces. obs_shape, action_space: of all joined, unused here."""
     with contextlib.closing(make_env(args)) as env:
         for name, space, obs_dim in zip(env.names, env.action_space_n, env.obs_dim_n, strict=True):
             box = isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating) and space.is_bounded()
@@ -238,8 +239,8 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains all agents and returns their last evaluation. Of what is below the ruled line, it needs Run."""
-    with contextlib.closing(Run(args)) as run:
+    """Trains all agents and returns their last evaluation. From below the ruled line it needs only Run."""
+    with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         n, adam = len(agent.names), {"lr": args.learning_rate, "betas": (0.9, args.beta2), "fused": True}
         optimizers = {"actors": torch.optim.Adam(agent.actor_n.parameters(), **adam)}
@@ -250,13 +251,13 @@ def train(args: Args) -> dict[str, float]:
 
         while run.goes_on():  # it evaluates and saves where that is due
             # 1. Act: one step in each of the environments
-            obs, first_step = run.obs, run.global_step
+            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first
             actions = agent.act(obs, explore=True)
             next_obs, _, _, _, infos = run.step(actions)
             rewards, terminated = [info["rewards"] for info in infos], [info["terminated"] for info in infos]
             buffer.add(obs, actions, rewards, terminated, next_obs)
 
-            # 2. Learn: a gradient step for every train_frequency environment steps, whatever the number of environments
+            # 2. Learn: a gradient step per train_frequency environment steps; N environments can make several due
             if run.global_step < args.learning_starts:
                 continue
             rate = args.learning_rate * ((1 - first_step / args.total_timesteps) if args.anneal_lr else 1)
@@ -271,8 +272,8 @@ def train(args: Args) -> dict[str, float]:
 
 # From here to the ruled line: what replaces the other scripts' environments, as these have several agents
 class JointEnv(gym.Env):
-    """PettingZoo's parallel environment as one of Gymnasium. A row is what all agents observe, (O,), or do, (A,): of
-    actions, discrete ones are one-hot and boxes go from 0 to 1. The reward is the sum of the agents' rewards."""
+    """PettingZoo's parallel environment as one of Gymnasium. All agents' observations (O,) and actions (A,) are joined:
+    discrete actions one-hot, boxes rescaled to [0, 1]. The reward is the sum of the agents' rewards."""
 
     def __init__(self, env: ParallelEnv, render_mode: str | None):
         self.env, self.names, self.render, self.close = env, list(env.possible_agents), env.render, env.close
@@ -305,7 +306,7 @@ class JointEnv(gym.Env):
         over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # an ended one may be gone
         info = {"benchmark": [infos[name].get("benchmark_data") for name in infos]}
         info["rewards"] = np.array([np.asarray(rewards.get(name, 0.0)).item() for name in self.names])  # (N,)
-        info["terminated"] = np.array([terminated.get(name, True) for name in self.names])  # (N,), with those that left
+        info["terminated"] = np.array([terminated.get(name, True) for name in self.names])  # (N,); True: it left
         all_terminated = over and bool(info["terminated"].all())
         return self.row(obs), info["rewards"].sum(), all_terminated, over and not all_terminated, info
 

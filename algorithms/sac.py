@@ -1,21 +1,21 @@
-"""Soft actor-critic (SAC): earn reward, and stay as random as that allows.
+"""Soft actor-critic (SAC): maximise the return and the entropy of the policy together.
 
-The critics learn Q(s, a): the return to expect after action a in state s. The actor is a policy that draws its actions
-at random. It learns to make Q large, and its entropy too, which says how random it is: so it goes on exploring where
-that costs little. A temperature alpha weighs the entropy. It is tuned: on average the entropy shall be a target H.
+The critics learn the soft Q(s, a): the return to expect after action a in state s, plus alpha times the entropy of the
+policy at each later step, discounted too. The actor, a stochastic policy pi, maximises Q plus alpha times its entropy,
+which measures how random it is. The temperature alpha is tuned so that the entropy is a target H on average.
 
-    [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal      SAC, Eq. 6
-    [2] a = tanh(u), u ~ N(mean(s), std(s)^2): log pi(a|s) = log N(u) - sum_j log(1 - tanh(u_j)^2)       SAC, Appendix C
-    [3] temperature: minimise E[-alpha log pi(a|s) - alpha H],  H = -dim(a)                                  SAC, Eq. 18
+    [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal  SAC, cf. Eq. 6
+    [2] a = tanh(u), u = mean(s) + std(s) n, n ~ N(0, 1): log pi(a|s) = log N(u) - sum_j log(1 - a_j^2)  SAC, Appendix C
+    [3] temperature: minimise E[-alpha log pi(a|s) - alpha H],  a ~ pi,  H = -dim(a)                         SAC, Eq. 18
     [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                          SAC, Eq. 5
-    [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                     SAC, Eq. 7
+    [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                 SAC, cf. Eq. 7
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 SAC, Algorithm 1
 
-y is what critics learn, gamma the discount. A prime marks the next step, or a target network: a slow copy of a network,
-with weights theta'. In [2], N(u) is the density of u, and j counts the dimensions of an action.
+y is the critics' target. s, a, r, s' are from the replay buffer, but in [3] and [5] a ~ pi. i counts critics. A prime:
+the next step, or a target network, a slow copy with weights theta'. N(u) is the density of u; entropies can be < 0.
 
-Paper: Haarnoja et al. 2018, arXiv:1812.05905. The first one, arXiv:1801.01290, has a fixed temperature and V as well.
-The minimum over two critics is TD3's: diff td3.py sac.py shows what the two algorithms do not share.
+Paper: Haarnoja et al. 2018, arXiv:1812.05905. The first one, arXiv:1801.01290, fixes alpha and also learns V(s).
+The minimum over two critics, in the paper's text but not in its equations, is TD3's: diff td3.py sac.py compares them.
 
 Differs from the paper:
 - The learning rate is 1e-3, not 3e-4; alpha starts at 0.2, in the authors' code at 1; Eq. 5 has a factor of 1/2.
@@ -87,9 +87,9 @@ class Args:
     tau: float = 0.005  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step
-    learning_starts: int | None = None  # random steps before learning starts; None: a tenth of the run, 10,000 at most
+    learning_starts: int | None = None  # steps of uniform random actions, without learning; None: min(run / 10, 10,000)
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
-    num_critics: int = 2  # [1] number of critics
+    num_critics: int = 2  # [1] number of critics, all in the minimum
     alpha: float = 0.2  # [1] temperature: at the start, and with --no-autotune always
     autotune: bool = True  # [3] tune the temperature
 
@@ -116,7 +116,7 @@ class SAC(nn.Module):
         self.actor = network(obs_dim, 2 * action_dim)  # mean and log of the standard deviation of u in [2]
         self.critics = nn.ModuleList([network(obs_dim + action_dim, 1) for _ in range(args.num_critics)])
         self.target_critics = copy.deepcopy(self.critics)
-        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # logarithm: so alpha stays above 0
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # alpha > 0; -99 is for --alpha 0
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, obs_dim) -> (B, action_dim), (B,)
         mean, log_std = self.actor(obs).chunk(2, -1)
@@ -176,16 +176,16 @@ class TransitionBuffer:
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """The target y, one for all critics, (B,). rewards, terminated: (B,); next_values: by each target critic, (n, B)"""
+    """The target y, (B,). rewards, terminated: (B,); next_values: Q'_i - alpha log pi of each target critic, (n, B)"""
     assert rewards.shape == terminated.shape == next_values.shape[1:]
     return rewards + gamma * (1 - terminated) * next_values.amin(0)  # [1]; a terminal state is worth nothing
 
 
 def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions from standard normal noise, and their log-probabilities. (B, action_dim) each -> (B, action_dim), (B,)"""
+    """The reparameterisation trick: a as a function of noise, so that gradients reach mean and log_std; log pi (B,)"""
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # log N(u): noise is (u - mean) / std
-    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), also at tanh(u) = 1
+    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), stable for large |u|
     return u.tanh(), (log_normal - log_slope).sum(-1)  # [2]
 
 
@@ -198,7 +198,7 @@ def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
 def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dict[str, Tensor]:
     """A gradient step with a batch of the buffer. Returns metrics to log."""
     obs, actions, rewards, terminated, next_obs = batch
-    alpha = agent.log_alpha.detach().exp()
+    alpha = agent.log_alpha.detach().exp()  # a constant in [1] and [5]
     with torch.no_grad():
         next_actions, next_log_prob = agent.sample(next_obs)
         next_values = q_values(agent.target_critics, next_obs, next_actions) - alpha * next_log_prob  # (n, B) - (B,)
@@ -218,7 +218,7 @@ def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dic
     optimizers["actor_optimizer"].step()
     entropy = -log_prob.detach().mean()
     if args.autotune:
-        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: H = -dim(a)
+        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: alpha (entropy - H), H = -dim(a)
         optimizers["alpha_optimizer"].zero_grad()
         alpha_loss.backward()
         optimizers["alpha_optimizer"].step()
@@ -248,7 +248,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments
-            obs, first_step = run.obs, run.global_step
+            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first
             with torch.no_grad():
                 if first_step < args.learning_starts:
                     actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
@@ -257,7 +257,7 @@ def train(args: Args) -> dict[str, float]:
             next_obs, rewards, terminated, _, _ = run.step(agent.to_env(actions))
             buffer.add(obs=obs, actions=actions.cpu(), rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-            # 2. Learn: utd gradient steps for every environment step, whatever the number of environments
+            # 2. Learn: utd gradient steps for every environment step; with N environments N utd at once
             done = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
             for number in range(done + 1, due + 1):

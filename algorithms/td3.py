@@ -11,7 +11,7 @@ mistake: the actor goes there, and the critics learn from the mistake. TD3 adds 
     [5] actor:   maximise E[Q_1(s, mu(s))]                                                              TD3, Algorithm 1
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 TD3, Algorithm 1
 
-[1] to [3] are the three ideas. y is what critics learn, gamma the discount. A prime marks the next step, or a target
+[1] to [3] are the three ideas. y is the critics' target, gamma the discount. A prime marks the next step, or a target
 network: a slow copy of a network, with weights theta'.
 
 Paper: Fujimoto, van Hoof & Meger 2018, arXiv:1802.09477, where mu is called pi.
@@ -88,7 +88,7 @@ class Args:
     tau: float = 0.01  # [6] share of the new weights in an update of the targets; paper: 0.005
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step; paper: 100
-    learning_starts: int | None = None  # random steps before learning starts; None: a tenth of the run, 10,000 at most
+    learning_starts: int | None = None  # steps of uniform random actions, without learning; None: min(run / 10, 10,000)
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
     num_critics: int = 2  # [1] number of critics
     policy_frequency: int = 2  # [2] d: the actor and all targets move in every d-th gradient step
@@ -234,7 +234,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments
-            obs, first_step = run.obs, run.global_step
+            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first
             with torch.no_grad():
                 if first_step < args.learning_starts:
                     actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
@@ -244,7 +244,7 @@ def train(args: Args) -> dict[str, float]:
             next_obs, rewards, terminated, _, _ = run.step(agent.to_env(actions))
             buffer.add(obs=obs, actions=actions.cpu(), rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-            # 2. Learn: utd gradient steps for every environment step, whatever the number of environments
+            # 2. Learn: utd gradient steps for every environment step; with N environments N utd at once
             done = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
             for number in range(done + 1, due + 1):
