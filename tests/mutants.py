@@ -30,7 +30,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 RULED_LINE = "# ---- Below this line"
-NOT_MUTATED = ("Args", "NatureCNN")  # settings, and sizes
+NOT_MUTATED = ("Args", "nature_cnn")  # settings, and sizes
 HARMLESS = ("spawn_key", "strict", "validate_args", "fused")  # as good a stream; checks of what is right anyway; speed
 OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*", ast.FloorDiv: "*", ast.Mod: "//",
@@ -128,7 +128,7 @@ def mutants(source: str) -> Iterator[Mutant]:
         else:
             children = ast.iter_child_nodes(node)
         for child in children:
-            is_message = isinstance(child, ast.Expr) and "refuse(" in code(child)
+            is_message = isinstance(child, ast.Raise) or (isinstance(child, ast.Expr) and "refuse(" in code(child))
             is_harmless = isinstance(child, ast.keyword) and child.arg in HARMLESS
             if not isinstance(child, ast.Assert | ast.JoinedStr) and not is_message and not is_harmless:
                 yield from visit(child)

@@ -14,7 +14,7 @@ def f(x: int = 1, y: int = 2):
     """A docstring 1 + 1."""
     assert x > 1
     if not y:
-        refuse(f"{x + 1}")
+        raise UsageError(f"{x + 1}", x + 1)
     x.append(min(x, y), spawn_key=(1, 2), strict=True, fused=True)
     return g(x, y) - h(x.detach(), -y) * 0.5  # a comment 1 + 1
 
