@@ -452,8 +452,8 @@ class Run:
         self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
         for i, actions in enumerate(state["actions"]):
-            self.begin_episode(i, np.array(actions))
-            if "obs" in state and (self.obs[i] != state["obs"][i].numpy()).any():
+            whole = self.begin_episode(i, np.array(actions))
+            if not whole or ("obs" in state and (self.obs[i] != state["obs"][i].numpy()).any()):
                 tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
                 self.begin_episode(i)
         setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
@@ -464,8 +464,11 @@ class Run:
         kind = "vectors" if len(self.obs_shape) == 1 else "images"
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
-    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> None:
-        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again."""
+    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
+        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again.
+
+        False if it ended on the way, which it had not when its actions were taken.
+        """
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -474,11 +477,12 @@ class Run:
             obs, reward, terminated, truncated, _ = self.envs[i].step(action)
             self.returns[i : i + 1] += reward
             if terminated or truncated:
-                break
+                return False
         assert np.shape(obs) == self.obs[i].shape, f"{self.args.env_id} shows {obs}, of another shape than its space's"
         if not np.isfinite(obs).all():
             raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {obs}")
         self.obs[i] = obs
+        return True
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
