@@ -5,16 +5,19 @@
     python benchmark/report.py --compare runs/ppo runs/dqn           # two sets of runs, side by side
     python benchmark/report.py 'benchmark/results/returns/*.json'    # what was kept of earlier runs, by --save-baseline
     python benchmark/report.py runs --baseline benchmark/results/returns/ppo.json    # exit code 1 if it got worse
+    python benchmark/report.py 'benchmark/results/returns/*.json' --table long       # the rows of a page, in Markdown
 
 A run's score is its last evaluation. Only runs that reached their last step count; the others are named, and without
 them there is no headline. Runs of one script on one environment whose arguments differ are never averaged together.
+SPS are the steps of a run divided by its seconds, evaluations included, as charts/SPS in its log.
 
 Intervals are 95 % bootstrap intervals over seeds, for the aggregate within each environment, and start at three seeds.
 A plain percentile interval is too narrow for a handful of seeds; its level is therefore raised as in Hesterberg 2015,
 arXiv:1411.5279. No bootstrap looks beyond the sample: for three and four seeds the interval is their range, which
 covers the true mean of symmetric scores in 75 and 87 % of cases; for five it is narrower (92 % of normal scores).
 
-Exit codes: 0 all is well, 1 runs are missing or worse than the baseline, 2 a mistake in what was asked.
+Exit codes: 0 all is well, 1 runs are missing, worse than the baseline or too few to be judged, 2 a mistake in what was
+asked. With --allow-missing what is missing or can't be judged is only said, unless nothing at all was judged.
 """
 
 import csv
@@ -29,20 +32,24 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import cycle, pairwise, product
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 from rich.console import Console
-from scipy import stats
+from scipy import interpolate, stats
 
-RETURN_KEYS = "eval/exact_return", "eval/episodic_return", "eval/true_reward", "eval/accuracy"  # score: the first
+ROOT = Path(__file__).resolve().parent.parent
+FRONTIER = Path(__file__).with_name("reviews") / "frontier.json"  # the exact optimum of preference learning
+
+RETURN_KEYS = (  # score: the first that is there
+    "eval/exact_return", "eval/episodic_return", "eval/true_reward", "eval/reward", "eval/accuracy",
+)  # fmt: skip
 FRONTIER_KEYS = "eval/kl", "eval/true_reward", "eval/optimal_reward", "eval/reference_reward"  # of preference learning
 OF_EPISODES = "eval/return_std", "eval/episodic_length"  # beside the return, and not in the report
 # Arguments that don't change what is learned
@@ -84,16 +91,46 @@ REFERENCES = {  # environment: random, reference, who reached it, source
     "simple_speaker_listener_v4, continuous": (-72.323, -11.614, SPEAKER, "results/by_hand.json"),
 }
 
-GREY = "#7d8590"  # reads on white and on black alike, as do the colours
-COLORS = "#3b82f6", "#e8710a", "#22a06b", "#a371f7", "#e5484d", "#12a5b8", "#db61a2", "#a98600"
-LINES = "-", "--", ":", "-."  # the next one when all colours are used
-STYLE = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "text.color": GREY,
-    "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.titlesize": 11,
-    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.prop_cycle": matplotlib.cycler(color=COLORS), "legend.frameon": False,
-    "figure.constrained_layout.h_pad": 0.08, "lines.linewidth": 1.8, "font.size": 10, "savefig.dpi": 160,
+# One colour a script, in every picture. Scripts that act in the same environments are far from one another.
+SCRIPT_COLORS = {
+    "q_learning": "#946c00", "reinforce": "#d6409f", "dqn": "#e8710a", "ppo": "#2563eb", "td3": "#1a8f4a",
+    "sac": "#8b3fd1", "her": "#d92d20", "maddpg": "#0e8a9c", "reward_model": "#7a5195", "dpo": "#c2255c",
+    "sft": "#5c7a29", "ppo_rlhf": "#3b5bdb", "grpo": "#e07b00",
 }  # fmt: skip
+SPARE_COLORS = "#3b82f6", "#b45309", "#22a06b", "#a371f7", "#e5484d", "#12a5b8", "#db61a2", "#6b7280"  # other scripts
+LINES = "-", "--", ":", "-."  # of experiments of one script
+INK, GREY = "#24292f", "#6e7781"
+STYLE = {  # white and opaque: legible on any page
+    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "text.color": INK,
+    "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 11,
+    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.2, "grid.linewidth": 0.6, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.fontsize": 8, "legend.framealpha": 0.7, "legend.edgecolor": "none",
+    "figure.constrained_layout.h_pad": 0.08, "lines.linewidth": 2, "font.size": 10, "savefig.dpi": 160,
+    "svg.fonttype": "none", "svg.hashsalt": "report",  # text stays text; the same data, the same file
+}  # fmt: skip
+FEW = 5  # up to so many seeds each one is drawn, beyond it their interval
+METRICS = {  # the axis of a score
+    "eval/exact_return": "exact return of the greedy policy", "eval/episodic_return": "evaluation return",
+    "eval/true_reward": "true reward of the replies", "eval/reward": "reward of the replies",
+    "eval/accuracy": "accuracy on held-out pairs",
+}  # fmt: skip
+UNITS = {"reward_model": "pairs", "dpo": "pairs", "sft": "examples", "ppo_rlhf": "replies", "grpo": "replies"}
+
+# ---- What tables of published results name: the sources, shortened, in the order of preference; None: left out
+SOURCES = (
+    ("openai/spinningup", "Spinning Up"), ("sfujim/TD3", "the authors"), ("DLR-RM/rl-baselines3-zoo", "RL Zoo, tuned"),
+    ("thu-ml/tianshou", "Tianshou, maximum"), ("derived: (R_EPyMARL", "EPyMARL, maximum, converted"),
+    ("kengz/SLM-Lab", "SLM Lab, training return"), ("vwxyzjn/cleanrl", "CleanRL, training return"),
+)  # fmt: skip
+HEADLINES = {  # of a short table, which has one row a script: the environment; else its first
+    "q_learning": "Taxi-v4", "reinforce": "InvertedPendulum-v5", "dqn": "LunarLander-v3", "ppo": "LunarLander-v3",
+    "td3": "HalfCheetah-v5", "sac": "HalfCheetah-v5", "maddpg": "simple_spread_v3",
+}  # fmt: skip
+BESIDE = {  # what the last evaluations found that a row of a table should say
+    "eval/bayes_accuracy": "the true reward itself {}", "eval/optimal_reward": "the optimum at this divergence {}",
+    "eval/reference_reward": "where it began {}",
+}  # fmt: skip
+ALSO_LOCKED = "python", "ale-py", "box2d", "pygame", "torchvision"  # physics and games that gymnasium brings along
 
 
 @dataclass
@@ -107,6 +144,10 @@ class Args:
     allow_missing: bool = False  # show the headline, and exit with 0, though runs are missing
     baseline: Path | None = None  # a file of --save-baseline; exit with 1 if returns or speed are worse than in it
     save_baseline: Path | None = None  # write these runs' results to this file
+    save_versions: Path | None = None  # write the versions that the runs were made with to this file, for pip
+    pictures: bool = True  # draw them; without, it takes a tenth of the time
+    only: tuple[str, ...] = ()  # leave out the experiments whose label and environment do not hold all these words
+    table: Literal["short", "long"] | None = None  # only print a table in Markdown; short: one row a script
 
 
 @dataclass
@@ -117,9 +158,19 @@ class Run:
     seed: int
     config: dict = field(default_factory=dict)
     curve: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # (evaluations, 3): step, seconds, return
-    sps: float | None = None  # median steps a second
     last: dict[str, float] = field(default_factory=dict)  # all that the last evaluation found, eval/...
     trouble: str = ""  # why the run does not count
+
+    @property
+    def sps(self) -> float | None:
+        """Steps a second since the run began, evaluations included: the log's charts/SPS."""
+        return speed(self.curve)
+
+    @property
+    def on_frontier(self) -> list[float]:
+        """Divergence, true reward, the best one at that divergence, the reference's; NaN is unknown."""
+        found = {"eval/true_reward": self.last.get("eval/reward", math.nan)} | self.last
+        return [found.get(key, math.nan) for key in FRONTIER_KEYS]
 
 
 @dataclass
@@ -133,8 +184,36 @@ class Experiment:
     missing: dict[int, str]  # seed: why
 
     @property
+    def script(self) -> str:
+        return self.done[0].config["script"]
+
+    @property
+    def unit(self) -> str:
+        """What a step is."""
+        return UNITS.get(self.script, "environment steps")
+
+    @property
+    def metric(self) -> str:
+        result = self.done[0].config.get("result") or RETURN_KEYS[1]
+        name = METRICS.get(result, result.split("/")[-1].replace("_", " "))
+        return f"{name}, sum over agents" if self.script == "maddpg" else name
+
+    @property
+    def budget(self) -> int:
+        return int(max(run.curve[-1, 0] for run in self.done))
+
+    def name(self, steps: bool = False) -> str:
+        """The label as one would say it: ppo total_timesteps=100000 -> ppo, or ppo, 100k steps."""
+        script, *words = self.label.split(" ")
+        others = [word for word in words if not word.startswith("total_timesteps=")]
+        steps = steps and len(others) < len(words)
+        others = [word.replace("=", " ").replace("_", " ") for word in others if word.split("=")[1] != self.script]
+        budget = [f"{short(self.budget)} {self.unit.split(' ')[-1]}"] * steps
+        return ", ".join([script, *others, *budget])
+
+    @property
     def on_frontier(self) -> list[Run]:
-        return [run for run in self.done if run.last.keys() >= set(FRONTIER_KEYS[:2])]
+        return [run for run in self.done if np.isfinite(run.on_frontier[:2]).all()]
 
     @property
     def scores(self) -> np.ndarray:  # (seeds,)
@@ -195,6 +274,12 @@ def interval(statistic: Callable, *samples: np.ndarray, resamples: int = 10_000)
     options = {"axis": -1, "vectorized": True, "method": "percentile", "n_resamples": resamples, "rng": rng}
     result = stats.bootstrap(samples, statistic, confidence_level=1 - 2 * tail, **options)
     return tuple(bound[()] for bound in result.confidence_interval)
+
+
+def speed(curve: np.ndarray) -> float | None:
+    """Steps a second until the last evaluation of a curve, (evaluations, 3)."""
+    step, seconds, _ = curve[-1] if len(curve) else (0, 0.0, 0.0)
+    return float(step / seconds) if seconds and math.isfinite(seconds) else None
 
 
 def steps_to(threshold: float, in_a_row: int, curve: np.ndarray) -> tuple[float, float]:
@@ -266,8 +351,6 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     env_id = name_env(args.get("env_id"), key, args.get("continuous_actions", False))
     run = Run(folder, group or config["script"], env_id, args.get("seed", 0), config)
     run.curve = curve[np.isfinite(curve[:, 2])]
-    speeds = [row["charts/SPS"] for row in rows if row.get("charts/SPS")]
-    run.sps = float(speeds[-1]) if speeds else None  # the last row's is that of the whole run
     newest = {key: value for row in rows for key, value in row.items() if key.startswith("eval/")}
     run.last = {key: value for key, value in newest.items() if value is not None and math.isfinite(value)}
     total, last = args.get("total_timesteps", 0), rows[-1]["global_step"] if rows else 0
@@ -369,7 +452,7 @@ def read_baseline(path: Path, group: str) -> list[Run]:
             for seed, kept in entry["runs"].items():
                 # There is none: a name for messages
                 folder = path.with_name(f"{path.stem}: {entry['label']}, {entry['env_id']}, {seed}".replace("/", "-"))
-                run = Run(folder, group or entry["group"], entry["env_id"], int(seed), entry, sps=kept["SPS"])
+                run = Run(folder, group or entry["group"], entry["env_id"], int(seed), entry)
                 run.curve = np.array(kept["curve"], dtype=float)  # null becomes NaN
                 run.curve[-1, 2] = kept["return"]  # in full
                 run.last = {key: float(value) for key, value in kept["last"].items()}
@@ -437,7 +520,7 @@ def summarise(experiment: Experiment) -> dict:
     if not done:
         return row
     return row | {
-        "steps": int(max(run.curve[-1, 0] for run in done)),
+        "steps": experiment.budget,
         "mean": scores.mean(),
         "mean 95 %": interval(np.mean, scores),
         "deviation": scores.std(ddof=1) if len(scores) > 1 else None,
@@ -482,7 +565,7 @@ def reproduce(experiment: Experiment) -> dict:
         "command, and --seed": f"`python {command}`" if command else None,
         "seeds": ", ".join(str(run.seed) for run in experiment.done),
         "commit": str(config.get("commit"))[:10] + " changed" * str(config.get("commit")).endswith("-dirty"),
-        "versions": " ".join(f"{name} {versions[name]}" for name in names if name in versions),
+        "versions": " ".join(f"{name} {versions[name].split()[0]}" for name in names if name in versions),
         "hardware": config.get("hardware"),
     }
 
@@ -501,16 +584,40 @@ def aggregate(experiments: list[Experiment]) -> list[dict]:
     return rows
 
 
-def compare(experiments: list[Experiment], sets: list[str]) -> list[dict]:
-    """Probability that a run of the first set beats one of the second: per environment, and over all of them."""
+def pair_up(experiments: list[Experiment], sets: list[str]) -> dict[str, list[Experiment]]:
+    """By environment: the first set's experiment and the second's. Of unequal length they can't be compared."""
     by_env = defaultdict(dict)
     for e in experiments:
         if e.group in by_env[e.env_id]:
             refuse(f"--compare: {e.group} mixes experiments on {e.env_id}, such as {e.label}; name fewer of its runs")
-        by_env[e.env_id][e.group] = e.scores
-    pairs = {env_id: [scores[name] for name in sets] for env_id, scores in by_env.items() if len(scores) == 2}
+        by_env[e.env_id][e.group] = e
+    pairs = {env_id: [found[name] for name in sets] for env_id, found in by_env.items() if len(found) == 2}
     if not pairs:
         refuse(f"--compare: {sets[0]} and {sets[1]} have finished runs on no environment in common")
+    for env_id, (a, b) in pairs.items():
+        budgets = sorted(run.curve[-1, 0] for e in (a, b) for run in e.done)
+        if budgets[-1] > 1.01 * budgets[0]:  # the last batch of another program may be a little longer
+            runs = " and ".join(f"{e.budget:,} in {e.group}" for e in (a, b))
+            refuse(f"--compare: on {env_id} the runs have unequal steps ({runs}); compare runs of one length")
+    return pairs
+
+
+def unequal(pairs: dict[str, list[Experiment]]) -> list[str]:
+    """What else makes the comparison less than fair; its first lines say it."""
+    found = []
+    for env_id, pair in pairs.items():
+        seeds = [", ".join(str(run.seed) for run in e.done) for e in pair]
+        episodes = [e.done[0].config["args"].get("eval_episodes") for e in pair]
+        for what, values in ("seeds", seeds), ("evaluation episodes", episodes):
+            if values[0] != values[1]:
+                unlike = " and ".join(f"{value} in {e.group}" for value, e in zip(values, pair, strict=True))
+                found.append(f"Unequal {what} on {env_id}: {unlike}.")
+    return found
+
+
+def compare(experiments: list[Experiment], sets: list[str]) -> list[dict]:
+    """Probability that a run of the first set beats one of the second: per environment, and over all of them."""
+    pairs = {env_id: [e.scores for e in pair] for env_id, pair in pair_up(experiments, sets).items()}
     if len(pairs) > 1:
         pairs["all"] = [scores for pair in pairs.values() for scores in pair]
     return [
@@ -529,10 +636,41 @@ def until(experiment: Experiment, threshold: float, in_a_row: int) -> dict:
     return row | {"median steps": values[0][0], "median s": values[0][1], "steps": values[1], "seconds": values[2]}
 
 
+def of_importance(versions: dict[str, str]) -> dict[str, str]:
+    """Of all the packages that were there, those that requirements.txt names, and Python."""
+    wanted = set(ALSO_LOCKED)
+    for file in ROOT / "requirements.txt", ROOT / "benchmark" / "requirements.txt":
+        wanted |= {plain(found[0]) for line in file.read_text().splitlines() if (found := re.match(r"[\w.-]+", line))}
+    return {plain(name): version.split()[0] for name, version in sorted(versions.items()) if plain(name) in wanted}
+
+
+def plain(name: str) -> str:
+    """A package's name as pip compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def lock(experiments: list[Experiment]) -> str:
+    """The versions that the rows were made with, as a requirements file. Where rows differ, the most frequent one."""
+    found = defaultdict(lambda: defaultdict(list))
+    for e in experiments:
+        for name, version in of_importance(e.done[0].config.get("versions") or {}).items():
+            found[name][version.split("+")[0]].append(f"{e.name(steps=True)} on {e.env_id}")
+    if not found:
+        refuse("--save-versions: the runs' config.json and the kept files name no versions")
+    lines = [f"# The versions behind {len(experiments)} rows of results; for pip install -r"]
+    for name, rows in sorted(found.items(), key=lambda item: (item[0] != "python", item[0])):
+        version, *others = sorted(rows, key=lambda version: len(rows[version]), reverse=True)
+        known = sum(map(len, rows.values()))
+        notes = [f"{other} in {', '.join(rows[other])}" for other in others]
+        notes += [f"named by {known} of the {len(experiments)} rows"] * (known < len(experiments))
+        line = f"# Python {version}" if name == "python" else f"{name}=={version}"
+        lines.append(line + f"  # {'; '.join(notes)}" * bool(notes))
+    return "\n".join(lines) + "\n"
+
+
 def baseline_entry(experiment: Experiment) -> dict:
     """What a later set of runs is held against."""
     config = experiment.done[0].config
-    versions = config.get("versions") or {}
     runs = {}
     for run in experiment.done:
         curve = [[int(step), *(float(f"{value:.5g}") for value in values)] for step, *values in run.curve]
@@ -546,7 +684,7 @@ def baseline_entry(experiment: Experiment) -> dict:
         "command": command_of(config),
         "runs": runs,
         "args": {name: value for name, value in config["args"].items() if name not in SAME_EXPERIMENT},
-        "versions": {name: versions[name] for name in ("python", "torch", "numpy", "gymnasium") if name in versions},
+        "versions": of_importance(config.get("versions") or {}),
         "commit": config.get("commit"),
         "hardware": config.get("hardware"),
     }
@@ -568,9 +706,12 @@ def gate(experiments: list[Experiment], path: Path) -> list[dict]:
                 found[nearest] = apart[nearest], new
         for i, old in enumerate(olds):
             new = found[i][1] if i in found else old | {"runs": {}}
-            differ = differences(*({"hardware": e["hardware"], **e["versions"], **e["args"]} for e in (new, old)))
+            known = new["versions"].keys() & old["versions"].keys()
+            differ = [{"hardware": e["hardware"], **{name: e["versions"][name] for name in known}} for e in (new, old)]
+            differ = differences(*({**where, **e["args"]} for where, e in zip(differ, (new, old), strict=True)))
             for what in "return", "SPS":
-                values = [[run[what] for run in entry["runs"].values()] for entry in (new, old)]
+                of_run = {"return": lambda run: run["return"], "SPS": lambda run: speed(run["curve"])}[what]
+                values = [[of_run(run) for run in entry["runs"].values()] for entry in (new, old)]
                 now, before = (np.array([v for v in sample if v is not None], dtype=float) for sample in values)
                 if len(before):
                     bounds = interval(difference, now, before)
@@ -643,62 +784,188 @@ def show(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/").replace("\n", " ")
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown whose columns also line up as plain text."""
+def table(rows: list[dict], aligned: bool = True) -> str:
+    """Markdown. Aligned, its columns also line up as plain text; else a new row changes no other line."""
     header = list(dict.fromkeys(name for row in rows for name in row))
     cells = [header, *[[show(row.get(name)) for name in header] for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(len, column)) if aligned else 0 for column in zip(*cells, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    lines.insert(1, " | ".join("-" * width for width in widths))
+    lines.insert(1, " | ".join("-" * max(width, 3) for width in widths))
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def short(number: float) -> str:
+    """100000 -> 100k"""
+    return EngFormatter(sep="")(number)
+
+
+def digits(value: float) -> str:
+    """As show has it, but without commas, which stand between the ends of an interval."""
+    return show(float(value)).replace(",", "")
+
+
+def seeds_of(experiment: Experiment) -> str:
+    count = len(experiment.done)
+    return {1: "one seed", 2: "two seeds"}.get(count, f"{count} seeds")
+
+
+def rows_of(experiments: list[Experiment], brief: bool) -> list[dict]:
+    """The rows of a page: each experiment's, or one a script."""
+    rows, order = [], [*SCRIPT_COLORS]
+    experiments = sorted(experiments, key=lambda e: order.index(e.script) if e.script in order else len(order))
+    if brief:
+        by_script = defaultdict(list)
+        for e in experiments:
+            by_script[e.script].append(e)
+        experiments = []
+        for script, same in by_script.items():
+            named = [e for e in same if e.env_id == HEADLINES.get(script)] or same
+            experiments.append(max(named, key=lambda e: (min(len(e.done), FEW), e.budget)))
+    for e in experiments:
+        bounds, notes = interval(np.mean, e.scores), e.name().split(", ")[1:]
+        if len(e.done) != FEW:
+            notes.append(seeds_of(e))
+        row = {"script": e.script, "environment": ", ".join([e.env_id, *notes])}
+        row["steps"] = short(e.budget) + f" {e.unit}" * (e.script in UNITS)
+        row["return"] = f"**{digits(e.scores.mean())}**"
+        row["return"] += f" [{', '.join(map(digits, bounds))}]" if bounds else ""
+        rows.append(row | {"worst seed": digits(e.scores.min())})
+        rows[-1]["beside it"] = "; ".join([*truths(e), *nearest_published(e)])
+    return rows
+
+
+def truths(experiment: Experiment) -> list[str]:
+    """What can be reached, where it can be computed."""
+    found = []
+    _, reference, who, source = REFERENCES.get(experiment.env_id, (None,) * 4)
+    if source and source.rpartition("/")[0] in ("", "results"):  # not a repository
+        found.append(f"{digits(reference)} ({who})")
+    if reference is None:
+        exact = [
+            row
+            for row in published(experiment)[1:]
+            if (row["who"], row["environment"]) == ("optimal", experiment.env_id)
+        ]
+        found += [f"{row['return'].split(' ')[0]} (optimum)" for row in exact]
+    for key, text in BESIDE.items():
+        values = [run.last[key] for run in experiment.done if key in run.last]
+        if len(values) == len(experiment.done):
+            found.append(text.format(digits(np.mean(values))))
+    return found
+
+
+def nearest_published(experiment: Experiment) -> list[str]:
+    """At most three results of the same algorithm by others: of each source the one with the nearest budget."""
+    found = {}
+    if experiment.done[0].config["args"].get("algorithm") not in (None, experiment.script):
+        return []  # the baseline that a script has beside its own algorithm
+    for row in published(experiment)[1:]:
+        name = next((name for start, name in SOURCES if row["source"].startswith(start)), None)
+        plain_name = row["who"].split(" (")[0].lower().replace("-", "_").split(" ")[0] == experiment.script
+        if name and plain_name and not re.search("jax|train batch", f"{row['who']} {row['protocol']}"):
+            if (name == "the authors" and "MAX over" in row["protocol"]) or row["return"].startswith("~"):
+                continue  # there is the return at that very step beside it; a value that was read off a picture
+            steps = row["steps"] or experiment.budget
+            text = digits(row["return"].split(" ± ")[0])
+            text += f" at {short(steps)}" * (abs(math.log(steps / experiment.budget)) > 0.05)
+            other = re.sub(r".*[-_](v\d+).*", r"\1", row["environment"])
+            theirs = f" ({name}" + f", on {other}" * (other not in experiment.env_id and other[0] == "v") + ")"
+            found.setdefault(name, []).append((abs(math.log(steps / experiment.budget)), text + theirs))
+    order = [name for _, name in SOURCES if name in found]
+    best = sorted((min(found[name]), order.index(name)) for name in order)
+    return [text for (_, text), _ in best[:3]]
+
+
+def looks_of(experiments: list[Experiment]) -> list[dict]:
+    """How each curve of a panel is drawn: the colour says the script, the line which of its experiments."""
+    drawn = defaultdict(int)
+    looks = [{}] * len(experiments)
+    for i in sorted(range(len(experiments)), key=lambda i: -experiments[i].budget):  # the longest is solid
+        # A script of the reader's own gets a colour when it is drawn first, and keeps it in all other pictures
+        color = SCRIPT_COLORS.setdefault(experiments[i].script, SPARE_COLORS[len(SCRIPT_COLORS) % len(SPARE_COLORS)])
+        looks[i] = {"color": color, "linestyle": LINES[drawn[color] % len(LINES)]}
+        drawn[color] += 1
+    return looks
+
+
+def floor(values: np.ndarray, random: float | None) -> float:
+    """Where an axis begins: at the lowest value, but not below the random policy, nor for the sake of a few points.
+
+    Some first evaluations lie so low that all others would look like one straight line.
+    """
+    lowest = bottom = values.min()
+    high = values.max()
+    if random is not None and random < high:
+        bottom = max(bottom, random)
+    most = np.quantile(values, 0.1)  # nine tenths of the points are above
+    if high - most < (high - bottom) / 4:
+        bottom = max(bottom, 2 * most - high)
+    return bottom if high - lowest > 1.2 * (high - bottom) else lowest  # less is not worth a cut
+
+
 def plot_curves(experiments: list[Experiment], seconds: bool, threshold: float | None) -> Figure:
-    """One panel for each environment: the mean over seeds, and the interval of it at each point on its own."""
+    """One panel for each environment: the mean over seeds, and each seed, or where they are many an interval."""
     env_ids = list(dict.fromkeys(e.env_id for e in experiments))
-    labels = list(dict.fromkeys(e.label for e in experiments))
-    pairs = cycle(product(LINES, COLORS))
-    looks = {label: {"linestyle": line, "color": color} for label, (line, color) in zip(labels, pairs, strict=False)}
     columns = 2 if len(env_ids) == 4 else min(3, len(env_ids))
     rows = math.ceil(len(env_ids) / columns)
-    figure = Figure(figsize=(4.4 * columns + 0.6, 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=(4.4 * columns + 0.6, 3.3 * rows), layout="constrained")
     for i, env_id in enumerate(env_ids):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        for e in experiments:
-            if e.env_id != env_id:
-                continue
+        axes, same = figure.add_subplot(rows, columns, i + 1), [e for e in experiments if e.env_id == env_id]
+        same.sort(key=lambda e: (e.script, -e.budget))
+        for e, look in zip(same, looks_of(same), strict=True):
             grid, values = on_one_grid([run.curve for run in e.done], seconds)  # (G,), (G, seeds)
-            look = looks[e.label]
-            axes.plot(grid, values.mean(-1), **look, marker="o" if len(grid) == 1 else None)
-            if len(grid) and (band := interval(np.mean, values, resamples=2_000)):
+            name = e.name(steps=len({other.budget for other in same if other.script == e.script}) > 1)
+            dot = "o" if len(grid) == 1 else None
+            axes.plot(grid, values.mean(-1), **look, marker=dot, label=f"{name} ({seeds_of(e)})", zorder=3)
+            if 1 < len(e.done) <= FEW:
+                for run in e.done:
+                    axes.plot(run.curve[:, int(seconds)], run.curve[:, 2], color=look["color"], lw=0.8, alpha=0.4)
+            elif len(grid) and (band := interval(np.mean, values, resamples=2_000)):
                 axes.fill_between(grid, *band, color=look["color"], alpha=0.2, linewidth=0)
+        random, reference, who, _ = REFERENCES.get(env_id, (None,) * 4)
+        values = np.concatenate([run.curve[:, 2] for e in same for run in e.done])
+        bottom, top, lines = floor(values, random), values.max(), []
+        room = top - bottom
+        if reference is not None and bottom < reference <= top + room / 3:
+            lines.append((reference, (0, (1, 2)), f"reference: {who}"))
         if threshold is not None:
-            axes.set_ylim(axes.get_ylim())  # the scale is the curves'
-            axes.axhline(threshold, color=GREY, linewidth=1, linestyle="--")
+            lines.append((threshold, "--", f"threshold: {threshold:g}"))
+        ends = [np.median([run.curve[-1, int(seconds)] for run in e.done]) for e in same]  # one seed may stall
+        along = np.linspace(0, 1.03 * max(ends), 50)  # of many points, so that the legend keeps away
+        for height, line, name in lines:
+            axes.plot(along, np.full(50, height), color=GREY, linewidth=1, linestyle=line, label=name, zorder=1)
+        bottom, top = min([bottom, *(line[0] for line in lines)]), max([top, *(line[0] for line in lines)])
+        if top > bottom:
+            axes.set_ylim(bottom - (top - bottom) / 20, top + (top - bottom) / 20)
+        unit, below = " or ".join(dict.fromkeys(e.unit for e in same)), (values < bottom).sum()
+        cut = f"\nevaluations below the axis: {below}, the lowest {show(float(values.min()))}" * bool(below)
         axes.set_title(env_id)
-        axes.set_xlabel("seconds" if seconds else "steps")
-        axes.set_ylabel("evaluation return" if i % columns == 0 else "")
-        axes.set_xlim(left=0)
+        axes.set_xlabel(("seconds" if seconds else unit) + cut)
+        axes.set_ylabel(" or ".join(dict.fromkeys(e.metric for e in same)))
+        axes.set_xlim(0, along[-1])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if len(labels) > 1:
-        handles = [Line2D([], [], **look) for look in looks.values()]
-        names = [textwrap.fill(label, 50 * columns) for label in labels]
-        width = max(len(line) for name in names for line in name.splitlines()) + 8
-        legend = figure.legend(handles, names, loc="outside lower center", ncols=max(1, 60 * columns // width))
-        figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+        many = len(same) + len(lines) > 4  # too many to find room among the curves
+        place = (
+            {"loc": "upper center", "bbox_to_anchor": (0.5, -0.32 if cut else -0.22), "ncols": 2}
+            if many
+            else {"loc": "best"}
+        )
+        axes.legend(**place)
     return figure
 
 
-def plot_aggregate(rows: list[dict]) -> Figure:
+def plot_aggregate(experiments: list[Experiment], rows: list[dict]) -> Figure:
     names = [", ".join(row["which"]) if len(row["which"]) <= 5 else f"{len(row['which'])} environments" for row in rows]
-    labels = [textwrap.fill(f"{row['script']}: {name}", 48) for row, name in zip(rows, names, strict=True)]
+    by_label = {e.label: e for e in experiments}
+    scripts = [by_label[row["script"]].name(steps=True) for row in rows]
+    labels = [textwrap.fill(f"{script}: {name}", 48) for script, name in zip(scripts, names, strict=True)]
+    looks = looks_of([by_label[row["script"]] for row in rows])
     figure = Figure(figsize=(8, 1.0 + sum(0.3 + 0.16 * label.count("\n") for label in labels)), layout="constrained")
     axes = figure.add_subplot()
-    for i, row in enumerate(rows):
-        color = COLORS[i % len(COLORS)]
+    for i, (row, look) in enumerate(zip(rows, looks, strict=True)):
         if row["95 %"]:
-            axes.plot(row["95 %"], [i, i], color=color, linewidth=9, alpha=0.35, solid_capstyle="butt")
-        axes.plot(row["IQM"], i, "o", color=color, markersize=7)
+            axes.plot(row["95 %"], [i, i], color=look["color"], linewidth=9, alpha=0.35, solid_capstyle="butt")
+        axes.plot(row["IQM"], i, "o", color=look["color"], markersize=7)
     axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -707,74 +974,144 @@ def plot_aggregate(rows: list[dict]) -> Figure:
     return figure
 
 
+def steps_of(who: str) -> float | None:
+    """TD3 on v3, 1M steps -> 1e6"""
+    found = re.search(r"([\d.]+)([kM]) steps", who)
+    return float(found[1]) * {"k": 1e3, "M": 1e6}[found[2]] if found else None
+
+
 def plot_overview(experiments: list[Experiment]) -> Figure:
-    """A line for each experiment: its seeds, their mean, and the interval of the mean."""
-    figure = Figure(figsize=(8, 0.8 + 0.26 * len(experiments)), layout="constrained")
+    """A line for each experiment: its seeds, their mean, the interval of the mean; at the right what 1 stands for."""
+    figure = Figure(figsize=(10, 0.9 + 0.27 * len(experiments)), layout="constrained")
     axes = figure.add_subplot()
-    groups = list(dict.fromkeys(e.group for e in experiments))
-    for i, e in enumerate(experiments):
-        random, reference, *_ = REFERENCES[e.env_id]
-        scores, color = (e.scores - random) / (reference - random), COLORS[groups.index(e.group) % len(COLORS)]
+    for i, (e, look) in enumerate(zip(experiments, looks_of(experiments), strict=True)):
+        random, reference, who, _ = REFERENCES[e.env_id]
+        scores, color = (e.scores - random) / (reference - random), look["color"]
+        longer = (steps_of(who) or e.budget) > 1.5 * e.budget  # than ours: no fair comparison
         if bounds := interval(np.mean, scores):
             axes.plot(bounds, [i, i], color=color, linewidth=8, alpha=0.35, solid_capstyle="butt")
         axes.plot(scores, [i] * len(scores), "|", color=color, markersize=9)
-        axes.plot(scores.mean(), i, "o", color=color, markersize=6)
+        axes.plot(scores.mean(), i, "o", color=color, markersize=6, markerfacecolor="white" if longer else color)
     axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
-    steps = [EngFormatter(sep="")(max(run.curve[-1, 0] for run in e.done)) for e in experiments]
-    labels = [re.sub(r" total_timesteps=\S+", "", e.label) for e in experiments]  # the steps stand there anyway
-    names = [f"{label}  {e.env_id}, {count}" for label, e, count in zip(labels, experiments, steps, strict=True)]
+    names = [f"{e.name()}:  {e.env_id}, {short(e.budget)}" for e in experiments]
     axes.set_yticks(range(len(experiments)), names)
     axes.set_ylim(len(experiments) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("normalised return: 0 is a random policy, 1 the reference")
+    axes.set_xlabel("normalised return: 0 is a random policy, 1 the reference at the right")
+    right = axes.twinx()
+    right.set_ylim(axes.get_ylim())
+    references = [REFERENCES[e.env_id] for e in experiments]
+    right.set_yticks(range(len(experiments)), [f"{show(best)}: {who}" for _, best, who, _ in references], fontsize=8)
+    right.tick_params(length=0, colors=GREY)
+    right.grid(visible=False)
     return figure
+
+
+def optimum(runs: list[Run], furthest: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """The best reward at each divergence, (200,) and (200,), densely from 0 to a little beyond the furthest run.
+
+    None where the file is not there, or where the runs did not start from the reference model that it is about.
+    """
+    if not FRONTIER.exists():
+        return None
+    try:
+        rows = [(row["kl"], row["reward"]) for row in read_json(FRONTIER)["optimum"]]
+        kls, rewards = np.array(sorted(rows), dtype=float).T  # the first at 0: the reference
+        references = [run.on_frontier[3] for run in runs]
+        if not all("reviews/" in json.dumps(run.config["args"]) for run in runs) and not np.allclose(
+            references, rewards[0], atol=0.01
+        ):
+            return None
+        # Near 0 the reward rises as the square root of the divergence
+        roots = np.linspace(0, math.sqrt(min(kls[-1], 1.2 * furthest)), 200)
+        return roots**2, interpolate.PchipInterpolator(np.sqrt(kls), rewards)(roots)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        refuse(f"{FRONTIER} is damaged ({error!r})")
 
 
 def plot_frontier(experiments: list[Experiment]) -> Figure:
     """Preference learning: reward against divergence from the reference policy, one point a run, a line over beta.
 
-    Where the runs know it, the best reward at each divergence stands above, from the reference's own on.
+    Above it the best reward at each divergence: a curve where it is known for all of them, else a point for each run.
     """
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    groups = defaultdict(lambda: defaultdict(list))
+    groups, members = defaultdict(lambda: defaultdict(list)), {}
     for e in experiments:
         for run in e.on_frontier:
-            point = [run.last.get(key, np.nan) for key in FRONTIER_KEYS]
-            groups[re.sub(r" beta=\S+", "", e.label)][run.config["args"].get("beta")].append(point)
-    for color, (label, by_beta) in zip(COLORS * len(groups), groups.items(), strict=False):
-        means = sorted((*np.mean(points, axis=0), beta) for beta, points in by_beta.items())  # by divergence
-        kls, rewards, best, references, betas = zip(*means, strict=True)
-        if np.isfinite([*best, *references]).all():
-            axes.plot([0, *kls], [np.mean(references), *best], color=color, linestyle=":", label="the optimum")
-        axes.plot(kls, rewards, color=color, label=label)
-        axes.scatter(*np.concatenate(list(by_beta.values()))[:, :2].T, color=color, s=26, linewidth=0)
+            point = run.on_frontier
+            label = re.sub(r" beta=\S+", "", e.label)
+            groups[label][run.config["args"].get("beta")].append(point)
+            members.setdefault(label, e)
+    everything = np.array([point for by_beta in groups.values() for points in by_beta.values() for point in points])
+    references = everything[np.isfinite(everything[:, 3]), 3]
+    curve = optimum([run for e in experiments for run in e.on_frontier], everything[:, 0].max())
+    if curve:
+        axes.plot(*curve, color=INK, linewidth=1.2, label="the optimum")
+    elif np.isfinite(everything[:, 2]).any():
+        axes.plot(*everything[:, [0, 2]].T, "_", color=INK, markersize=14, label="the optimum at the same divergence")
+    looks = looks_of(list(members.values()))
+    for (label, by_beta), look in zip(groups.items(), looks, strict=True):
+        means = sorted((*np.mean(points, axis=0), str(beta)) for beta, points in by_beta.items())  # by divergence
+        kls, rewards, _, _, betas = zip(*means, strict=True)
+        axes.plot(kls, rewards, **look, label=re.sub(r", beta \S+", "", members[label].name()))
+        axes.scatter(*np.concatenate(list(by_beta.values()))[:, :2].T, color=look["color"], s=26, linewidth=0, zorder=3)
         for kl, reward, beta in zip(kls, rewards, betas, strict=True):
-            axes.annotate(f"β = {beta}", (kl, reward), (6, -12), textcoords="offset points", fontsize=9, color=color)
+            place = {"textcoords": "offset points", "fontsize": 9, "color": look["color"]}
+            axes.annotate(f"β = {beta}", (kl, reward), (6, -12), **place)
+    if len(references):
+        axes.plot(0, references.mean(), "s", color=GREY, markersize=6, label="the reference policy")
     axes.margins(0.1)  # room for the last beta
-    axes.set_xlabel("KL divergence from the reference policy")
-    axes.set_ylabel("true reward")
-    axes.legend()
+    axes.set_xlim(left=-axes.get_xlim()[1] / 40)
+    axes.set_xlabel("KL divergence from the reference policy, per reply")
+    axes.set_ylabel("true reward of the replies")
+    axes.legend(loc="lower right")
     return figure
 
 
-def draw(experiments: list[Experiment], headline: list[dict], output: Path, threshold: float | None) -> list[str]:
-    """Writes the pictures; returns their names. Of an earlier report there in the same place none is left."""
+def captions(experiments: list[Experiment], threshold: float | None) -> dict[str, str]:
+    """What stands under each picture."""
+    seeds = f"thick the mean over seeds, thin each seed (with more than {FEW} of them, their 95 % interval instead)"
+    steps, clock = (f"Evaluation during training{axis}: {seeds}." for axis in ("", ", over the seconds since it began"))
+    dotted = " Dotted: the reference by which scores are normalised, where it is near; its steps are its own."
+    end = " A mean ends where the first of its seeds ends."
+    limit = "" if threshold is None else f" Dashed: the threshold of {threshold:g}."
+    hollow = " A hollow dot: the reference had more than 1.5 times the steps, so that less than 1 is no failure."
+    return {
+        "curves-steps": steps + dotted + limit + end,
+        "curves-time": clock + dotted + limit + end,
+        "aggregate": "Interquartile mean of all normalised scores of a script, and its 95 % bootstrap interval: 0 is a "
+        "random policy, 1 the reference of the environment.",
+        "overview": "The last evaluation of every experiment that has a reference: a stroke for each seed, a dot for "
+        "their mean, a bar for its 95 % bootstrap interval. 0 is a random policy, 1 the reference named at the right."
+        + hollow,
+        "frontier": "True reward of the replies against their divergence from the reference policy: a point for each "
+        "run, a line through the means over beta, and the best that any policy can reach at that divergence.",
+    }  # fmt: skip
+
+
+def draw(experiments: list[Experiment], headline: list[dict], output: Path, threshold: float | None) -> dict[str, str]:
+    """Writes the pictures; returns their names and captions. Of an earlier report in the same place none is left."""
     frontier = [e for e in experiments if e.on_frontier]
     timed = [e for e in experiments if all(np.isfinite(run.curve[:, 1]).all() for run in e.done)]
+    with_reference = [e for e in experiments if headline and e.env_id in REFERENCES]
     plots = {
-        "curves-steps.png": (plot_curves, experiments, False, threshold),
-        "curves-time.png": (plot_curves, timed, True, threshold),
-        "aggregate.png": (plot_aggregate, headline),
-        "overview.png": (plot_overview, [e for e in experiments if headline and e.env_id in REFERENCES]),
-        "frontier.png": (plot_frontier, frontier),
+        "curves-steps": (plot_curves, experiments, False, threshold),
+        "curves-time": (plot_curves, timed, True, threshold),
+        "aggregate": (plot_aggregate, with_reference, headline),
+        "overview": (plot_overview, with_reference),
+        "frontier": (plot_frontier, frontier),
     }
     with matplotlib.rc_context(STYLE):
         for name, (plot, data, *options) in plots.items():
-            (output / name).unlink(missing_ok=True)
-            if data:
-                plot(data, *options).savefig(output / name)
-    return [name for name, (_, data, *_) in plots.items() if data]
+            figure = plot(data, *options) if data else None
+            for path in output / f"{name}.png", output / f"{name}.svg":
+                path.unlink(missing_ok=True)
+                if figure:  # without its date: the same data, the same file
+                    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+                    figure.set_layout_engine("none")  # it is laid out by now
+    texts = captions(experiments, threshold)
+    return {name: texts[name] for name, (_, data, *_) in plots.items() if data}
 
 
 def method(experiments: list[Experiment]) -> str:
@@ -783,9 +1120,9 @@ def method(experiments: list[Experiment]) -> str:
     rows = [dict(zip(names, (env_id, *REFERENCES[env_id]), strict=True)) for env_id in env_ids if env_id in REFERENCES]
     absent = ", ".join(env_id for env_id in env_ids if env_id not in REFERENCES)
     return f"""\
-A score is the return of a run's last evaluation, the deviation that of the seeds. Intervals are 95 % bootstrap
-intervals over seeds, for the aggregate within each environment; there are none under three seeds. In the pictures they
-hold at each point on its own, and a curve ends where the first of its seeds ends.
+A score is the return of a run's last evaluation, the deviation that of the seeds. SPS are a run's steps divided by its
+seconds, evaluations included. Intervals are 95 % bootstrap intervals over seeds, for the aggregate within each
+environment; there are none under three seeds.
 
 Normalised: 0 is a random policy, 1 the reference. Random returns: {RANDOM_SOURCE}.
 Without a reference, and so not in the aggregate: {absent or "none"}.
@@ -802,11 +1139,23 @@ def main() -> None:
     patterns = [(pattern, "") for pattern in args.runs] or [(name, name.rstrip("/")) for name in args.compare]
     runs = [run for pattern, group in patterns for run in find_runs(pattern, group)]
     all_experiments = sort_out(runs, args.seeds)
+    all_experiments = [e for e in all_experiments if {*args.only} <= {*e.label.split(" "), *e.env_id.split(", ")}]
+    if not all_experiments:
+        refuse(f"--only {' '.join(args.only)}: no experiment has all of these in its label and environment")
     experiments = [e for e in all_experiments if e.done]
     missing = [f"- {e.label} on {e.env_id}, seed {s}: {why}" for e in all_experiments for s, why in e.missing.items()]
     whole = args.allow_missing or not missing
+    if args.table:
+        if not whole:
+            refuse(f"--table: runs are missing, such as {missing[0][2:]}; --allow-missing makes it all the same")
+        print(table(rows_of(experiments, args.table == "short"), aligned=False))
+        return
+    versions = lock(experiments) if args.save_versions else ""
     headline = aggregate(experiments) if whole else []
 
+    notes = []
+    if args.compare and whole:
+        notes = unequal(pair_up(experiments, [group for _, group in patterns]))
     sections = {"Results": [summarise(e) for e in all_experiments]}
     if others := [row for e in experiments for row in beside(e)]:
         sections["What the last evaluations found beside the score"] = others
@@ -820,15 +1169,20 @@ def main() -> None:
         sections[title] = [until(e, args.threshold, args.in_a_row) for e in experiments]
     if args.baseline:
         sections[f"Against {args.baseline}"] = gate(experiments, args.baseline)
-    missed = "not judged: no such runs", "not judged: under three seeds"
-    verdicts = ("worse",) if args.allow_missing else ("worse", *missed)
-    red = [row for rows in sections.values() for row in rows if row.get("verdict") in verdicts]
+    judged = [row for rows in sections.values() for row in rows if "verdict" in row]
+    red = [row for row in judged if row["verdict"] != "ok"]
+    nothing = bool(args.baseline) and all(row["verdict"].startswith("not judged") for row in judged)
+    worse = [row for row in red if row["verdict"] == "worse" or nothing or not args.allow_missing]
 
     console = Console(soft_wrap=True, markup=False, highlight=False)
+    if notes:
+        console.print("\n".join(notes) + "\n", style="red")
     for title, rows in sections.items():
         console.print(f"{title}\n{table(rows)}\n")
     alarms = [f"{row['script']} on {row['environment']}: {row['of']} {row['verdict']}" for row in red]
     alarms = "\n".join(["Runs are missing:", *missing] * bool(missing) + ["Against the baseline:", *alarms] * bool(red))
+    if nothing:
+        alarms += "\nNothing was judged: the baseline and the runs need at least three seeds of the same experiment."
     if not whole:
         alarms += "\nNo aggregate: a mean over the survivors would flatter (--allow-missing gives it all the same)."
     if alarms:
@@ -837,26 +1191,39 @@ def main() -> None:
     output = args.output or Path(os.path.commonpath([run.folder.resolve().parent for run in runs]), "report")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        pictures = draw(experiments, headline, output, args.threshold)
-        content = json.dumps({"missing": missing, **sections}, indent=1, default=float)
+        pictures = draw(experiments if args.pictures else [], headline, output, args.threshold)
+        content = json.dumps({"missing": missing, "unequal": notes, **sections}, indent=1, default=float)
         (output / "report.json").write_text(content + "\n")
         rows = [row for e in experiments for row in published(e)]
         sections["Beside published results"] = [row for i, row in enumerate(rows) if row not in rows[:i]]
         sections["How each row was made"] = [reproduce(e) for e in experiments]
-        parts = ["# Report", alarms, *(f"## {title}\n\n{table(rows)}" for title, rows in sections.items())]
-        parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+        parts = [
+            "# Report",
+            "\n".join(notes),
+            alarms,
+            *(f"## {title}\n\n{table(rows)}" for title, rows in sections.items()),
+        ]
+        parts += [f"![{name}]({name}.png)\n\n*{caption}*" for name, caption in pictures.items()]
         parts += ["## How to read this", method(experiments)]
         (output / "report.md").write_text("\n\n".join(part for part in parts if part).rstrip() + "\n")
         if args.save_baseline and whole:
             baseline = {"experiments": [baseline_entry(e) for e in experiments]}
             args.save_baseline.parent.mkdir(parents=True, exist_ok=True)
             args.save_baseline.write_text(json.dumps(baseline, indent=1) + "\n")
+        if args.save_versions:
+            args.save_versions.parent.mkdir(parents=True, exist_ok=True)
+            args.save_versions.write_text(versions)
     except OSError as error:
         refuse(f"the report can't be written: {error}")
-    console.print(f"Written to {output}: report.md, report.json, {', '.join(pictures)}")
+    files = ["report.md", "report.json", *(f"{name}.png and .svg" for name in pictures)]
+    console.print(f"Written to {output}: {', '.join(files)}")
     if args.save_baseline:
         console.print(f"Baseline: {args.save_baseline}" if whole else "No baseline is written while runs are missing")
-    raise SystemExit(1 if red or not whole else 0)
+        for e in experiments if whole else []:
+            if len(e.done) < 3:
+                few = f"{e.label} on {e.env_id} has only {len(e.done)} of the three seeds that a baseline needs"
+                console.print(f"warning: {few}: against it nothing can be judged", style="red")
+    raise SystemExit(1 if worse or nothing or not whole else 0)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from rich.table import Column, Table
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ROOT / "benchmark" / "suites"
 RESULT = "eval/episodic_return"
+PROBE_SECONDS = 20
 
 # The shell around each run. It waits for a word: a launcher that dies before it has written process.json starts no run.
 # It survives SIGTERM to write the exit code down: whoever comes later can read how the run ended.
@@ -61,7 +62,7 @@ SHELL = 'read -r word || exit; trap : INT TERM; "$@" </dev/null; echo $? >"$0"'
 
 @dataclass
 class Args:
-    command: str | None = None  # what to run; the launcher adds --env-id, --seed and --run-dir
+    command: str | None = None  # what to run, such as "python algorithms/ppo.py"; python is the launcher's own
     env_ids: tuple[str, ...] = ()  # environments for --command
     suite: str | None = None  # instead of a command: the name of a file in benchmark/suites, or the path of one
     num_seeds: int | None = None  # seeds of each environment; None: 3, or what the suite says, else 5
@@ -72,7 +73,7 @@ class Args:
     retry: int = 0  # further attempts in this call at a run that failed
     timeout: float | None = None  # seconds after which an attempt is stopped
     grace: float = 60  # seconds for a checkpoint between being told to stop and being killed
-    probe_seconds: float = 20  # length of the trial run behind the estimate, once per script and environment; 0: none
+    probe_seconds: float | None = None  # of a trial run of each kind, for the estimate; None: the suite's, else 20
     track: bool = False  # log to Weights & Biases as well
     dry_run: bool = False  # only say what would be run
     ray_address: str | None = None  # run on this Ray cluster; auto finds it
@@ -174,6 +175,8 @@ def plan(args: Args) -> list[Run]:
         refuse("give either --command, with --env-ids, or --suite")
     if args.suite:
         return plan_suite(args)
+    if args.probe_seconds is None:
+        args.probe_seconds = PROBE_SECONDS
     if not args.env_ids:
         refuse("--command needs --env-ids, such as --env-ids CartPole-v1 LunarLander-v3")
     try:
@@ -184,6 +187,8 @@ def plan(args: Args) -> list[Run]:
     launch, flags = words[:end], words[end:]
     if not launch or not Path(launch[-1]).is_file():
         refuse(f"--command {args.command!r} names no script that exists, as in 'python algorithms/ppo.py'")
+    if launch[0] in ("python", "python3"):  # PATH's may lack the packages: nobody need activate an environment
+        launch[0] = sys.executable
     if not shutil.which(launch[0]):
         refuse(f"--command {args.command!r}: there is no program {launch[0]!r}")
     ours = {"--env-id", "--seed", "--run-dir", "--resume"} & {flag.split("=")[0].replace("_", "-") for flag in flags}
@@ -202,7 +207,13 @@ def plan_suite(args: Args) -> list[Run]:
         refuse("--env-ids goes with --command; a suite names its own environments")
     runs, missing = [], set()
     try:
-        for entry in tomllib.loads(path.read_text())["run"]:
+        suite = tomllib.loads(path.read_text())
+        entries, probe_seconds = suite.pop("run"), float(suite.pop("probe_seconds", PROBE_SECONDS))
+        if suite or not 0 <= probe_seconds < math.inf:
+            refuse(f"{path}: beside [[run]] a suite may have probe_seconds, a number of at least 0, and nothing else")
+        if args.probe_seconds is None:
+            args.probe_seconds = probe_seconds
+        for entry in entries:
             script, env_ids, seeds = ROOT / entry.pop("script"), entry.pop("env_ids", [""]), entry.pop("seeds", 5)
             if not isinstance(env_ids, list):
                 refuse(f"{path}: env_ids = {env_ids!r} must be a list")
@@ -213,7 +224,7 @@ def plan_suite(args: Args) -> list[Run]:
                 runs += make_runs(args, [sys.executable, str(script)], flags, env_ids, args.num_seeds or seeds, **entry)
             else:
                 missing.add(script.name)
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # among the last that it is no TOML
         refuse(f"{path} is not a suite: {error!r}")
     if missing:
         print("left out, for there is no such script yet:", ", ".join(sorted(missing)))
@@ -292,7 +303,10 @@ def execute(run: Run, call: Call) -> Run:
     joined, verdict, pause = bool(find(folder)), None, 0.05
     if not joined:
         judge(run, folder)
-        if run.status == "done" or call.stop.exists():
+        if run.status == "done":
+            return run
+        if call.stop.exists():
+            run.status = "pending"  # how an earlier call's attempt ended is no news of this call
             return run
         start(run, call)
     note = read_json(folder / "process.json")
@@ -334,7 +348,7 @@ def read_progress(run: Run, folder: Path) -> None:
             rows.append(json.loads(line))
     metrics = {name: value for row in rows for name, value in row.items()}  # the newest of each
     run.step, run.seconds = metrics.get("global_step", 0), metrics.get("time", 0.0)
-    run.sps = metrics.get("charts/SPS")
+    run.sps = run.step / run.seconds if run.seconds else None  # since it began, evaluations included: charts/SPS
     run.episodic_return = metrics.get(run.result, metrics.get("charts/episodic_return"))
     finals = [row[run.result] for row in rows if row.get("global_step") == run.total and run.result in row]
     run.final = finals[-1] if finals else None
@@ -492,16 +506,22 @@ class Ledger:
         return sum(done) / len(done) if done else self.probes.get(run.group, {}).get("seconds")
 
     def seconds_left_for_all(self, runs: list[Run], workers: int) -> float | None:
-        left = [self.seconds_left(run) for run in runs]
-        return None if None in left else max(max(left), sum(left) / workers)
+        """Of the runs of which something is known."""
+        left = [seconds for run in runs if (seconds := self.seconds_left(run)) is not None]
+        return max(max(left), sum(left) / workers) if left else None
+
+    def time_left(self, runs: list[Run], workers: int) -> str:
+        unknown = sum(self.seconds_left(run) is None for run in runs)
+        without = f", without {unknown} of unknown length" if 0 < unknown < len(runs) else ""
+        return clock(self.seconds_left_for_all(runs, workers)) + without
 
 
 def clock(seconds: float | None) -> str:
     return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-def megabytes(size: float | None) -> str:
-    return "?" if size is None else f"{size / 1e6:,.1f} MB"
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def size_of(folder: Path) -> int:
@@ -548,7 +568,7 @@ def columns(run: Run, ledger: Ledger) -> list[str]:
 
 def headline(runs: list[Run], ledger: Ledger, workers: int) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in Counter(run.status for run in runs).items())
-    return f"{counts}; time left {clock(ledger.seconds_left_for_all(runs, workers))}"
+    return f"{counts}; time left {ledger.time_left(runs, workers)}"
 
 
 def draw(runs: list[Run], ledger: Ledger, workers: int) -> Table:
@@ -638,19 +658,27 @@ def lock_output(output: Path) -> filelock.FileLock:
 def work(runs: list[Run], todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledger) -> None:
     """Says what it will take, does it, and says what it took and what is missing."""
     probe(todo, call, submit, args, ledger)
-    seconds = ledger.seconds_left_for_all(todo, args.workers) if todo else 0.0
-    sizes = [ledger.probes.get(run.group, {}).get("bytes") for run in todo]
-    size = None if None in sizes else sum(sizes)
-    print(f"estimate: {clock(seconds)} and {megabytes(size)}")
+    sizes = [ledger.probes[run.group]["bytes"] for run in todo if run.group in ledger.probes]
+    size, seconds = megabytes(sum(sizes)) if sizes else None, ledger.seconds_left_for_all(todo, args.workers)
+    if seconds is not None:
+        print(f"estimate: {ledger.time_left(todo, args.workers)}" + f", and {size}" * bool(size))
     started = time.time()
     drive(todo, call, submit, args, ledger)
-    took, used = time.time() - started, sum(size_of(call.output / run.name) for run in todo)
-    print(f"took {clock(took)} (estimate {clock(seconds)}) and {megabytes(used)} (estimate {megabytes(size)})")
+    used = megabytes(sum(size_of(call.output / run.name) for run in todo))
+    expected = f" (estimate {clock(seconds)})" * (seconds is not None), f" (estimate {size})" * bool(size)
+    print(f"took {clock(time.time() - started)}{expected[0]} and {used}{expected[1]}")
     missing = [run for run in runs if run.status != "done"]
-    for run in missing:
-        how = "" if run.status == "pending" else f", exit code {run.exit_code}: {' | '.join(run.last_lines[-2:])}"
-        print(f"{run.status}: {run.name}{how}")
+    begun = [run for run in missing if run.status != "pending"]
+    for run in begun:
+        print(f"{run.status}: {run.name}, exit code {run.exit_code}: {' | '.join(run.last_lines[-2:])}")
+    if len(missing) > len(begun):
+        print(f"runs not begun by this call: {len(missing) - len(begun)}")
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are done; {ledger.path}")
+    if missing:
+        print(f"the same command goes on with the others: {shlex.join([sys.executable, *sys.argv])}")
+    else:
+        report = Path(__file__).with_name("report.py")
+        print(f"to sum them up: {shlex.join([sys.executable, str(report), str(call.output)])}")
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ while step < args.total_timesteps:
             sys.exit(0)
     step += 1
     seconds = step * max(args.delay, 0.001)
-    row = {"global_step": step, "time": seconds, "charts/SPS": 100.0, "charts/episodic_return": 1.0}
+    row = {"global_step": step, "time": seconds, "charts/SPS": step / seconds, "charts/episodic_return": 1.0}
     if step == args.total_timesteps:
         row |= {} if trouble == "nothing" else {"eval/episodic_return": float("nan") if trouble == "nanresult" else 7.0}
     with metrics.open("a") as file:

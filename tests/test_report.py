@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -14,16 +15,21 @@ from scipy import stats
 from benchmark import report
 
 
-def make_run(folder, script="ppo", env_id="CartPole-v1", seed=1, returns=(20.0, 500.0), sps=4000.0, steps=100, **args):
-    """A run by hand: evaluations at equal distances up to its last step, a second each."""
+def make_run(folder, script="ppo", env_id="CartPole-v1", seed=1, returns=(20.0, 500.0), sps=None, steps=100, **args):
+    """A run by hand: evaluations at equal distances up to its last step, a second each, or as sps says."""
     folder.mkdir(parents=True)
     args = {"env_id": env_id, "seed": seed, "total_timesteps": steps * len(returns), "eval_episodes": 20} | args
-    config = {"script": script, "args": args, "commit": "abcdef0123456789", "versions": {"torch": "2.15.0"}}
+    config = {
+        "script": script,
+        "args": args,
+        "commit": "abcdef0123456789",
+        "versions": {"torch": "2.15.0", "other": "1"},
+    }
     (folder / "config.json").write_text(json.dumps(config | {"hardware": "here"}))
-    rows = []
+    rows, pace = [], steps / sps if sps else 1.0
     for i, value in enumerate(returns, 1):
-        rows.append({"global_step": steps * i, "time": i - 0.1, "charts/SPS": sps})
-        rows.append({"global_step": steps * i, "time": float(i), "eval/episodic_return": value})
+        rows.append({"global_step": steps * i, "time": 0.9 * i * pace, "charts/SPS": steps / 0.9 / pace})
+        rows.append({"global_step": steps * i, "time": i * pace, "eval/episodic_return": value})
     write_rows(folder, rows)
     return folder
 
@@ -50,10 +56,14 @@ def evaluation(step, value, seconds=0.0):
 
 @pytest.fixture
 def call(monkeypatch, tmp_path, capsys):
-    """Runs the command line; gives the exit code, what report.json says, and what was printed."""
+    """Runs the command line; gives the exit code, what report.json says, and what was printed.
 
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, flags), "--output", str(tmp_path / "out")])
+    Pictures take most of the time of a call.
+    """
+
+    def call(*flags, pictures=False):
+        flags = [*flags, "--output", tmp_path / "out", *["--no-pictures"] * (not pictures)]
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, flags)])
         with pytest.raises(SystemExit) as exit:
             report.main()
         path = tmp_path / "out" / "report.json"
@@ -178,7 +188,24 @@ def test_summary_by_hand(call, tmp_path):
     assert (row["n"], row["of"], row["mean"], row["worst"], row["worst seed"], row["IQM"]) == (5, 5, 40, 10, 1, 30)
     assert row["deviation"] == pytest.approx(np.sqrt(5000 / 4))
     assert row["mean 95 %"][0] < 40 < row["mean 95 %"][1]
-    assert (row["steps"], row["SPS"], row["returns"]) == (200, 1000, [10, 20, 30, 40, 100])
+    assert (row["steps"], row["returns"]) == (200, [10, 20, 30, 40, 100])
+
+
+def test_steps_a_second_have_one_definition(call, tmp_path):
+    """Steps since the run began over its seconds, with its evaluations: also where an older log counted otherwise."""
+    make_runs(tmp_path / "runs", (10.0, 20.0, 30.0), sps=1000.0)
+    for log in (tmp_path / "runs").glob("*/metrics.jsonl"):
+        assert "1111.1" in log.read_text()  # charts/SPS before the last evaluation, which takes a tenth of the time
+    path = tmp_path / "kept.json"
+    assert call(tmp_path / "runs", "--save-baseline", path)[1]["Results"][0]["SPS"] == pytest.approx(1000)
+    kept = json.loads(path.read_text())
+    for run in kept["experiments"][0]["runs"].values():
+        run["SPS"] = 7.0  # by another definition
+    path.write_text(json.dumps(kept))
+    assert call(path)[1]["Results"][0]["SPS"] == pytest.approx(1000)
+    rows = call(tmp_path / "runs", "--baseline", path)[1][f"Against {path}"]
+    assert [row["verdict"] for row in rows] == ["ok", "ok"]
+    assert [row["before"] for row in rows] == [20, pytest.approx(1000)]
 
 
 def test_one_seed_has_no_interval_in_the_report(call, tmp_path):
@@ -243,7 +270,7 @@ def ledger_of(root, statuses):
 def test_a_missing_seed_is_named_and_withholds_the_headline(call, tmp_path):
     runs = make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
     (runs / "ledger.json").write_text(json.dumps(ledger_of(runs, ["done"] * 3 + ["timed out"])))
-    code, result, printed = call(runs)
+    code, result, printed = call(runs, pictures=True)
     assert code == 1
     assert "seed 4: timed out" in printed.out
     assert (result["Results"][0]["n"], result["Results"][0]["of"]) == (3, 4)
@@ -251,10 +278,13 @@ def test_a_missing_seed_is_named_and_withholds_the_headline(call, tmp_path):
     assert not (tmp_path / "out" / "aggregate.png").exists()
     assert "seed 4: timed out" in (tmp_path / "out" / "report.md").read_text()
 
-    code, result, printed = call(runs, "--allow-missing")
+    code, result, printed = call(runs, "--allow-missing", pictures=True)
     assert code == 0
     assert "seed 4: timed out" in printed.out
     assert result["Environments with a reference, normalised"]
+    assert (tmp_path / "out" / "aggregate.png").exists()
+    call(runs)
+    assert not list((tmp_path / "out").glob("*.[ps][nv]g"))  # of an earlier report none is left
 
 
 @pytest.mark.parametrize("returns", [(1.0, None), (1.0, float("nan"))])
@@ -441,6 +471,31 @@ def test_compare_two_sets(call, tmp_path):
     assert [(row["P"], row["95 %"]) for row in rows] == [(1, [1, 1])]
 
 
+def test_compare_refuses_unequal_steps(call, tmp_path):
+    make_runs(tmp_path / "long", (10.0, 11.0, 12.0), steps=300)
+    make_runs(tmp_path / "short", (1.0, 3.0, 5.0), steps=50)
+    code, result, printed = call("--compare", tmp_path / "long", tmp_path / "short")
+    assert (code, result) == (2, None)
+    assert printed.err.startswith("error: --compare: on CartPole-v1 the runs have unequal steps (600 in ")
+    assert ", 100 in " in " ".join(printed.err.split()).replace(" and", ",")
+    make_runs(tmp_path / "nearly", (1.0, 3.0, 5.0), steps=301)
+    assert call("--compare", tmp_path / "long", tmp_path / "nearly")[0] == 0
+
+
+def test_compare_says_first_what_else_is_unequal(call, tmp_path):
+    make_runs(tmp_path / "two", (10.0, 11.0))
+    make_runs(tmp_path / "one", (1.0,), eval_episodes=5)
+    _, result, printed = call("--compare", tmp_path / "two", tmp_path / "one")
+    said = [f"Unequal seeds on CartPole-v1: 1, 2 in {tmp_path}/two and 1 in {tmp_path}/one."]
+    said += [f"Unequal evaluation episodes on CartPole-v1: 20 in {tmp_path}/two and 5 in {tmp_path}/one."]
+    assert printed.out.splitlines()[:2] == result["unequal"] == said
+    assert (tmp_path / "out" / "report.md").read_text().startswith("# Report\n\n" + "\n".join(said))
+    make_runs(tmp_path / "other", (5.0, 6.0))
+    _, result, printed = call("--compare", tmp_path / "two", tmp_path / "other")
+    assert result["unequal"] == []
+    assert printed.out.startswith("Results")
+
+
 def test_threshold_counts_seeds_that_never_get_there(call, tmp_path):
     for seed, returns in enumerate([(200.0, 300.0), (0.0, 300.0), (0.0, 0.0)], 1):
         make_run(tmp_path / "runs" / str(seed), seed=seed, returns=returns)
@@ -488,7 +543,9 @@ def test_gate_does_not_pass_what_it_can_not_judge(call, tmp_path, baseline):
     code, result, _ = call(tmp_path / "other", "--baseline", baseline)
     assert code == 1
     assert {row["verdict"] for row in result[f"Against {baseline}"]} == {"not judged: no such runs"}
-    assert call(tmp_path / "other", "--baseline", baseline, "--allow-missing")[0] == 0
+    code, _, printed = call(tmp_path / "other", "--baseline", baseline, "--allow-missing")
+    assert code == 1  # a gate that judged nothing is not green
+    assert "Nothing was judged" in printed.out
 
 
 def test_gate_holds_an_experiment_against_its_like(call, tmp_path):
@@ -518,17 +575,34 @@ def test_a_baseline_of_one_seed_judges_nothing(call, tmp_path):
     path = tmp_path / "kept.json"
     assert call(make_runs(tmp_path / "before", (100.0,)), "--save-baseline", path)[0] == 0
     code, result, _ = call(make_runs(tmp_path / "after", (1.0, 2.0, 3.0)), "--baseline", path)
-    assert code == 0
+    assert code == 1
     verdicts = {row["verdict"] for row in result[f"Against {path}"]}
     assert verdicts == {"not judged: the baseline has under three seeds"}
+    path.write_text('{"experiments": []}')
+    code, _, printed = call(tmp_path / "after", "--baseline", path, "--allow-missing")
+    assert code == 1
+    assert "Nothing was judged" in printed.out
+
+
+def test_what_can_not_be_judged_is_red_unless_something_else_was(call, tmp_path):
+    path = tmp_path / "kept.json"
+    make_runs(tmp_path / "before", (100.0,))
+    make_runs(tmp_path / "before", (1.0, 2.0, 3.0), env_id="Acrobot-v1")
+    _, _, printed = call(tmp_path / "before", "--save-baseline", path)
+    assert "ppo on CartPole-v1 has only 1 of the three seeds that a baseline needs" in printed.out
+    assert "on Acrobot-v1 has only" not in printed.out
+    assert call(tmp_path / "before", "--baseline", path)[0] == 1
+    code, _, printed = call(tmp_path / "before", "--baseline", path, "--allow-missing")
+    assert code == 0
+    assert "ppo on CartPole-v1: return not judged: the baseline has under three seeds" in printed.out
 
 
 def test_baseline_says_where_it_comes_from(baseline):
     (entry,) = json.loads(baseline.read_text())["experiments"]
-    curve = [[100, 1, 20], [200, 2, 210]]
+    curve = [[100, 0.025, 20], [200, 0.05, 210]]
     assert entry["runs"]["2"] == {"return": 210, "SPS": 4000, "curve": curve, "last": {"eval/episodic_return": 210}}
     assert (entry["commit"], entry["hardware"]) == ("abcdef0123456789", "here")
-    assert (entry["args"]["eval_episodes"], entry["versions"]) == (20, {"torch": "2.15.0"})
+    assert (entry["args"]["eval_episodes"], entry["versions"]) == (20, {"torch": "2.15.0"})  # nothing needs "other"
     assert baseline.stat().st_size < 2000
 
 
@@ -536,10 +610,10 @@ def test_a_kept_baseline_makes_the_same_report(call, tmp_path):
     for script, env_id in ("ppo", "CartPole-v1"), ("dqn", "Acrobot-v1"):
         make_runs(tmp_path / "runs", (1 / 3, 20.5, 300.0), script=script, env_id=env_id)
     path = tmp_path / "kept" / "classic.json"
-    code, result, _ = call(tmp_path / "runs", "--save-baseline", path)
+    code, result, _ = call(tmp_path / "runs", "--save-baseline", path, pictures=True)
     text = (tmp_path / "out" / "report.md").read_text()
     assert (code, len(result["Results"])) == (0, 2)
-    again, same, _ = call(tmp_path / "kept" / "*.json")
+    again, same, _ = call(tmp_path / "kept" / "*.json", pictures=True)
     assert (again, same) == (code, result)
     assert (tmp_path / "out" / "report.md").read_text() == text
     assert (tmp_path / "out" / "overview.png").exists()
@@ -580,24 +654,38 @@ def test_no_baseline_from_an_incomplete_set(call, tmp_path):
 
 
 def colourful(path):
-    """The shares of the pixels that are drawn in colour, drawn in grey (text and axes), and transparent."""
-    pixels = matplotlib.image.imread(path)  # (H, W, 4)
-    assert pixels.shape[-1] == 4
-    drawn, spread = pixels[..., 3] > 0.15, np.ptp(pixels[..., :3], axis=-1)
-    return (drawn & (spread > 0.3)).mean(), (drawn & (spread < 0.1)).mean(), (pixels[..., 3] == 0).mean()
+    """The shares of the pixels that are drawn in colour, and drawn dark (text and axes), on a white that is opaque."""
+    pixels = matplotlib.image.imread(path)  # (H, W, 3 or 4)
+    assert (pixels[..., 3:] == 1).all()
+    assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 1).all()
+    spread = np.ptp(pixels[..., :3], axis=-1)
+    return (spread > 0.3).mean(), ((spread < 0.1) & (pixels[..., :3].max(-1) < 0.6)).mean()
 
 
-def test_pictures_are_drawn_on_nothing(call, tmp_path):
+def test_pictures_are_legible_on_any_page_and_have_captions(call, tmp_path):
     for env_id in "CartPole-v1", "Acrobot-v1":
         make_runs(tmp_path / "runs", (400.0, 450.0, 500.0), env_id=env_id)
         make_runs(tmp_path / "runs", (300.0, 350.0, 380.0), env_id=env_id, script="dqn")
-    call(tmp_path / "runs", "--threshold", 200)
-    for name in "curves-steps.png", "curves-time.png", "aggregate.png":
-        colour, grey, transparent = colourful(tmp_path / "out" / name)
-        assert colour > 0.01, name
-        assert grey > 0.005, name
-        assert transparent > 0.4, name
-        assert f"]({name})" in (tmp_path / "out" / "report.md").read_text()
+    call(tmp_path / "runs", "--threshold", 200, pictures=True)
+    text = (tmp_path / "out" / "report.md").read_text()
+    for name in "curves-steps", "curves-time", "aggregate", "overview":
+        colour, dark = colourful(tmp_path / "out" / f"{name}.png")
+        assert colour > 0.005, name
+        assert dark > 0.005, name
+        caption = text.split(f"]({name}.png)\n\n*")[1].split("*\n")[0]
+        assert len(caption) > 80, name
+        assert ("Dashed: the threshold of 200." in caption) == name.startswith("curves")
+        drawing = (tmp_path / "out" / f"{name}.svg").read_text()
+        assert "<text" in drawing  # that can be searched and read aloud
+        assert "<dc:date>" not in drawing
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.svg")}
+    call(tmp_path / "runs", "--threshold", 200, pictures=True)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.svg")}
+
+
+def draw_frontier(path):
+    figure = report.plot_frontier(experiments(path))
+    return {line.get_label(): np.array(line.get_data()).T for line in figure.axes[0].lines}, figure.axes[0]
 
 
 def test_frontier(call, tmp_path):
@@ -606,14 +694,14 @@ def test_frontier(call, tmp_path):
             run = make_run(tmp_path / "runs" / f"{beta}-{seed}", "dpo", "", seed, beta=beta)
             rows = [{"global_step": 200, "time": 1.0, "eval/true_reward": seed - beta, "eval/kl": 1 / beta}]
             write_rows(run, rows)
-    code, result, _ = call(tmp_path / "runs")
+    code, result, _ = call(tmp_path / "runs", pictures=True)
     assert code == 0
     means = {row["script"]: round(row["mean"], 6) for row in result["Results"]}
     assert means == {"dpo beta=0.1": 1.9, "dpo beta=1.0": 1.0}
     assert colourful(tmp_path / "out" / "frontier.png")[0] > 0.003
-    axes = report.plot_frontier(experiments(tmp_path / "runs")).axes[0]
-    assert len(axes.lines) == 1
-    assert np.allclose(np.array(axes.lines[0].get_data()).T, [[1, 1], [10, 1.9]])
+    lines, axes = draw_frontier(tmp_path / "runs")
+    assert lines.keys() == {"dpo"}
+    assert np.allclose(lines["dpo"], [[1, 1], [10, 1.9]])
     assert sorted(text.get_text() for text in axes.texts) == ["β = 0.1", "β = 1.0"]
 
 
@@ -622,23 +710,61 @@ def test_a_line_of_the_frontier_is_one_experiment(tmp_path):
         for beta in 0.1, 1.0:
             run = make_run(tmp_path / f"{loss_type}{beta}", "dpo", "", beta=beta, loss_type=loss_type)
             write_rows(run, [{"global_step": 200, "time": 1.0, "eval/true_reward": 1.0, "eval/kl": 1 / beta}])
-    labels = [line.get_label() for line in report.plot_frontier(experiments(tmp_path)).axes[0].lines]
-    assert labels == ["dpo loss_type=ipo", "dpo loss_type=sigmoid"]
+    assert [*draw_frontier(tmp_path)[0]] == ["dpo loss type ipo", "dpo loss type sigmoid"]
 
 
-def test_frontier_beside_the_optimum(call, tmp_path):
-    for beta in 0.1, 1.0:
+def make_frontier_runs(root, betas):
+    for beta in betas:
         for seed in 1, 2, 3:
-            run = make_run(tmp_path / "runs" / f"{beta}-{seed}", "dpo", "", seed, beta=beta)
-            rewards = {"true": seed - beta, "optimal": seed + 3 - beta, "reference": -1.5 * seed}
+            run = make_run(root / f"{beta}-{seed}", "dpo", "", seed, beta=beta)
+            rewards = {"true": seed - beta, "optimal": seed + 3 - beta, "reference": -1.5}
             row = {f"eval/{name}_reward": value for name, value in rewards.items()}
             write_rows(run, [{"global_step": 200, "time": 1.0, "eval/kl": 1 / beta, **row}])
-    path = tmp_path / "dpo.json"
-    assert call(tmp_path / "runs", "--save-baseline", path)[0] == 0
-    for place in tmp_path / "runs", path:
-        best, reached = report.plot_frontier(experiments(place)).axes[0].lines
-        assert np.allclose(np.array(best.get_data()).T, [[0, -3], [1, 4], [10, 4.9]]), place
-        assert np.allclose(np.array(reached.get_data()).T, [[1, 1], [10, 1.9]]), place
+    return root
+
+
+def test_without_a_known_curve_the_optimum_is_a_point_for_each_run(call, tmp_path, monkeypatch):
+    """A line between them would cut through the curve, which is steepest at 0."""
+    monkeypatch.setattr(report, "FRONTIER", tmp_path / "none.json")
+    runs, path = make_frontier_runs(tmp_path / "runs", (0.1, 1.0)), tmp_path / "dpo.json"
+    assert call(runs, "--save-baseline", path)[0] == 0
+    for place in runs, path:
+        lines, axes = draw_frontier(place)
+        best = sorted(lines["the optimum at the same divergence"].tolist())
+        assert np.allclose(best, [[1, 3], [1, 4], [1, 5], [10, 3.9], [10, 4.9], [10, 5.9]]), place
+        assert axes.lines[0].get_linestyle() == "None"
+        assert np.allclose(lines["dpo"], [[1, 1], [10, 1.9]]), place
+        assert np.allclose(lines["the reference policy"], [[0, -1.5]]), place
+
+
+@pytest.mark.parametrize("betas", [(1.0,), (0.1, 1.0)])
+def test_the_optimum_is_the_whole_curve_whatever_was_run(tmp_path, monkeypatch, betas):
+    """Also with one beta: here the best reward is -1.5 + sqrt(KL), which no chord resembles."""
+    monkeypatch.setattr(report, "FRONTIER", tmp_path / "frontier.json")
+    kls = [20.0, 0.0, *np.geomspace(0.01, 15, 40)]
+    rows = [{"beta": None if kl == 0 else 1.0, "kl": kl, "reward": -1.5 + kl**0.5} for kl in kls]
+    (tmp_path / "frontier.json").write_text(json.dumps({"optimum": rows}))
+    lines, _ = draw_frontier(make_frontier_runs(tmp_path / "runs", betas))
+    curve = lines["the optimum"]
+    assert len(curve) >= 100
+    assert np.allclose(curve[:, 1], -1.5 + curve[:, 0] ** 0.5, atol=0.01)
+    assert curve[0].tolist() == [0, -1.5]
+    assert curve[-1, 0] == pytest.approx(1.2 / min(betas))
+    assert "the optimum at the same divergence" not in lines
+    for row in rows:  # of another reference model
+        row["reward"] -= 0.1
+    (tmp_path / "frontier.json").write_text(json.dumps({"optimum": rows}))
+    assert "the optimum" not in draw_frontier(tmp_path / "runs")[0]
+    # A run that names the files of the task has started from their reference model, and need not know its reward
+    run = make_run(tmp_path / "named", "grpo", "", beta=1.0, dataset="benchmark/reviews/prompts.parquet")
+    write_rows(run, [{"global_step": 200, "time": 1.0, "eval/kl": 2.0, "eval/reward": 0.5}])
+    lines, _ = draw_frontier(tmp_path / "named")
+    assert lines["grpo"].tolist() == [[2, 0.5]]
+    assert np.allclose(lines["the optimum"][0], [0, -1.6])
+    assert "the reference policy" not in lines
+    (tmp_path / "frontier.json").write_text('{"optimum": [{"kl": 1}]}')
+    with pytest.raises(SystemExit, match="2"):
+        draw_frontier(tmp_path / "runs")
 
 
 def test_what_the_last_evaluations_found_beside_the_score(call, tmp_path):
@@ -654,7 +780,7 @@ def test_what_the_last_evaluations_found_beside_the_score(call, tmp_path):
     assert call(tmp_path / "runs", "--save-baseline", path)[1][title] == [row]
     assert call(path)[1][title] == [row]
     make_run(tmp_path / "plain", returns=(1.0,))
-    assert title not in call(tmp_path / "plain")[1]
+    assert title not in call(tmp_path / "plain", pictures=True)[1]
     assert not (tmp_path / "out" / "frontier.png").exists()
 
 
@@ -671,11 +797,11 @@ def test_runs_by_hand_may_have_one_evaluation_or_no_time(call, tmp_path):
         rows = [{"global_step": step, "eval/episodic_return": 1.0} for step in (100, 200)]
         write_rows(make_run(tmp_path / "timeless" / str(seed), seed=seed), rows)
         write_rows(make_run(tmp_path / "apart" / str(seed), seed=seed), [evaluation(200 + seed, 1.0)])
-    assert call(tmp_path / "one")[0] == 0
+    assert call(tmp_path / "one", pictures=True)[0] == 0
     assert colourful(tmp_path / "out" / "curves-steps.png")[0] > 0.0001
-    assert call(tmp_path / "timeless", "--threshold", 1)[0] == 0
+    assert call(tmp_path / "timeless", "--threshold", 1, pictures=True)[0] == 0
     assert not (tmp_path / "out" / "curves-time.png").exists()
-    assert call(tmp_path / "apart")[0] == 0
+    assert call(tmp_path / "apart", pictures=True)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -753,16 +879,207 @@ def test_the_overview_tells_experiments_of_one_script_apart(tmp_path):
         make_run(tmp_path / "runs" / algorithm, script="maddpg", env_id="simple_spread_v3", algorithm=algorithm)
     figure = report.plot_overview(experiments(tmp_path / "runs"))
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert sorted(names) == [f"maddpg algorithm={name}  simple_spread_v3, 200" for name in ("ddpg", "maddpg")]
+    assert sorted(names) == ["maddpg, algorithm ddpg:  simple_spread_v3, 200", "maddpg:  simple_spread_v3, 200"]
+
+
+def test_the_overview_names_its_references_and_marks_those_of_longer_runs(tmp_path):
+    for steps in 50_000, 500_000:
+        make_run(tmp_path / "runs" / str(steps), "td3", "Hopper-v5", returns=(1.0, 900.0), steps=steps)
+    longer, same = report.plot_overview(sorted(experiments(tmp_path / "runs"), key=lambda e: e.budget)).axes
+    assert [label.get_text() for label in same.get_yticklabels()] == ["3,606: TD3 on v3, 1M steps"] * 2
+    hollow = [dot.get_markerfacecolor() == "white" for dot in longer.lines if dot.get_marker() == "o"]
+    assert hollow == [True, False]  # after 100k steps and after 1M
+
+
+def curves(path, seconds=False, threshold=None):
+    return report.plot_curves(experiments(path), seconds, threshold).axes
 
 
 def test_no_two_curves_look_alike(tmp_path):
-    for number in range(2 * len(report.COLORS)):
+    count = 2 * len(report.SPARE_COLORS)
+    for number in range(count):
         make_run(tmp_path / "runs" / f"script{number:02}", script=f"script{number:02}")
-    figure = report.plot_curves(experiments(tmp_path / "runs"), False, None)
-    looks = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines]
-    assert len(set(looks)) == len(looks) == 2 * len(report.COLORS)
-    assert [(line.get_color(), line.get_linestyle()) for line in figure.legends[0].get_lines()] == looks
+    (axes,) = curves(tmp_path / "runs")
+    looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines][:count]
+    assert len(set(looks)) == len(looks) == count
+    assert [(line.get_color(), line.get_linestyle()) for line in axes.get_legend().get_lines()][:count] == looks
+
+
+def test_a_script_has_its_colour_in_every_picture_and_each_panel_its_legend(tmp_path):
+    for env_id, scripts in {"CartPole-v1": ("dqn", "ppo"), "LunarLander-v3": ("ppo", "sac")}.items():
+        for script in scripts:
+            make_runs(tmp_path / "runs", (20.0, 30.0, 40.0), env_id=env_id, script=script)
+    for steps in 5, 300:
+        make_run(
+            tmp_path / "runs" / f"lander-{steps}", "ppo", "LunarLander-v3", returns=(20.0, 40.0), steps=steps, seed=9
+        )
+    scripts = [path.stem for path in (report.ROOT / "algorithms").glob("*.py")]
+    assert len({report.SCRIPT_COLORS[script] for script in scripts}) == len(scripts)
+    by_panel = {}
+    for axes in curves(tmp_path / "runs"):
+        handles, names = axes.get_legend_handles_labels()
+        by_panel[axes.get_title()] = [text.get_text() for text in axes.get_legend().get_texts()]
+        for handle, name in zip(handles, names, strict=True):
+            if not name.startswith("reference"):
+                assert handle.get_color() == report.SCRIPT_COLORS[name.split(",")[0].split(" ")[0]], name
+    assert by_panel["CartPole-v1"] == ["dqn (3 seeds)", "ppo (3 seeds)"]  # the reference is far above
+    assert by_panel["LunarLander-v3"] == [
+        "ppo, 600 steps (one seed)", "ppo, 200 steps (3 seeds)", "ppo, 10 steps (one seed)", "sac (3 seeds)",
+    ]  # fmt: skip
+    lines = {line.get_label(): line.get_linestyle() for line in curves(tmp_path / "runs")[1].lines}
+    assert [lines[name] for name in by_panel["LunarLander-v3"]] == ["-", "--", ":", "-"]  # the longest is solid
+    overview = report.plot_overview([e for e in experiments(tmp_path / "runs") if e.script == "sac"])
+    assert {line.get_color() for line in overview.axes[0].lines} >= {report.SCRIPT_COLORS["sac"]}
+
+
+@pytest.mark.parametrize("seeds", [1, 2, report.FEW, report.FEW + 1])
+def test_each_seed_is_a_thin_line_where_they_are_few(tmp_path, seeds):
+    make_runs(tmp_path / "runs", [100.0 * seed for seed in range(1, seeds + 1)], env_id="Unknown-v0")
+    (axes,) = curves(tmp_path / "runs")
+    thin = [line.get_ydata()[-1] for line in axes.lines if line.get_linewidth() < 1]
+    assert thin == ([100.0 * seed for seed in range(1, seeds + 1)] if 1 < seeds <= report.FEW else [])
+    assert bool(axes.collections) == (seeds > report.FEW)  # the interval
+
+
+@pytest.mark.parametrize(
+    ("returns", "random", "bottom"),
+    [
+        ([*range(100)], None, 0),
+        ([*range(100)], -50, 0),  # a curve that begins above the random policy is shown whole
+        ([-100.0, *range(100)], 0, 0),  # worse than the random policy
+        ([-500.0, -498.0, *[-80.0] * 30, -70.0], -498.7, -90.0),  # Acrobot: few points that would flatten all others
+        ([-12_000.0, *[-1000.0] * 6, *[-13.0] * 20], None, -1987.0),  # CliffWalking
+        ([-103.0, *range(-100, 250)], -100, -103),  # a cut that gains nothing
+        ([7.0, 7.0], None, 7.0),
+        ([-5.0, -6.0], 20.0, -6.0),  # nothing is as good as the random policy
+    ],
+)
+def test_where_an_axis_begins(returns, random, bottom):
+    assert report.floor(np.array(returns, dtype=float), random) == pytest.approx(bottom)
+
+
+def test_an_axis_shows_what_matters_and_says_what_it_leaves_out(tmp_path):
+    for seed in 1, 2, 3:
+        returns = (-500.0 if seed == 1 else -82.0, *[-80.0] * 12, -75.0)
+        make_run(tmp_path / "runs" / str(seed), env_id="Acrobot-v1", seed=seed, returns=returns)
+    (axes,) = curves(tmp_path / "runs")
+    assert -95 < axes.get_ylim()[0] < -82
+    assert -75 < axes.get_ylim()[1] < -70  # the reference, -73.5, is near and has its line
+    assert axes.get_xlabel() == "environment steps\nevaluations below the axis: 1, the lowest -500.0"
+    assert axes.get_ylabel() == "evaluation return"
+    (axes,) = curves(tmp_path / "runs", threshold=-110.0)
+    assert axes.get_ylim()[0] < -110
+
+
+def test_one_stalled_seed_does_not_stretch_the_axis_of_time(tmp_path):
+    for seed in 1, 2, 3:
+        make_run(tmp_path / "runs" / str(seed), seed=seed, sps=1.0 if seed == 3 else 100.0)
+    (axes,) = curves(tmp_path / "runs", seconds=True)
+    assert axes.get_xlim()[1] == pytest.approx(1.03 * 2)
+    assert axes.get_xlabel() == "seconds"
+
+
+def test_labels_fit_the_metric(tmp_path):
+    kinds = {"q_learning": ("Taxi-v4", "eval/exact_return"), "maddpg": ("simple_spread_v3", "eval/episodic_return")}
+    kinds |= {"dpo": (None, "eval/true_reward"), "reward_model": (None, "eval/accuracy")}
+    for script, (env_id, key) in kinds.items():
+        folder = make_run(tmp_path / "runs" / script, script, env_id)
+        write_rows(folder, [{"global_step": step, "time": 2.0, key: 0.7} for step in (100, 200)])
+    labels = {axes.get_title(): (axes.get_xlabel(), axes.get_ylabel()) for axes in curves(tmp_path / "runs")}
+    assert labels == {
+        "Taxi-v4": ("environment steps", "exact return of the greedy policy"),
+        "simple_spread_v3": ("environment steps", "evaluation return, sum over agents"),
+        "preferences, true reward": ("pairs", "true reward of the replies"),
+        "preferences, accuracy": ("pairs", "accuracy on held-out pairs"),
+    }
+
+
+# ---- Tables for pages, versions ----
+
+
+def test_tables_for_pages(tmp_path, monkeypatch, capsys):
+    for script, env_id, returns, steps in (
+        ("ppo", "LunarLander-v3", (200.0, 220.0, 240.0, 260.0, 280.0), 250_000),
+        ("ppo", "Acrobot-v1", (-80.0, -81.0), 250_000),
+        ("q_learning", "Taxi-v4", (7.5,), 100_000),
+        ("td3", "HalfCheetah-v5", (5000.0, 6000.0, 7000.0, 8000.0, 9000.0), 50_000),
+    ):
+        make_runs(tmp_path / "runs", returns, script=script, env_id=env_id, steps=steps)
+    make_runs(tmp_path / "runs" / "more", (9000.0,), script="td3", env_id="HalfCheetah-v5", steps=500_000)
+    run = make_run(tmp_path / "runs" / "rewards", "dpo", None, returns=(0.0,))
+    found = {"eval/true_reward": 0.5, "eval/optimal_reward": 0.75, "eval/reference_reward": -0.25}
+    write_rows(run, [{"global_step": 100, "time": 1.0} | found])
+
+    def lines(kind):
+        monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "runs"), "--table", kind])
+        report.main()
+        return capsys.readouterr().out.splitlines()
+
+    long, brief = lines("long"), lines("short")
+    assert [line.split(" | ")[0] for line in long[2:]] == ["| q_learning", "| ppo", "| ppo", "| td3", "| td3", "| dpo"]
+    assert brief == [line for line in long if "Acrobot" not in line and "| 1M |" not in line]  # more seeds go first
+    assert long[:2] == ["| script | environment | steps | return | worst seed | beside it |", "|" + " --- |" * 6]
+    assert long[2] == "| q_learning | Taxi-v4, one seed | 200k | **7.500** | 7.500 | 7.930 (optimum) |"
+    assert long[3].startswith(
+        "| ppo | Acrobot-v1, two seeds | 500k | **-80.5** | -81.0 | -81.8 (CleanRL, training return)"
+    )
+    (lander,) = [line for line in long if "LunarLander" in line]
+    assert lander.startswith("| ppo | LunarLander-v3 | 500k | **240.0** [")
+    assert "242.1 at 1M (RL Zoo, tuned, on v2)" in lander
+    (cheetah,) = [line for line in brief if "HalfCheetah" in line]
+    assert re.search(r"\*\*7000\*\* \[\d{4}, \d{4}\] \| 5000 \| ", cheetah)
+    assert "5242 (Spinning Up, on v3); 5514 (the authors, on v1)" in cheetah
+    assert long[-1] == (
+        "| dpo | preferences, true reward, one seed | 100 pairs | **0.500** | 0.500 | "
+        "the optimum at this divergence 0.750; where it began -0.250 |"
+    )
+    assert not (tmp_path / "runs" / "report").exists()
+
+
+def test_a_baseline_within_a_script_is_not_set_beside_what_others_report_of_the_script(tmp_path):
+    for algorithm in "maddpg", "ddpg":
+        folder = tmp_path / algorithm
+        make_run(folder, script="maddpg", env_id="simple_spread_v3", algorithm=algorithm, steps=300_000)
+    beside = {row["environment"]: row["beside it"] for row in report.rows_of(experiments(tmp_path), False)}
+    assert "EPyMARL" in beside["simple_spread_v3, one seed"]
+    assert "EPyMARL" not in beside["simple_spread_v3, algorithm ddpg, one seed"]
+
+
+def test_only_some_experiments(call, tmp_path):
+    for steps in 100, 200:
+        make_run(tmp_path / "runs" / str(steps), "ppo", "CartPole-v1", steps=steps)
+    make_run(tmp_path / "runs" / "dqn", "dqn", "CartPole-v1")
+    _, result, _ = call(tmp_path / "runs", "--only", "CartPole-v1", "total_timesteps=400")
+    assert [(row["script"], row["steps"]) for row in result["Results"]] == [("ppo total_timesteps=400", 400)]
+
+
+def test_versions_are_kept_and_written_for_pip(call, tmp_path):
+    versions = {
+        "Gymnasium": "1.4.0",
+        "torch": "2.15.0+cpu",
+        "python": "3.11.7 (main, today)",
+        "ale_py": "0.11",
+        "idna": "3",
+    }
+    for script, more in ("dqn", {}), ("ppo", {}), ("sac", {"torch": "2.14.0"}), ("td3", {"mpe2": "1.1"}):
+        make_run(tmp_path / "runs" / script, script)
+        path = tmp_path / "runs" / script / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": versions | more}))
+    kept, out = tmp_path / "kept.json", tmp_path / "results" / "versions.txt"
+    call(tmp_path / "runs", "--save-baseline", kept)
+    assert json.loads(kept.read_text())["experiments"][0]["versions"] == {
+        "ale-py": "0.11", "gymnasium": "1.4.0", "python": "3.11.7", "torch": "2.15.0+cpu",
+    }  # fmt: skip
+    for source in tmp_path / "runs", kept:
+        call(source, "--save-versions", out)
+        assert out.read_text().splitlines() == [
+            "# The versions behind 4 rows of results; for pip install -r",
+            "# Python 3.11.7",
+            "ale-py==0.11",
+            "gymnasium==1.4.0",
+            "mpe2==1.1  # named by 1 of the 4 rows",
+            "torch==2.15.0  # 2.14.0 in sac on CartPole-v1",
+        ]
 
 
 def test_an_environment_of_a_module_has_its_reference(call, tmp_path):
@@ -811,6 +1128,9 @@ def test_of_one_source_the_nearest_budget_is_shown(tmp_path, steps):
         (["nowhere"], "nowhere holds no run"),
         (["empty"], "empty holds no run"),
         (["runs", "--in-a-row", "0"], "--in-a-row"),
+        (["runs", "--only", "dqn"], "no experiment has all of these"),
+        (["runs", "--table", "long", "--seeds", "9"], "seed 9: no such run"),
+        (["unversioned", "--save-versions", "v.txt"], "name no versions"),
         (["runs", "--baseline", "nowhere.json"], "nowhere.json"),
         (["runs", "--baseline", "runs/ppo-CartPole-v1-1/config.json"], "--save-baseline"),
         (["damaged-config"], "config.json"),
@@ -835,6 +1155,8 @@ def test_mistakes_get_one_line_and_exit_code_2(call, tmp_path, flags, words):
     (make_run(tmp_path / "damaged-line") / "metrics.jsonl").write_text(
         '{"global_step": 1}\n{"glo\n{"global_step": 3}\n'
     )
+    unversioned = make_run(tmp_path / "unversioned") / "config.json"
+    unversioned.write_text(json.dumps(json.loads(unversioned.read_text()) | {"versions": {}}))
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged-ledger").mkdir()
     (tmp_path / "damaged-ledger" / "ledger.json").write_text('{"runs": [{"seed": 1}]}')

@@ -263,13 +263,68 @@ def test_a_stopped_launcher_stops_its_runs_and_the_next_goes_on(output, number):
     rows = list(ledger(output).values())
     assert sorted(row["status"] for row in rows) == ["killed", "killed", "pending"]
     assert {row["exit_code"] for row in rows} == {143, None}  # they had time to write their checkpoints
-    for row in rows:  # of one that never began there is no more to say
-        how = "\n" if row["status"] == "pending" else ", exit code 143:"
-        assert f"\n{row['status']}: {row['name']}{how}" in text
+    for row in rows:  # of those that never began there is no more to say than their number
+        assert (f"\nkilled: {row['name']}, exit code 143:" in text) == (row["status"] == "killed")
+    assert "\nruns not begun by this call: 1\n" in text
+    last = text.splitlines()[-1]
+    assert last.startswith("the same command goes on with the others: ")
+    assert shlex.split(last.split(": ", 1)[1]) == launcher.args  # with the interpreter that has the packages
     run(output, *words)
     for row in ledger(output).values():
         assert calls(output / row["name"]).count("end") == 1
         check_steps(output / row["name"])
+
+
+def test_a_stopped_call_tells_only_of_what_itself_has_begun(output):
+    words = ("--env-ids", "slow-9", "mistake-9", "--num-seeds", "1", "--", "--delay", "0.1")
+    only_the_mistake = ("--env-ids", "mistake-9", "--num-seeds", "1", "--", "--delay", "0.1")
+    assert "\nfailed: mistake-9__fake" in run(output, *only_the_mistake, code=1)
+    launcher = launch(output, *words)  # of one worker: the mistake's turn is the second one
+    wait_for(lambda: list(output.glob("slow*/metrics.jsonl")))
+    launcher.send_signal(signal.SIGINT)
+    text, _ = launcher.communicate(timeout=10)
+    assert launcher.returncode == 130
+    assert "\nkilled: slow-9__fake" in text
+    assert "failed" not in text
+    assert "--env-id is unknown" not in text
+    assert "\nruns not begun by this call: 1\n" in text
+    assert by_env(output)["mistake-9"]["attempts"] == 1
+
+
+def test_the_last_line_is_a_command_that_works_when_pasted(output, tmp_path):
+    """By name alone, python may be one without the packages, as in a shell that has activated no environment."""
+    (tmp_path / "python").write_text("#!/bin/sh\necho ModuleNotFoundError >&2\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ("--env-ids", "crash-1", "--num-seeds", "1")
+    command = run(output, *words, code=1, env=environment).splitlines()[-1].split(": ", 1)[1]
+    again = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1].startswith("to sum them up: ")
+    report = again.stdout.splitlines()[-1].split(": ", 1)[1]
+    told = subprocess.run(report, shell=True, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert "script and args" in told.stderr  # report.py began, and missed what fake_script.py's config.json lacks
+
+
+@pytest.mark.parametrize("python", ["python", "python3"])
+def test_python_in_a_command_is_the_launchers_own(output, tmp_path, python):
+    (tmp_path / python).write_text("#!/bin/sh\necho ModuleNotFoundError >&2\nexit 1\n")
+    (tmp_path / python).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ("--command", f"{python} {FAKE}", "--env-ids", "fine-0", "--num-seeds", "1")
+    flags = ["--probe-seconds", "0", "--output", str(output)]
+    for more in [], ["--dry-run"]:
+        done = subprocess.run(
+            [sys.executable, str(LAUNCHER), *words, *flags, *more],
+            env=environment, text=True, capture_output=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+    assert next(iter(ledger(output).values()))["launch"] == [sys.executable, str(FAKE)]
+    shutil.rmtree(output)
+    done = subprocess.run(
+        [sys.executable, str(LAUNCHER), *words, *flags, "--dry-run"], text=True, capture_output=True, cwd=tmp_path
+    )
+    assert f"{sys.executable} {FAKE} --env-id=fine-0 --seed=1" in done.stdout  # a printed command names it
 
 
 @pytest.mark.slow
@@ -353,6 +408,39 @@ def test_the_estimate_comes_from_a_probe_that_is_made_once(output):
     assert all(len(calls(output / name)) <= 3 for name in ledger(output))
 
 
+def test_an_estimate_says_what_it_leaves_out(output):
+    """One kind of run that says nothing within its trial spoils no estimate of the others."""
+    words = ("--env-ids", "fine-0", "hang-1", "--num-seeds", "1", "--timeout", "4", "--grace", "0.1")
+    text = run(output, *words, "--probe-seconds", "1.5", "--workers", "2", "--", "--total-timesteps", "1", code=1)
+    assert "no estimate for hang-1__fake_script__" in text
+    assert re.search(r"\nestimate: 0:00:0\d, without 1 of unknown length, and 0.0 MB\n", text)
+    assert "(estimate ?)" not in text
+
+
+def test_a_suite_may_do_without_trial_runs(output, launcher_module):
+    """The smoke suite does: its runs are as short as trials, which would take most of its minute."""
+    suite = output.with_name("short.toml")
+    entry = f'[[run]]\nscript = "{FAKE}"\nenv_ids = ["fine-0"]\nseeds = 1\ntotal_timesteps = 12\n'
+    for head, flags, seconds in (
+        ("probe_seconds = 0\n", {}, 0),
+        ("probe_seconds = 0\n", {"probe_seconds": 3.0}, 3),
+        ("", {}, 20),
+    ):
+        suite.write_text(head + entry)
+        args = launcher_module.Args(suite=str(suite), **flags)
+        launcher_module.plan(args)
+        assert args.probe_seconds == seconds
+    smoke = launcher_module.Args(suite="smoke")
+    launcher_module.plan(smoke)
+    assert smoke.probe_seconds == 0
+    suite.write_text("probe_seconds = 0\n" + entry)
+    command = [sys.executable, str(LAUNCHER), "--suite", str(suite), "--output", str(output)]
+    text = subprocess.run(command, text=True, capture_output=True, cwd=output.parent).stdout
+    assert "1 of 1 runs are done" in text
+    assert "probing" not in text
+    assert "estimate" not in text
+
+
 def test_a_probe_left_by_a_killed_launcher_ends(output):
     words = ("--env-ids", "hang-1", "--num-seeds", "1", "--timeout", "1", "--grace", "0.2", "--probe-seconds")
     launcher = launch(output, *words, "50")
@@ -381,7 +469,15 @@ def test_a_full_disk_is_one_line_and_stops_the_runs(output):
 
 
 def test_two_launchers_do_not_share_a_ledger(output):
-    words = ("--env-ids", "fine-0", "--num-seeds", "1", "--", "--delay", "0.1")
+    words = (
+        "--env-ids",
+        "fine-0",
+        "--num-seeds",
+        "1",
+        "--",
+        "--delay",
+        "0.5",
+    )  # long enough for the second one to start
     first = launch(output, *words)
     wait_for(lambda: list(output.glob("*/metrics.jsonl")))
     assert "is in use by another launcher" in run(output, *words, code=2)
@@ -425,7 +521,7 @@ def test_a_suite_leaves_out_scripts_that_do_not_exist(output):
     assert sorted(row["seed"] for row in ledger(output).values()) == [1, 2]
     config = json.loads((output / next(iter(ledger(output))) / "config.json").read_text())
     assert (config["args"]["norm_obs"], config["args"]["learning_rate"]) == (False, 0.001)
-    assert {row["final"] for row in ledger(output).values()} == {100.0}
+    assert {row["final"] for row in ledger(output).values()} == {1000.0}
     assert "1 runs, 1 of them done" in run(output, "--suite", str(suite), "--num-seeds", "1")
 
 
@@ -446,7 +542,7 @@ def test_the_table_in_a_terminal(output):
         "SPS",
         "│ running",
         "│ done",
-        "100.0",
+        "20.0",  # of fake_script.py, which says that it sleeps 0.05 seconds a step and does nothing else
         "7.0",
     ):
         assert word in text, text
@@ -456,6 +552,9 @@ MISTAKES = {
     "--suite nothing": "no suite 'nothing', but atari, classic, frontier, mujoco, multiagent, preference, smoke",
     "--suite broken.toml": "is not a suite",
     "--suite letters.toml": "env_ids = 'A-v1' must be a list",
+    "--suite endless.toml": "probe_seconds, a number of at least 0",
+    "--suite never.toml": "is not a suite",
+    "--suite head.toml": "and nothing else",
     "--suite typo.toml": "unexpected keyword argument 'seed'",
     "--suite smoke --env-ids A": "a suite names its own environments",
     "--suite smoke --command x": "give either --command",
@@ -491,6 +590,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypat
     Path("broken.toml").write_text("[[run]\n")
     Path("typo.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nseed = 3\n')
     Path("letters.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nenv_ids = "A-v1"\n')
+    heads = {"endless": "probe_seconds = inf", "never": "probe_seconds = 'no'", "head": "probe_second = 0"}
+    for name, head in heads.items():
+        Path(f"{name}.toml").write_text(f'{head}\n[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\n')
     Path("damaged").mkdir()
     Path("damaged/ledger.json").write_text('{"runs": ')
     argv = words.replace("OK", "--command 'python fake_script.py' --env-ids fine-0 --probe-seconds 0")
