@@ -241,7 +241,7 @@ class GoalBuffer:
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """The target y, one for all critics, (B,). rewards, terminated: (B,); next_values: by each target critic, (n, B)"""
+    """The target y, (B,). rewards, terminated: (B,); next_values: Q'_i - alpha log pi of each target critic, (n, B)"""
     assert rewards.shape == terminated.shape == next_values.shape[1:]
     return rewards + gamma * (1 - terminated) * next_values.amin(0)  # [1]; a terminal state is worth nothing
 
@@ -263,7 +263,7 @@ def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
 def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dict[str, Tensor]:
     """A gradient step with a batch of the buffer. Returns metrics to log."""
     obs, actions, rewards, terminated, next_obs = batch
-    alpha = agent.log_alpha.detach().exp()
+    alpha = agent.log_alpha.detach().exp()  # a constant in [1] and [5]
     with torch.no_grad():
         next_actions, next_log_prob = agent.sample(next_obs)
         next_values = q_values(agent.target_critics, next_obs, next_actions) - alpha * next_log_prob  # (n, B) - (B,)
@@ -283,7 +283,7 @@ def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dic
     optimizers["actor_optimizer"].step()
     entropy = -log_prob.detach().mean()
     if args.autotune:
-        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: H = -dim(a)
+        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: alpha (entropy - H), H = -dim(a)
         optimizers["alpha_optimizer"].zero_grad()
         alpha_loss.backward()
         optimizers["alpha_optimizer"].step()

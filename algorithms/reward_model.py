@@ -2,124 +2,142 @@
 
 The model is a language model that reads prompt and reply, with a linear head in place of the layer that predicts the
 next token. It gives one number, at the end, where it has read everything. The difference of two rewards is the log-odds
-that the one reply is preferred to the other [2], and the model is fitted to that by maximum likelihood. x is a prompt,
-y a reply, and of the two replies in a pair y_w was preferred to y_l.
+that the one reply is preferred to the other [1], and the model is fitted to that by maximum likelihood. x is a prompt,
+y a reply; of the two replies of a pair y_w was preferred to y_l. The default task is to judge short reviews.
 
-    [1] log pi(y|x) = sum over the tokens of y, its end token included, of log pi(y_t | x, y_<t)
-        (of the small GPT that writes the default task's replies; the reward model itself is [2] to [4])
-    [2] P(y_w is preferred to y_l) = sigmoid(r(x, y_w) - r(x, y_l))        Christiano et al., Eq. 1 (Bradley-Terry)
-    [3] r(x, y) = w . h, with h the last layer's state at the end of y     Stiennon et al., Section 3.4
-    [4] L = -log P                                                         Ouyang et al., Eq. 1
+    [1] P(y_w is preferred to y_l) = sigmoid(r(x, y_w) - r(x, y_l))        Christiano et al., Eq. 1 (Bradley-Terry)
+    [2] r(x, y) = w . h, with h the last layer's state at the end of y     Stiennon et al., Sec. 3.4
+    [3] L = -log P                                                         Ouyang et al., Eq. 1
 
-Christiano et al. 2017, arXiv:1706.03741. Stiennon et al. 2020, arXiv:2009.01325. Ouyang et al. 2022 (InstructGPT),
-arXiv:2203.02155.
+Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155. Before it: Christiano et al. 2017, arXiv:1706.03741, and
+Stiennon et al. 2020, arXiv:2009.01325.
 
-Differs from the papers: a new head starts at 0, not at random, so that no reply is preferred at first. A prompt has one
-pair of replies, not, as in Ouyang et al., all pairs of several, and is by default seen twice, not once, with a learning
-rate that falls to 0. Rewards are not shifted to a mean of 0 afterwards. What Christiano et al. need for behaviour is
-left out: rewards summed over a clip's steps, an ensemble, ties, and an allowance for labels given at random.
-
-By default it judges reviews. A small GPT is fitted to reviews made by a grammar. It writes pairs of reviews, and [2]
-labels them by a reward that is known; with a head, it is also what the reward model starts from. So the accuracy can be
-shown beside that of the truth, which no model can be expected to pass. For real models, give --model-name and
---dataset, each a Hugging Face hub id or local. The data set has the columns prompt, chosen and rejected: texts or chat
-messages. Without the column prompt, the prompt is what chosen and rejected have in common at their beginning.
+Differs from the papers:
+- A new head starts at 0, not at random, so that no reply is preferred at first.
+- A prompt has one pair of replies; in Ouyang et al. all pairs of several, in one batch.
+- AdamW; the learning rate rises, then falls to 0. Rewards are not shifted to a mean of 0 afterwards.
+- Left out of Christiano et al., who judge behaviour: sums over a clip's steps, an ensemble, ties, random labels.
 
     python algorithms/reward_model.py
-    torchrun --nproc-per-node 8 algorithms/reward_model.py --model-name Qwen/Qwen3-0.6B --dataset pairs.jsonl
+    python algorithms/reward_model.py --model-name Qwen/Qwen3-0.6B --dataset Anthropic/hh-rlhf --learning-rate 1e-5
+    torchrun --nproc-per-node 8 algorithms/reward_model.py ...    or    accelerate launch algorithms/reward_model.py ...
 """
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "datasets>=5.2", "filelock>=3.20", "numpy>=2", "tokenizers>=0.23", "torch>=2.13", "tqdm>=4.66",
+#     "accelerate>=1.15", "datasets>=5.2", "numpy>=2", "peft>=0.21", "torch>=2.13", "tqdm>=4.66",
 #     "transformers>=5.23,<6", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
+import contextlib
+import functools
+import glob
+import inspect
+import io
+import itertools
 import json
+import logging
 import math
 import os
-import platform
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import distributions
-from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import NamedTuple
 
-import filelock
-import numpy as np
 import torch
-import torch.distributed.nn  # now, without a process group: imported later, it would hold the group in its defaults
+import transformers
 import tyro
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor, distributed, nn
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GPT2Config,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.peft_utils import find_adapter_config_file
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of accelerate or torchrun
+REVIEWS = Path(__file__).parent.parent / "benchmark" / "reviews"  # the default task
+Text = str | list[dict]  # a text, or a chat: messages with role and content
+Tokenizer = transformers.PreTrainedTokenizerBase
 
 
 @dataclass
 class Args:
+    # Run
+    model_name: str = f"{REVIEWS}/model"  # a causal language model, reward model or LoRA adapter: hub id or folder
+    dataset: str = f"{REVIEWS}/preferences.parquet"  # pairs: a hub id, a folder or files, as the library datasets reads
+    dataset_config: str | None = None  # its configuration, where it has several
+    dataset_split: str | None = None  # None: train, or the only one
+    prompt_column: str | None = None  # None: prompt, question, ...; if there is none, what both replies begin with
+    chosen_column: str | None = None  # None: chosen, ...
+    rejected_column: str | None = None  # None: rejected, ...
+    convert: str | None = None  # FILE.py:function makes other rows of the rows of --dataset, before all else
+    chat: bool = False  # texts are turns of a chat: prompts of its user, replies of its assistant
+    labels: str | None = None  # FILE.py:function judges instead of people: (prompt, reply, other) -> is reply better
+    max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     seed: int = 1  # all randomness follows from it
-    total_timesteps: int = 80_000  # preference pairs to learn from, summed over all epochs; a step is a pair
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
-    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
     run_dir: str | None = None  # folder of the run; None: a new one in runs/
-    resume: bool = False  # continue the run in --run-dir with its own arguments
-    evaluate: bool = False  # only evaluate the model in --run-dir
-
-    model_name: str | None = None  # a language or reward model: hub id or local folder; None: a small GPT
-    dataset: str | None = None  # hub id, or a local .jsonl or .parquet file; None: the reviews
-    num_pairs: int = 40_000  # pairs of reviews
-    eval_pairs: int = 1000  # pairs held out for evaluation, at most a tenth of all
-    max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
-    learning_rate: float = 1e-3  # of AdamW; for real models rather 1e-5, with LoRA 1e-4
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_dataset: str | None = None  # its pairs are all for evaluation; None: pairs of --dataset are held out
+    eval_split: str | None = None  # of --eval-dataset, or without one, of --dataset
+    eval_pairs: int = 1000  # pairs held out, at most a tenth of all
+    reward: str | None = None  # FILE.py:function (prompt, reply) -> number, or a reward model's folder, to compare with
+    evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
+    replies: str | None = None  # with --evaluate: a file with prompts and replies, to be printed with their rewards
+    # Algorithm
+    learning_rate: float = 1e-3  # of AdamW; paper: 9e-6, which suits large models; with LoRA rather 1e-4
     warmup: float = 0.1  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
     batch_size: int = 32  # pairs of an update, summed over all processes
     micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
-    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
+    max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
     weight_decay: float = 0.0  # of AdamW
     lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
+    load_in_4bit: bool = False  # with LoRA, on CUDA: 4 bits for each frozen weight; needs the package bitsandbytes
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    replies: str | None = None  # with --evaluate: a .jsonl file with prompt and reply, to be printed with rewards
 
     def __post_init__(self) -> None:
-        check_and_complete(self, num_pairs=(10, math.inf), warmup=(0, 1), lora_rank=(0, math.inf))
-        check_data_flags(self)
+        check_ranges(self)
         if self.replies and not self.evaluate:
-            refuse("--replies belongs to --evaluate")
+            raise UsageError("--replies belongs to --evaluate")
 
 
-def reward(model: nn.Module, ids: Tensor) -> Tensor:
-    """[3] of each row. ids: (B, T), padded at the end with pad_token_id, which must not be the end token -> (B,)"""
-    # Attention looks back only, so padding behind a row changes nothing in it and needs no mask
-    # The model applies its head to each token's state, and returns the result at the last token that is no padding
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits  # [3]
-    return logits.float().squeeze(-1)  # (B, 1) -> (B,)
+class Pair(NamedTuple):
+    """Token ids, those of the replies up to the end of their turn. And the prompt as it was."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    text: Text
+
+
+def pair_rewards(model: nn.Module, pairs: list[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
+    """[2] of the chosen and of the rejected replies, (B,) each."""
+    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask. The model applies its
+    # head to the state of each token, and returns the result at the last token that is no padding
+    ids = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], pad_id)  # (2B, T)
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits  # [2]; (2B, 1)
+    return logits.float().squeeze(-1).chunk(2)
 
 
 METRICS = "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"
@@ -129,859 +147,660 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor
     """The loss of each pair, (B,), and METRICS, (5, B). chosen and rejected: rewards, (B,)"""
     assert chosen.shape == rejected.shape
     margins = chosen - rejected
-    losses = -nn.functional.logsigmoid(margins)  # [2], [4]
+    losses = -nn.functional.logsigmoid(margins)  # [1], [3]
     accuracies = (margins.sign() + 1) / 2  # of a tie 1/2
     return losses, torch.stack((losses, chosen, rejected, accuracies, margins)).detach()
 
 
-def calibration_error(margins: np.ndarray) -> float:
-    """How far the model's confidence is from its accuracy, in bins of confidence, on average over the pairs.
-
-    margins: (B,). This is the expected calibration error of Guo et al. 2017, arXiv:1706.04599, with bins of 0.05.
-    """
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))  # [2] of the reply that the model prefers: from 0.5 to 1
-    bins = np.minimum((20 * (confidence - 0.5)).astype(int), 9)  # ten of them, each 0.05 wide
-    used, counts = np.unique(bins, return_counts=True)
-    right = (np.sign(margins) + 1) / 2  # of a tie 1/2
-    gaps = [abs(right[bins == i].mean() - confidence[bins == i].mean()) for i in used]
-    return float(np.dot(gaps, counts) / len(margins))
-
-
-class Pair(NamedTuple):
-    """Token ids. Those of the replies include the end token."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+def update(run: "Run", batch: list[Pair], args: Args) -> dict[str, float]:
+    """One step. Each process takes its share of the batch, in micro-batches. Returns means over the batch."""
+    mine, size, history = batch[RANK::PROCESSES], run.micro_batch_size, []
+    for i in range(0, len(mine), size):
+        with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with the mean of all gradients
+            rewards = pair_rewards(run.model, mine[i : i + size], run.tokenizer.pad_token_id)
+            losses, metrics = bradley_terry_loss(*rewards)
+            grad_norm = run.step(losses.mean())
+        history.append(metrics)
+    means = run.accelerator.reduce(torch.cat(history, 1).mean(1), "mean")
+    return dict(zip(METRICS, means.tolist(), strict=True)) | {"losses/grad_norm": grad_norm}
 
 
-def check_data_flags(args: Args) -> None:
-    in_config = args.resume or args.evaluate  # then config.json names what the command line does not
-    if (args.model_name is None) != (args.dataset is None) and not in_config:
-        refuse("--model-name and --dataset go together; without them, a small GPT writes reviews")
+def calibration_error(margins: Tensor) -> float:
+    """How far confidence is from accuracy, in ten bins of confidence (Guo et al. 2017, arXiv:1706.04599). (N,)"""
+    confidence = margins.abs().sigmoid()  # [1] of the reply that the model prefers: from 0.5 to 1
+    bins = (20 * (confidence - 0.5)).long().clamp(max=9)
+    gaps = torch.zeros_like(margins[:1]).repeat(10).index_add(0, bins, (margins.sign() + 1) / 2 - confidence)
+    return gaps.abs().sum().item() / len(margins)
 
 
-def read_records(source: str) -> Iterator[tuple[str, object]]:
-    """The rows of a data set, each after the words with which a message says where it stands."""
-    if source.endswith(".jsonl"):
-        try:
-            lines = Path(source).read_bytes().splitlines()
-        except OSError as error:
-            refuse(f"{source}: {error.strerror}")
-        for number, line in enumerate(lines, 1):
-            where = f"{source}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                refuse(f"{where} is not JSON: {error}")
-            yield where, record
-        return
-    import datasets  # slow to import
-
-    try:
-        if source.endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=source, split="train")
-        else:
-            rows = datasets.load_dataset(source, split="train")
-    except Exception as error:  # unknown, unreachable, damaged: its message says which
-        refuse(f"{source} can't be read as a data set: {error}")
-    for number, record in enumerate(rows, 1):
-        yield f"{source}, row {number}", record
-
-
-def read_text(where: str, record: object, column: str) -> str | list[dict]:
-    """What the record has in the column: a text or a list of chat messages. Anything else is refused."""
-    if not isinstance(record, dict):
-        refuse(f"{where} is not an object with columns")
-    value = record.get(column)
-    messages = value if isinstance(value, list) else []
-    are_messages = all(isinstance(m, dict) and {type(m.get("role")), type(m.get("content"))} == {str} for m in messages)
-    if not (isinstance(value, str) or (messages and are_messages)):
-        shown = f"{value!r:.80}" if column in record else "missing"
-        refuse(f"{where}: {column} must be a text or a list of messages with role and content; it is {shown}")
-    return value
-
-
-def common_length(*sequences: str | list) -> int:
-    """How many items at their beginning all sequences have in common."""
-    length = 0
-    while all(len(items) > length and items[length] == sequences[0][length] for items in sequences):
-        length += 1
-    return length
-
-
-def encode(
-    where: str, tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict], replies: list[str] | list[list[dict]]
-) -> tuple[list[int], ...]:
-    """Token ids of the prompt, and of each reply with its end token. where: for messages."""
-    # Prompt and reply are tokenised together, as a model reads them: separately, the tokens could be others
-    if isinstance(prompt, str):
-        prompt_ids, *sequences = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
-    elif tokenizer.chat_template is None:
-        refuse(f"{where} has chat messages, but the model's tokenizer has no chat template")
-    else:
-        sequences = [tokenizer.apply_chat_template(prompt + reply, return_dict=False) for reply in replies]
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    end = tokenizer.eos_token_id
-    start = common_length(prompt_ids, *sequences)  # less than the whole prompt where a token spans prompt and reply
-    if start == 0:  # the first token to be predicted must follow something
-        start, sequences = 1, [[end, *ids] for ids in sequences]
-    # Many chat templates write the end token themselves, some with a line break behind it, which no model writes
-    tails = [ids[start:-1] if ids[start:][-2:-1] == [end] else ids[start:] for ids in sequences]
-    return sequences[0][:start], *(ids if ids[-1:] == [end] else [*ids, end] for ids in tails)
-
-
-def read_pairs(source: str, tokenizer: PreTrainedTokenizerFast, max_length: int) -> list[Pair]:
-    """The pairs of a data set, less those with more than max_length tokens."""
-    pairs, num_long = [], 0
-    for where, record in read_records(source):
-        chosen, rejected = (read_text(where, record, column) for column in ("chosen", "rejected"))
-        prompt = record.get("prompt")
-        if type(chosen) is not type(rejected):
-            refuse(f"{where}: chosen and rejected must both be texts, or both lists of messages")
-        if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):  # chosen and rejected contain it
-            start = common_length(chosen, rejected)
-            while start and isinstance(chosen, str) and not chosen[start - 1].isspace():
-                start -= 1  # not within a word
-            prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
-            if chosen == rejected or [] in (chosen, rejected):
-                refuse(f"{where}: chosen and rejected must go on differently after their common beginning")
-        elif type(read_text(where, record, "prompt")) is not type(chosen):
-            refuse(f"{where}: prompt must be a text, as chosen and rejected are")
-        pair = Pair(*encode(where, tokenizer, prompt, [chosen, rejected]))
-        if len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) > max_length:
-            num_long += 1
-        else:
-            pairs.append(pair)
-    if num_long and RANK == 0:
-        print(f"{num_long} of {num_long + len(pairs)} pairs have more than {max_length} tokens and are left out")
-    if len(pairs) < 10:
-        refuse(f"{source} has {len(pairs)} pairs of at most {max_length} tokens; at least 10 are needed")
-    return pairs
-
-
-def split(pairs: list[Pair], args: Args) -> tuple[list[int], list[int]]:
-    """The rows, which are indices of pairs, for training, and those held out."""
-    order = np.random.default_rng(args.seed).permutation(len(pairs)).tolist()
-    num_eval = min(args.eval_pairs, len(pairs) // 10)
-    return order[num_eval:], order[:num_eval]
-
-
-def by_length(rows: list[int], pairs: list[Pair]) -> list[int]:
-    """The rows in the order of their longer sequence's length, so that neighbours need little padding."""
-    return sorted(rows, key=lambda i: len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected)))
-
-
-def epoch_batches(rows: list[int], pairs: list[Pair], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """All rows once, in random batches of pairs of similar length. The last batch may be smaller."""
-    rng = random.Random(f"{seed} {epoch}")
-    rows = rng.sample(rows, len(rows))
-    rest = [rows.pop() for _ in range(len(rows) % batch_size)]
-    # Sorted in pools of 50 batches, not all at once: else the batches of all epochs would be nearly the same
-    pools = (by_length(rows[i : i + 50 * batch_size], pairs) for i in range(0, len(rows), 50 * batch_size))
-    batches = [pool[i : i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
-    return rng.sample(batches, len(batches)) + ([rest] if rest else [])
-
-
-def collate(pairs: list[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(2B, T) each, the chosen before the rejected: token ids, padded at the end, and where they are the reply's."""
-    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    width = max(len(prompt) + len(reply) for prompt, reply in sequences)  # T
-    ids = [prompt + reply + [pad_id] * (width - len(prompt) - len(reply)) for prompt, reply in sequences]
-    start = torch.tensor([len(prompt) for prompt, _ in sequences])[:, None]  # (2B, 1)
-    end = start + torch.tensor([len(reply) for _, reply in sequences])[:, None]
-    position = torch.arange(width)  # (T,)
-    return torch.tensor(ids), (start <= position) & (position < end)
-
-
-def pair_rewards(model: nn.Module, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """[3] of the chosen and of the rejected replies, (B,) each."""
-    # On CUDA, matrix products are in bfloat16, the head's too: rewards have two to three digits
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        rewards = reward(model, collate(pairs, model.config.pad_token_id)[0])
-    return rewards.chunk(2)  # (2B,) -> (B,), (B,)
-
-
-def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, pairs: list[Pair], batch: list[int], args: Args
-) -> dict[str, float]:
-    """One step on a batch of rows, split among the processes and into micro-batches. Returns means over the batch."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # not None: a process may have no pair of a small batch
-    mine = batch[RANK::PROCESSES]  # the pairs of this process
-    sums = torch.zeros(len(METRICS), device=args.device)
-    size = args.micro_batch_size or max(len(mine), 1)
-    for rows in (mine[i : i + size] for i in range(0, len(mine), size)):
-        losses, metrics = bradley_terry_loss(*pair_rewards(model, [pairs[row] for row in rows]))
-        (losses.sum() / len(batch)).backward()  # by the whole batch, so that its split changes nothing
-        sums += metrics.sum(1)
-    for parameter in parameters:
-        sum_over_processes(parameter.grad)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # the norm before clipping
-    optimizer.step()
-    means = sum_over_processes(sums) / len(batch)
-    return dict(zip(METRICS, means.tolist(), strict=True)) | {"losses/grad_norm": grad_norm.item()}
-
-
-@torch.no_grad()
-def evaluate_pairs(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair], rows: list[int], args: Args
-) -> dict[str, float]:
-    """Loss, accuracy, margin and calibration on held-out pairs; for reviews also the accuracy of the true reward."""
-    margins = torch.zeros(len(pairs), device=args.device)
-    order, size = by_length(rows, pairs), args.micro_batch_size or args.batch_size  # processes share the work
-    for i in range(RANK * size, len(order), PROCESSES * size):
-        batch = order[i : i + size]
-        chosen, rejected = pair_rewards(model, [pairs[row] for row in batch])
-        margins[batch] = chosen - rejected
-    margins = sum_over_processes(margins)[rows].cpu().double().numpy()
+def evaluate(run: "Run", pairs: list[Pair]) -> dict[str, float]:
+    """Loss, accuracy, margin and calibration on held-out pairs, and how often --reward prefers the chosen reply."""
+    pairs, tokenizer = by_length(pairs), run.tokenizer
+    rewards = run.share(lambda batch: torch.stack(pair_rewards(run.model, batch, tokenizer.pad_token_id), 1), pairs)
+    margins = (rewards[:, 0] - rewards[:, 1]).cpu().double()
     result = {
-        "eval/loss": np.logaddexp(0, -margins).mean(),  # [4]: -log sigmoid(m) = log(1 + exp(-m))
-        "eval/accuracy": (np.sign(margins) + 1).mean() / 2,  # of a tie 1/2: a head at 0 guesses
-        "eval/margin": margins.mean(),
+        "eval/loss": -nn.functional.logsigmoid(margins).mean().item(),  # [3]
+        "eval/accuracy": (margins.sign() + 1).mean().item() / 2,  # of a tie 1/2: a head at 0 guesses
+        "eval/margin": margins.mean().item(),
         "eval/calibration_error": calibration_error(margins),
     }
-    if args.model_name is None:
-        texts = [tokenizer.batch_decode(pairs[row], skip_special_tokens=True) for row in rows]
-        truth = np.array([true_reward(prompt, chosen) - true_reward(prompt, other) for prompt, chosen, other in texts])
-        # Labels are drawn, so even the truth is not always right; where both replies are worth the same, it guesses
-        result["eval/bayes_accuracy"] = (np.sign(truth) + 1).mean() / 2
+    if run.judge:  # labels are drawn, so even the true reward is not always right
+        texts = (tokenizer.batch_decode([pair[i] for pair in pairs], skip_special_tokens=True) for i in (1, 2))
+        chosen, rejected = (torch.tensor(run.judge([pair.text for pair in pairs], replies)) for replies in texts)
+        result["eval/bayes_accuracy"] = ((chosen - rejected).sign() + 1).mean().item() / 2
     return result
 
 
-# The reviews: a grammar writes them, and true_reward, which no model sees, says how good they are
-FITS = {  # what a review of each thing should speak of
-    "coffee": ["taste", "smell", "cup", "price"],
-    "concert": ["music", "sound", "seat", "staff"],
-    "film": ["plot", "cast", "music", "ending"],
-    "hotel": ["room", "bed", "staff", "price"],
-    "novel": ["plot", "style", "cover", "ending"],
-    "phone": ["screen", "battery", "camera", "price"],
-    "pizza": ["taste", "smell", "crust", "size"],
-    "train": ["seat", "staff", "view", "price"],
-}
-ASPECTS = sorted({aspect for aspects in FITS.values() for aspect in aspects})
-VALUES = {
-    "superb": 1.2, "lovely": 0.9, "good": 0.6, "decent": 0.3, "dull": -0.3, "poor": -0.6, "bad": -0.9, "awful": -1.2,
+def train(args: Args) -> dict[str, float]:
+    """Trains a reward model and returns its last evaluation. From below the ruled line it needs Run and load_model."""
+    with contextlib.closing(Run(args)) as run:
+        model = load(run, args.model_name, args)
+        pairs, held_out = training_and_held_out(run.tokenizer, model, args)
+        model = make_trainable(model, "SEQ_CLS", args)
+        # A head at 0 lets no gradient through: once it does, the average of squares must follow soon, hence 0.98
+        options = {"betas": (0.9, 0.98), "weight_decay": args.weight_decay, "fused": True}
+        run.start(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options))
+        batches = batches_from(run.global_step, pairs, args)
+        while run.goes_on(lambda: evaluate(run, held_out)):  # evaluates and saves where that is due
+            # 1. Take the next batch, of an epoch's random order
+            batch = next(batches)
+
+            # 2. Learn, at a rate that rises over the warm-up, and falls over the whole run
+            rise = min(1, (run.global_step + len(batch)) / max(args.warmup * args.total_timesteps, 1))
+            rate = args.learning_rate * rise * (1 - run.global_step / args.total_timesteps)
+            run.optimizer.param_groups[0]["lr"] = rate
+            metrics = update(run, batch, args)
+            run.global_step += len(batch)
+
+            # 3. Log
+            run.log(metrics | {"charts/learning_rate": rate})
+        return run.result
+
+
+def load(run: "Run", name: str, args: Args) -> nn.Module:
+    """[2] is read at the last token that is no padding: padding must not be the end token, wherever it is loaded."""
+    tokenizer = run.tokenizer = load_tokenizer(name)
+    run.judge = load_reward(args) if args.reward else None
+    model = load_model(name, AutoModelForSequenceClassification, args)
+    special = sorted(turn_ends(tokenizer) - {tokenizer.eos_token_id, tokenizer.bos_token_id})
+    names = [tokenizer.pad_token, tokenizer.unk_token, *tokenizer.convert_ids_to_tokens(special), "<|padding|>"]
+    spare = next(token for token in names if token not in (None, tokenizer.eos_token))
+    tokenizer.add_special_tokens({"pad_token": spare})
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # it is a new one
+        if args.lora_rank:
+            raise UsageError(f"the tokenizer of {name} has no pad_token besides its eos_token: LoRA needs one")
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def evaluate_saved(args: Args) -> dict[str, float]:
+    """Evaluates the model in --run-dir on held-out pairs, or prints the replies of a file with their rewards."""
+    with contextlib.closing(Run(args)) as run:
+        run.model = load(run, f"{args.run_dir}/model", args)
+        run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
+        if not args.replies:
+            _, held_out = training_and_held_out(run.tokenizer, run.model, args)
+            return evaluate(run, held_out)
+        for row in read_rows("--replies", args.replies):
+            prompt, reply = encode(run.tokenizer, as_text(row["prompt"]), [as_text(row["reply"])])
+            pair = Pair(prompt, reply, reply, row["prompt"])
+            with torch.no_grad():
+                row["reward"] = pair_rewards(run.model, [pair], run.tokenizer.pad_token_id)[0].item()
+            run.accelerator.print(json.dumps(row))
+        return {}
+
+
+USUAL = {  # names of columns
+    "prompt": ["prompt", "question", "instruction", "input", "history", "context", "conversations"],
+    "chosen": ["chosen", "chosen_response"], "rejected": ["rejected", "rejected_response"],
+    "system": ["system", "system_prompt"], "tools": ["tools"],
 }  # fmt: skip
-DEGREES = {"not ": -0.5, "very ": 1.5, "": 1}  # "not superb" is not as bad as "awful"
-# Its groups: link, aspect, degree and value
-CLAUSE = re.compile(rf"(and |but |)the ({'|'.join(ASPECTS)}) is (not |very |)({'|'.join(VALUES)})")
-NONSENSE = -2.0  # the true reward of what is no review
-PROMPTS = [f"review the {thing} : " for thing in FITS]
 
 
-def repeat_prompts(count: int) -> list[str]:
-    return (PROMPTS * math.ceil(count / len(PROMPTS)))[:count]
+def prompt_and_replies(row: dict, names: dict[str, str | None], args: Args) -> tuple[Text, Text, Text]:
+    """Prompt, chosen and rejected: texts, or a chat and what goes on with it."""
+    prompt, chosen, rejected = (as_text(row[names[k]]) if names[k] else None for k in ("prompt", "chosen", "rejected"))
+    if type(chosen) is not type(rejected):
+        raise UsageError("chosen and rejected must both be texts, or both chats")
+    if prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):  # then they contain it
+        given, start = prompt, common_length((chosen, rejected))
+        if isinstance(chosen, str):  # in HH-RLHF it ends where the last answer begins; elsewhere not within a word
+            begin = re.match(r"(?s).*\n\nAssistant:", chosen[:start]) or re.match(r"(?s).*\s|", chosen[:start])
+            start = begin.end()
+        prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+        last = given if given is None or isinstance(given, str) else str(given[-1].get("content"))
+        if not prompt or (last and not any(last.strip() in str(message.get("content")) for message in prompt)):
+            raise UsageError("chosen and rejected don't begin with the prompt: name its column with --prompt-column")
+    if isinstance(prompt, str) and (isinstance(chosen, list) or names["system"] or args.chat):
+        prompt = [{"role": "user", "content": prompt}]
+    if names["system"] and row[names["system"]]:
+        prompt = [{"role": "system", "content": row[names["system"]]}, *prompt]
+    return prompt, chosen, rejected
 
 
-def write_review(prompt: str, rng: random.Random) -> str:
-    """One to four clauses: "the cup is not bad but the smell is superb ." """
-    thing, clauses, pleased = prompt.split()[2], [], True
-    while pleased and len(clauses) < 4:
-        aspect = rng.choice(FITS[thing] if rng.random() < 0.75 else ASPECTS)
-        degree, value = rng.choice(["not ", "very ", "", ""]), rng.choice(list(VALUES))
-        clauses.append(f"the {aspect} is {degree}{value}")
-        # Who is pleased writes on. To foresee that, the GPT must learn what words are worth, as real ones do
-        pleased = rng.random() < 1 / (1 + math.exp(-1.5 * DEGREES[degree] * VALUES[value] - 0.5))
-    # A link after each clause, at random; [:-5] takes the last one off
-    return "".join(clause + rng.choice([" and ", " but "]) for clause in clauses)[:-5] + " ."
-
-
-def parse_review(review: str) -> list[re.Match]:
-    """The matches of its clauses; [] if the grammar can't have written it."""
-    clauses = [CLAUSE.fullmatch(part) for part in re.split(" (?=and |but )", review.removesuffix(" ."))]
-    linked = all(clauses) and not clauses[0][1]  # the first has no link; the others were split where theirs begins
-    return clauses if linked and len(clauses) <= 4 and review.endswith(" .") else []
-
-
-def true_reward(prompt: str, review: str) -> float:
-    """NONSENSE unless the grammar can have written it; else the sum of its clauses' values, less some penalties."""
-    clauses = parse_review(review)
-    if not clauses:
-        return NONSENSE
-    thing = prompt.split()[2]
-    links, aspects = [clause[1] for clause in clauses], [clause[2] for clause in clauses]
-    values = [DEGREES[clause[3]] * VALUES[clause[4]] for clause in clauses]
-    strays = sum(aspect not in FITS[thing] for aspect in aspects)
-    repetitions = len(aspects) - len(set(aspects))
-    # "and" joins two clauses that both praise or both blame, "but" one of each
-    fitting = ["and " if a * b > 0 else "but " for a, b in pairwise(values)]
-    misused = sum(link != word for link, word in zip(links[1:], fitting, strict=True))
-    return sum(values) - 0.6 * (strays + repetitions) - 0.3 * misused
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = {word for text in (*PROMPTS, *ASPECTS, *VALUES, "the is not very and but .") for word in text.split()}
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", "<unknown>", *sorted(words)])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<unknown>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def sequence_log_prob(model: nn.Module, ids: Tensor, is_reply: Tensor) -> Tensor:
-    """[1] of each row's reply. ids: (B, T), padded at the end; is_reply: (B, T), true on its tokens -> (B,)"""
-    first = int(is_reply.any(0).int().argmax())  # no row's reply begins earlier; K = T - first tokens are predicted
-    device = model.device
-    targets = ids.masked_fill(~is_reply, -100)[:, first:].to(device)  # (B, K); cross_entropy gives 0 at -100
-    # Attention looks back only, so padding behind a row changes nothing in it and needs no mask
-    # (B, K, vocabulary): the last K positions, each of which has read all before its target
-    logits = model(input_ids=ids[:, :-1].to(device), logits_to_keep=targets.shape[1], use_cache=False).logits
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return -losses.view(targets.shape).sum(-1)  # [1]
-
-
-def pair_log_probs(model: nn.Module, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """[1] of the chosen and of the rejected replies, (B,) each."""
-    # On CUDA, matrix products are in bfloat16, softmax and sums in float32
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        log_probs = sequence_log_prob(model, *collate(pairs, model.config.pad_token_id))
-    return log_probs.chunk(2)  # (2B,) -> (B,), (B,)
-
-
-def make_reviews(folder: Path, args: Args) -> None:
-    """Makes reference/, a small GPT fitted to reviews, and pairs.jsonl, which it writes and true_reward labels."""
-    if (folder / "pairs.jsonl").exists():
-        return
-    num_fit = min(args.num_pairs, 32_000)
-    print(f"Fitting a small GPT to {2 * num_fit:,} reviews, and having it write {args.num_pairs:,} pairs")
-    rng = random.Random(args.seed)
-    torch.manual_seed(args.seed)
-    tokenizer = word_tokenizer()
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    sizes = {"vocab_size": len(tokenizer), "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 4}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    same_but_faster = {"activation_function": "gelu_pytorch_tanh"}  # as GPT-2's "gelu_new"
-    config = GPT2Config(**sizes, **ends, **no_dropout, **same_but_faster, initializer_range=0.1)
-    model = AutoModelForCausalLM.from_config(config).to(args.device)
-
-    prompts = repeat_prompts(num_fit)
-    reviews = [[write_review(prompt, rng) for prompt in prompts] for _ in range(2)]
-    encoded = (encode("", tokenizer, *example) for example in zip(prompts, zip(*reviews, strict=True), strict=True))
-    pairs = [Pair(*ids) for ids in encoded]
-    batches = epoch_batches(list(range(len(pairs))), pairs, 16, args.seed, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
-    for i, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = 5e-3 * min((i + 1) / 50, 1 - i / len(batches))
-        loss = -torch.cat(pair_log_probs(model, [pairs[row] for row in batch])).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    prompts = repeat_prompts(args.num_pairs)
-    replies = [sample_reviews(model, tokenizer, prompts, args.seed, stream) for stream in range(2)]
-    lines = []
-    for prompt, one, other in zip(prompts, *replies, strict=True):
-        margin = true_reward(prompt, one) - true_reward(prompt, other)
-        if rng.random() > 1 / (1 + math.exp(-margin)):  # [2]
-            one, other = other, one
-        lines.append(json.dumps({"prompt": prompt, "chosen": one, "rejected": other}))
-    save_pretrained(folder / "reference", model, tokenizer)
-    content = "\n".join(lines).encode()
-    write_file(folder / "pairs.jsonl", lambda file: file.write(content))  # last: it completes the rest
-
-
-@torch.no_grad()
-def sample_reviews(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[str], seed: int, stream: int
-) -> list[str]:
-    """One review by the model for each prompt, all of which have the same number of tokens.
-
-    Each stream has random numbers of its own. This reseeds torch's generator, from which training draws nothing.
-    """
-    torch.manual_seed(int(np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)[0]))
-    reviews = []
-    for i in range(0, len(prompts), 1000):
-        inputs = tokenizer(prompts[i : i + 1000], return_tensors="pt", return_token_type_ids=False).to(model.device)
-        ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=40)[:, inputs.input_ids.shape[1] :]
-        reviews += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return reviews
-
-
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # unknown, unreachable, damaged: its message says which
-        refuse(f"{name} has no tokenizer that can be loaded: {error}")
-    if tokenizer.eos_token_id is None:
-        refuse(f"the tokenizer of {name} has no end token (eos_token): set one in its tokenizer_config.json")
-    return tokenizer
-
-
-def load(name: str | Path, source: str | Path, args: Args) -> tuple[nn.Module, PreTrainedTokenizerFast, list[Pair]]:
-    tokenizer = load_tokenizer(name)
-    dtype = torch.bfloat16 if args.lora_rank and args.device != "cpu" else torch.float32  # bfloat16: what LoRA freezes
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:
-        refuse(f"{name} can't be loaded as a model with a head for one number: {error}")
-    if not hasattr(model, "score"):
-        refuse(f"{name} is no causal language model: where attention looks ahead, padding would change rewards")
-    if any("score" in key for key in info["missing_keys"]):  # of a language model the head is new
-        nn.init.zeros_(model.score.weight)
-    # [3] is read at the last token that is no padding: the end token, if padding is any other one, even a word
-    padding = tokenizer.pad_token_id
-    if padding in (None, tokenizer.eos_token_id):
-        padding = int(tokenizer.eos_token_id == 0)  # token 0, or 1
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = padding
-    limit = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
-    return prepare_model(model, "SEQ_CLS", args), tokenizer, read_pairs(str(source), tokenizer, limit)
-
-
-def prepare_model(model: nn.Module, task: str, args: Args) -> nn.Module:
-    # Dropout off: in every pass the same text must get the same value; in dpo.py's first pass, the reference's.
-    # Some modules are nn.Dropout, others, like attention, hold their rate as a number
-    for module in model.modules():
-        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
-            setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if args.lora_rank:
+def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int, args: Args) -> list:
+    """The pairs of a data set, but for those that are equal or have too many tokens."""
+    rows, pairs, num_equal, num_long = read_rows("--dataset", source, args.dataset_config, split), [], 0, 0
+    rows = load_function("--convert", args.convert)(rows) if args.convert else rows
+    judge = load_function("--labels", args.labels) if args.labels else None
+    columns = [*rows[0]]
+    names = {kind: next((name for name in usual if name in columns), None) for kind, usual in USUAL.items()}
+    given = {"prompt": args.prompt_column, "chosen": args.chosen_column, "rejected": args.rejected_column}
+    names |= {kind: name for kind, name in given.items() if name}
+    if None in (names["chosen"], names["rejected"]) or {*names.values()} - {None, *columns}:
+        flags = "--prompt-column, --chosen-column, --rejected-column, or make other rows of them with --convert"
+        raise UsageError(f"{source} has the columns {', '.join(columns)}: name the right ones with {flags}")
+    for number, row in enumerate(rows, 1):
         try:
-            import peft
-        except ImportError:
-            refuse("--lora-rank needs the package peft: pip install peft")
-        lora = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        model = peft.get_peft_model(model, lora)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # the head too: in bfloat16, small steps get lost
-                parameter.data = parameter.data.float()
-    return model.to(args.device).train()  # train: gradient checkpointing asks for it
+            prompt, *replies = prompt_and_replies(row, names, args)
+            if judge:
+                replies.sort(key=str)  # an order from which the judge learns nothing
+                replies = replies if judge(prompt, *replies) else replies[::-1]
+            tools = row[names["tools"]] if names["tools"] else None
+            tools = json.loads(tools) if isinstance(tools, str) else without_none(tools)
+            pair = Pair(*encode(tokenizer, prompt, replies, tools), prompt)
+        except UsageError as error:
+            raise UsageError(f"{source}, row {number}: {error}") from None
+        if pair.chosen == pair.rejected:
+            num_equal += 1
+        elif len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) > limit:
+            num_long += 1
+        else:
+            pairs.append(pair)
+    news = f"{source}: {len(pairs)} pairs. Left out: {num_equal} with equal replies, {num_long} of over {limit} tokens"
+    if not pairs:
+        raise UsageError(f"{news}. Replies also get equal if the chat template leaves out in what they differ")
+    if RANK == 0:
+        print(f"{news}; not used: columns {', '.join({*columns} - {*names.values()}) or 'none'}")
+    return pairs
 
 
-class Trained:
-    """What is trained of a model, as a part of a checkpoint: all of it, or LoRA's matrices and its head, if any."""
-
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerFast):
-        self.model, self.tokenizer = model, tokenizer
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        own = self.state_dict()
-        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in state.items()}:
-            raise ValueError("another model")
-        for name, value in own.items():
-            value.copy_(state[name])
-
-
-def save_pretrained(folder: Path, *parts: nn.Module | PreTrainedTokenizerFast) -> None:
-    """Replaces the folder by one in the Hugging Face layout. A crash leaves half of folder.tmp, never of folder."""
-    temporary = Path(f"{folder}.tmp")
-    try:
-        for part in parts:
-            part.save_pretrained(temporary)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if number := re.search(r"os error (\d+)", str(error)):  # how libraries in Rust tell of a full disk
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from None
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def start_processes(args: Args) -> None:
-    """Finds the device, and under torchrun the other processes. Process 0 alone writes, prints and hears signals."""
-    if PROCESSES > 1:
-        if args.model_name is None:
-            refuse("torchrun is for --model-name and --dataset; the reviews are learned by one process")
-        if args.device not in ("auto", "cpu", "cuda"):
-            refuse(f"--device {args.device}: torchrun gives each process a GPU of its own, so name none")
-        if args.device != "cpu" and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # first: choose_device puts a tensor there
-    args.device = choose_device(args.device, small=args.model_name is None)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if PROCESSES > 1:
-        distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        for number in (signal.SIGINT, signal.SIGTERM) if RANK else ():
-            signal.signal(number, signal.SIG_IGN)
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum, in all processes; values are overwritten with it."""
-    if PROCESSES > 1:
-        distributed.all_reduce(values)
-    return values
-
-
-def agree(run: "Run | None", step: int, args: Args) -> tuple[bool, bool, bool]:
-    """Whether to evaluate, save and stop: process 0, which has the run, decides for all."""
-    flags = torch.zeros(3, device=args.device)
-    if run:
-        flags += torch.tensor([run.evaluation_is_due(step), run.checkpoint_is_due(step), run.stopped()]).to(flags)
-    return tuple(sum_over_processes(flags).bool().tolist())
-
-
-def warn_if_stuck(metrics: dict[str, float]) -> None:
-    if abs(metrics["rewards/margins"]) < 1e-4:  # nearly 0: sums of logarithms are rounded
-        cause = "the updates are too small: raise --learning-rate"
-        if metrics["losses/grad_norm"] == 0:
-            cause = "no gradient reaches the weights: are they frozen, or are chosen and rejected equal?"
-        tqdm.write(f"warning: after 50 updates the margins are still 0: {cause}", file=sys.stderr)
-
-
-def train(args: Args) -> None:
-    start_processes(args)
-    torch.manual_seed(args.seed)
-    reviews = args.model_name is None
-    loaded = None if reviews else load(args.model_name, args.dataset, args)  # first: a mistake in it leaves no folder
-    run = Run(args, "reviews" if reviews else Path(args.dataset).stem) if RANK == 0 else None
-    if reviews:
-        make_reviews(run.dir, args)
-        torch.manual_seed(args.seed)  # for LoRA: a run that begins anew finds the reviews made, and draws nothing there
-        loaded = load(run.dir / "reference", run.dir / "pairs.jsonl", args)
-    model, tokenizer, pairs = loaded
-    rows, eval_rows = split(pairs, args)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A head at 0 lets no gradient through: once it does, the average of squares must follow soon, hence 0.98
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
-    parts = {"model": Trained(model, tokenizer), "optimizer": optimizer}
-    if run:
-        run.parts |= parts
-        global_step = run.restore()  # 0 in a new run
+def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) -> tuple[list[Pair], list[Pair]]:
+    limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
+    read = functools.partial(read_pairs, tokenizer=tokenizer, limit=limit, args=args)
+    if args.evaluate and args.dataset != saved_args(args.run_dir).dataset:
+        return [], read(args.dataset, args.dataset_split)  # all of what is named beside --evaluate
+    if args.eval_dataset or args.eval_split:
+        held_out = read(args.eval_dataset or args.dataset, args.eval_split)
+        pairs = [] if args.evaluate else read(args.dataset, args.dataset_split)
     else:
-        path = Path(args.run_dir or "", CHECKPOINT)
-        global_step = load_file(path, **parts)["step"] if args.resume and path.exists() else 0
-    batches = None
-
-    while True:
-        # 1. Evaluate and save where it is due, and at the end
-        evaluation_is_due, checkpoint_is_due, stopped = agree(run, global_step, args)
-        if evaluation_is_due:
-            result = evaluate_pairs(model, tokenizer, pairs, eval_rows, args)
-            if run:
-                run.log(global_step, result)
-        if checkpoint_is_due and run:
-            run.save(global_step)
-        if stopped or global_step == args.total_timesteps:
-            break
-
-        # 2. Take the next batch of the epoch; at its end and after a resumption, draw the epoch's batches
-        first_step, start_time = global_step, time.perf_counter()
-        epoch, position = divmod(global_step, len(rows))
-        if batches is None or position == 0:
-            batches = epoch_batches(rows, pairs, args.batch_size, args.seed, epoch)
-        batch = batches[position // args.batch_size][: args.total_timesteps - global_step]
-
-        # 3. Learn
-        # A linear rise times a linear fall: at the end of the warm-up it is (1 - warmup) * learning_rate, and no more
-        rise = min(1, (global_step + len(batch)) / max(args.warmup * args.total_timesteps, 1))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rise * (1 - global_step / args.total_timesteps)
-        metrics = update(model, optimizer, pairs, batch, args)
-        global_step += len(batch)
-
-        # 4. Log, and say what is wrong if it can be seen
-        if run and first_step < 50 * args.batch_size <= global_step:
-            warn_if_stuck(metrics)
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        metrics["charts/SPS"] = len(batch) / (time.perf_counter() - start_time)
-        if run:
-            run.log(global_step, metrics)
-    if run:
-        run.finish("Done. To score replies with it:", "--evaluate --replies FILE.jsonl")
-    if PROCESSES > 1:
-        distributed.destroy_process_group()
+        pairs, held_out = hold_out(read(args.dataset, args.dataset_split), args)
+    if len(pairs) < args.batch_size and not args.evaluate:
+        raise UsageError(f"{len(pairs)} pairs to learn from are fewer than --batch-size {args.batch_size}")
+    return pairs, held_out
 
 
-def evaluate_saved(args: Args) -> None:
-    """Evaluates the model in run_dir/model on held-out pairs, or prints the replies of a file with their rewards."""
-    folder = Path(args.run_dir)
-    start_processes(args)
-    source = folder / "pairs.jsonl" if args.model_name is None else args.dataset
-    model, tokenizer, pairs = load(folder / MODEL, source, replace(args, lora_rank=0))
-    if args.replies is None:
-        result = evaluate_pairs(model, tokenizer, pairs, split(pairs, args)[1], args)
-        if RANK == 0:
-            print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
-    elif RANK == 0:
-        print_rewards(model, tokenizer, args.replies)
-    if PROCESSES > 1:
-        distributed.destroy_process_group()
+def hold_out(pairs: list[Pair], args: Args) -> tuple[list[Pair], list[Pair]]:
+    """Pairs for training, and others that have no prompt in common with them."""
+    size, groups, held_out = min(args.eval_pairs, math.ceil(len(pairs) / 10)), {}, []
+    random.Random(args.seed).shuffle(pairs)
+    for pair in pairs:
+        groups.setdefault(str(pair.prompt), []).append(pair)
+    for group in groups.values():
+        held_out += group if len(held_out) + len(group) <= size else []
+    if not held_out:  # there are too few prompts to spare one of them
+        return pairs[size:], pairs[:size]
+    prompts = {str(pair.prompt) for pair in held_out}
+    return [pair for pair in pairs if str(pair.prompt) not in prompts], held_out
 
 
-def print_rewards(model: nn.Module, tokenizer: PreTrainedTokenizerFast, source: str) -> None:
-    """Each reply of a .jsonl file, after its prompt, with its reward."""
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
-    for where, record in read_records(source):
-        prompt, reply = (read_text(where, record, column) for column in ("prompt", "reply"))
-        if type(prompt) is not type(reply):
-            refuse(f"{where}: prompt and reply must both be texts, or both lists of messages")
-        prompt_ids, reply_ids = encode(where, tokenizer, prompt, [reply])
-        if len(prompt_ids + reply_ids) > limit:
-            refuse(f"{where} has {len(prompt_ids + reply_ids)} tokens, and the model reads {limit}")
-        with torch.inference_mode():
-            value = reward(model, torch.tensor([prompt_ids + reply_ids])).item()
-        print(json.dumps({"prompt": prompt, "reply": reply, "reward": value}))
+def by_length(pairs: list[Pair]) -> list[Pair]:
+    """In the order of their longer sequence's length, so that neighbours need little padding."""
+    return sorted(pairs, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
 
 
-# Below the ruled line every script is the same. These are reward_model.py's exceptions, under the names that they
-# have in the other scripts: a model in the Hugging Face layout, with its tokenizer, is a folder.
-MODEL, CHECKPOINT = "model", "checkpoint.pt"
+def batches_from(step: int, pairs: list[Pair], args: Args) -> Iterator[list[Pair]]:
+    """Batches without end: in each epoch all pairs once, but for a rest, in random batches of similar length."""
+    size, batches = args.batch_size, []
+    for number in itertools.count(step // size):
+        epoch, position = divmod(number, len(pairs) // size)
+        if position == 0 or not batches:
+            rng = random.Random(f"{args.seed} {epoch}")
+            order = rng.sample(pairs, len(pairs) // size * size)
+            # Sorted in pools of 50 batches, not all at once: else the batches of all epochs would be nearly the same
+            pools = [by_length(order[i : i + 50 * size]) for i in range(0, len(order), 50 * size)]
+            batches = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+            rng.shuffle(batches)
+        yield batches[position]
 
 
-def save_model(folder: Path, model: Trained) -> None:
-    """Replaces the folder model/."""
-    save_pretrained(folder / MODEL, model.model, model.tokenizer)
+# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
+# What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
+# accelerate knows about GPUs and other processes. train needs no more than Run, load_tokenizer and load_model.
 
 
-# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
 
 
-def refuse(message: object) -> NoReturn:
-    """Ends the program for a user's mistake: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check_and_complete(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range, by default integers below 1, others below 0. Fills in frequencies that are None."""
-    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in what is None."""
+    ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf)} | ranges
     for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): a bool is no count
-        if type(value) in (int, float) and not (math.isfinite(value) and low <= value <= high):
-            refuse(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
-    num_envs = vars(args).get("num_envs", 1)
-    if args.total_timesteps % num_envs:
-        refuse(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {num_envs}")
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.load_in_4bit and not args.lora_rank:
+        raise UsageError("--load-in-4bit is for weights that don't change: it needs --lora-rank")
+    if args.reward is None and args.dataset == Args.dataset:  # the default task has a true reward
+        args.reward = f"{REVIEWS}/reward.py:true_reward"
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
 
 
+def saved_args(run_dir: str, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, the arguments in the run's config.json are put in front of it."""
-    args = tyro.cli(Args, description=__doc__)
-    if not args.resume and not args.evaluate:
-        return args
-    if args.run_dir is None:
-        refuse("--resume and --evaluate need --run-dir")
-    path = Path(args.run_dir, "config.json")
-    try:
-        config = json.loads(path.read_text())
-        script, saved = config["script"], dict(config["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{path} is missing or damaged ({error!r})")
-    if script != Path(__file__).stem:
-        refuse(f"--run-dir {args.run_dir} holds a run of {script}.py")
-    flags = [f"--{'no-' if value is False else ''}{name}" for name, value in saved.items() if isinstance(value, bool)]
-    flags += [f"--{name}={value}" for name, value in saved.items() if not isinstance(value, bool)]
-    merged = tyro.cli(Args, args=flags + sys.argv[1:])
-    for name in saved.keys() - {"run_dir", "resume", "device"}:
-        if args.resume and getattr(merged, name) != saved[name]:
-            refuse(f"--resume goes on with the run's own arguments; leave out --{name.replace('_', '-')}")
-    return merged
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            args = tyro.cli(Args)
+            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
 
 
-def choose_device(name: str, small: bool) -> str:
-    """auto takes a GPU if there is one, but the CPU for small networks, which don't repay the transfers."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and not small else "cpu"
+def load_function(flag: str, value: str) -> Callable:
     try:
-        torch.zeros(1, device=name)
-    except (AssertionError, RuntimeError) as error:
-        refuse(f"--device {name} can't be used here; --device cpu can ({error!s:.99})")
-    if small:
+        path, name = value.rsplit(":", 1)
+        return runpy.run_path(path)[name]
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"{flag} {value} must be FILE.py:function: {error!r}") from None
+
+
+def read_rows(flag: str, source: str, config: str | None = None, split: str | None = None) -> list[dict]:
+    """All that datasets reads: a hub id, files ("pairs-*.json.gz"), their folder, or a folder of save_to_disk."""
+    import datasets  # slow to import
+
+    datasets.disable_progress_bars()
+    files = sorted(path for path in glob.glob(source) if os.path.isfile(path))
+    try:
+        if glob.glob(f"{glob.escape(source)}/dataset_*.json"):
+            data = datasets.load_from_disk(source)
+        elif files:
+            names = [os.path.basename(path) for path in files]
+            data = datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), data_files=names, split=split)
+        else:
+            assert not re.search(r"\.(jsonl?|csv|parquet)(\.|$)", source), "there is no such file"
+            data = datasets.load_dataset(source, config, split=split)
+        if isinstance(data, dict):  # of splits
+            split = split or ("train" if len(data) > 1 else next(iter(data)))
+            assert split in data, f"choose with --dataset-split one of {', '.join(data)}"
+            data = data[split]
+        rows = data.to_list()
+        assert rows, "it is empty"
+        return rows
+    except Exception as error:  # unknown, unreachable, damaged, another split: its message says which
+        cause = error.__cause__ or error
+        raise UsageError(f"{flag} {source} can't be read: {type(cause).__name__}: {cause}") from None
+
+
+def without_none(value: object) -> object:
+    """datasets gives all objects of a column the same keys: those that an object did not have are None, and go."""
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return {k: without_none(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def as_text(value: object) -> Text:
+    """A text, or the messages of a chat, of which each has a role. ShareGPT's from and value are role and content."""
+    if isinstance(value, str):
+        return value
+    messages, roles = without_none(value if isinstance(value, list) else [value]), {"human": "user", "gpt": "assistant"}
+    try:
+        messages = [
+            {"role": roles.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else {"role": m["role"]} | m
+            for m in messages
+        ]
+    except (TypeError, KeyError):
+        messages = []
+    if not messages or not all(len(message) > 1 for message in messages):
+        raise UsageError(f"{value!r:.80} is neither a text nor a list of messages with role and content")
+    return messages
+
+
+def common_length(sequences: list) -> int:
+    """How many items at their beginning all sequences have in common."""
+    columns = itertools.takewhile(lambda items: all(item == items[0] for item in items), zip(*sequences, strict=False))
+    return sum(1 for _ in columns)
+
+
+def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
+    """Token ids of the prompt, then of each reply up to the end of its turn."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if isinstance(prompt, str):
+        # Prompt and reply together, as the model reads them: alone, the reply's first token could be another one
+        texts = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
+        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # one was written in the text
+    else:
+        turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
+        write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
+        try:
+            texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
+        except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
+            raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
+    start = common_length(texts)  # less than the whole prompt where a token spans prompt and reply
+    if start == 0:  # the first token that is predicted must follow something
+        start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
+    encoded, ends = [texts[0][:start]], turn_ends(tokenizer)
+    for ids in texts[1:]:
+        length = len(ids)  # some templates write a line break behind the end of the turn, which no model has to write
+        while length > start and ids[length - 1] not in ends and tokenizer.decode(ids[length - 1]).isspace():
+            length -= 1
+        encoded.append(ids[start:length] if length > start and ids[length - 1] in ends else [*ids[start:], eos])
+    return encoded
+
+
+@functools.cache
+def turn_ends(tokenizer: Tokenizer) -> set[int]:
+    """The special tokens: a turn's text ends in one of them, such as <|im_end|>, <|eot_id|>, <end_of_turn>, </s>."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+
+
+def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:  # -> (B, T)
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    if name.startswith(str(REVIEWS)) and not REVIEWS.exists():
+        raise UsageError("the default task is not beside this script: give it --model-name and --dataset")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # unknown, unreachable, damaged: its message says which
+        raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_model(name: str, kind: type, args: Args) -> nn.Module:
+    """Without dropout (eval): the same text has the same value in every pass, be it the policy's or the reference's."""
+    # Small steps get lost in bfloat16: it is for what LoRA freezes, and not on the CPU
+    half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
+    options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
+    options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    if args.load_in_4bit:
+        quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        options["quantization_config"] = quantised
+    try:
+        if adapter := find_adapter_config_file(name):  # what LoRA learned before becomes part of the weights
+            import peft
+
+            model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
+            model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # what new LoRA is based on
+            return model
+        model, info = kind.from_pretrained(name, **options)
+        missing = sorted(info["missing_keys"])
+        if missing == ["score.weight"]:  # the head that gives rewards is new
+            nn.init.zeros_(model.score.weight)
+            missing = []
+        assert not missing, f"it has no weights for {', '.join(missing[:3])}"
+        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+        states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
+        assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
+    except Exception as error:
+        raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
+    if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
-    return name
+    return model
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces the file atomically: a crash never leaves half of it."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind the latter
-        temporary.unlink(missing_ok=True)
-        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():  # it needs them in training; what is within them stays without dropout
+            layer.training = isinstance(layer, GradientCheckpointingLayer)
+    if args.lora_rank:
+        import peft  # slow to import
+
+        config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        model = peft.get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the head too
+                parameter.data = parameter.data.float()
+    return model
 
 
-def save_file(path: Path, state: dict) -> None:
-    write_file(path, lambda file: torch.save(state, file))
+@torch.no_grad()
+def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: int, seed: tuple) -> list[list[int]]:
+    """A reply to each prompt, drawn from the model as it is (temperature 1), up to one of ends or this length."""
+    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # training draws nothing from there
+    ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
+    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0]}
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    rows = model.generate(ids, attention_mask=mask, synced_gpus=PROCESSES > 1, **plain, **limits)[:, ids.shape[1] :]
+    return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
 
 
-def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
-    """Reads what save_file wrote, data and never code, into the parts of the same names."""
-    if not path.exists():
-        refuse(f"{path} is missing")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # not the fault of what is in the file
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        refuse(f"{path} is damaged or of another script ({type(error).__name__})")
-    return state
+def load_reward(args: Args) -> Callable[[list[Text], list[str]], list[float]]:
+    """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
+    if ".py:" in args.reward:
+        function = load_function("--reward", args.reward)
+        return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
+    tokenizer, model = load_tokenizer(args.reward), load_model(args.reward, AutoModelForSequenceClassification, args)
+
+    @torch.no_grad()
+    def judge(prompts: list[Text], replies: list[str]) -> list[float]:
+        encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
+        return [model(input_ids=torch.tensor([p + r], device=model.device)).logits.item() for p, r in encoded]
+
+    return judge
 
 
 class Run:
-    """A run's folder: config.json, metrics.jsonl, checkpoint, model, videos/. W&B, if tracking, gets the rows.
+    """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    Each of the parts has state_dict and load_state_dict. All go into the checkpoint; the one named model, which is what
-    acts, also into a file of its own.
-    """
+    stop_signal = 0  # main sets it when a signal arrives
 
-    def __init__(self, args: Args, task: str, **parts: object):
-        task = task.replace("/", "-").replace(":", "-")
-        name = f"{task}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-        args.run_dir = args.run_dir or f"runs/{name}"
-        self.args, self.parts, self.dir = args, parts, Path(args.run_dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.dir / ".lock", timeout=0)  # ends with the process, however that ends
+    def __init__(self, args: Args):
+        name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.bar = self.metrics = self.wandb = None
+        self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
+        if args.batch_size % (self.micro_batch_size * PROCESSES) or args.total_timesteps % args.batch_size:
+            parts = f"--micro-batch-size {self.micro_batch_size} times {PROCESSES} processes"
+            raise UsageError(f"--batch-size {args.batch_size} must divide --total-timesteps; so must {parts} it")
         try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            refuse(f"--run-dir {self.dir} is in use by another process")
-        path = self.dir / "config.json"
-        if not args.resume and (path.exists() or (self.dir / CHECKPOINT).exists()):
-            refuse(f"--run-dir {self.dir} holds a run: continue it with --resume, or name another folder")
-        config = json.loads(path.read_text()) if args.resume else self.describe()
-        self.wandb = self.start_wandb(config) if args.track else None
-        if not args.resume:
-            write_file(path, lambda file: file.write(json.dumps(config, indent=1).encode()))
-        self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        self.num_rows, self.evaluation_step, self.checkpoint_step = 0, 0, 0
-        self.started, self.stop_signal = time.time(), None
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, self.ask_to_stop)
-        print(f"{Path(__file__).name} on {task}, device {vars(args).get('device', 'cpu')}, run directory {self.dir}")
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            reason = re.split(r"\. |\n", str(error))[0]
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {reason}") from None
+        if args.device != "auto":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = args.device
+        precision = "bf16" if torch.cuda.is_available() and args.device != "cpu" else "no"
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)  # accelerate launch has set it
+        self.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision)
+        self.accelerator.gradient_accumulation_steps = args.batch_size // self.micro_batch_size // PROCESSES
+        if self.accelerator.distributed_type == "DEEPSPEED":
+            raise UsageError("what DeepSpeed keeps of the optimizer is not in checkpoint.pt: take FSDP instead")
+        torch.manual_seed(args.seed)
 
-    def describe(self) -> dict:
-        """What another person needs to know to repeat the run."""
-        git = f"git -C {shlex.quote(str(Path(__file__).parent))} describe --always --abbrev=40 --exclude='*' --dirty"
-        commit_status, commit = subprocess.getstatusoutput(git)
-        cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
-        gpu_status, gpus = subprocess.getstatusoutput("nvidia-smi --query-gpu=name --format=csv,noheader")
-        cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
-        gpus = gpus if gpu_status == 0 else "none"
-        packages = [distribution.metadata for distribution in distributions()]  # read once each
-        return {
-            "script": Path(__file__).stem,
-            "args": asdict(self.args),
-            "command": sys.argv,
-            "commit": commit if commit_status == 0 else None,  # ends in -dirty if files differ from it
-            "versions": {"python": platform.python_version()} | {m["Name"]: m["Version"] for m in packages},
-            "hardware": f"{platform.platform()}, {os.cpu_count()} cores ({cpu}), GPUs: {gpus}",
-            "wandb_id": os.urandom(8).hex(),
-        }
-
-    def start_wandb(self, config: dict) -> object:
-        import wandb
-
-        run = {"project": self.args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
-        try:
-            run = wandb.init(dir=self.dir, config=config["args"], resume="allow", **run)
-        except Exception as error:  # no key, no network, a wrong mode: it has many kinds
-            refuse(f"--track: {error}; with WANDB_MODE=offline it needs neither account nor network")
-        run.define_metric("*", step_metric="global_step")
-        return run
-
-    def ask_to_stop(self, number: int, _frame: object) -> None:
-        self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
-
-    def stopped(self) -> bool:
-        return self.stop_signal is not None
-
-    def restore(self) -> int:
-        """Loads the last checkpoint, if any, and returns its step. Rows that were written after it are dropped."""
-        state = {"step": 0, "evaluation_step": 0, "seconds": 0, "metrics_bytes": 0}
-        if (self.dir / CHECKPOINT).exists():
-            state = load_file(self.dir / CHECKPOINT, **self.parts)
-        if self.metrics.tell() < state["metrics_bytes"]:
-            refuse(f"{self.metrics.name} lacks rows that were there when {CHECKPOINT} was written")
-        self.metrics.truncate(state["metrics_bytes"])
-        self.num_rows = (self.dir / "metrics.jsonl").read_bytes().count(b"\n")
-        self.checkpoint_step, self.evaluation_step = state["step"], state["evaluation_step"]
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was."""
+        args, path, checkpoint = self.args, self.dir / "config.json", self.dir / "checkpoint.pt"
+        if args.resume:
+            config = json.loads(path.read_text())
+            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
+            changed -= {"run_dir", "resume", "device", "total_timesteps", "micro_batch_size"}
+            if changed or args.total_timesteps < config["args"]["total_timesteps"]:
+                changed = ", ".join(changed or ["total_timesteps"])
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {changed}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            folder = shlex.quote(str(Path(__file__).parent))
+            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            status, commit = subprocess.getstatusoutput(git)
+            config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
+            config["commit"] = None if status else commit
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.bare = self.accelerator.unwrap_model(self.model)  # generates, and can be saved
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0}
+        if args.resume and checkpoint.exists():
+            try:
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # data, never code
+                weights, of_optimizer = {"model_state_dict": state["model"]}, {"optim_state_dict": state["optimizer"]}
+                options = StateDictOptions(full_state_dict=True, strict=False)
+                set_state_dict(self.model, self.optimizer.optimizer, **weights, **of_optimizer, options=options)
+            except Exception as error:  # a damaged file can raise anything
+                reason = type(error).__name__
+                raise UsageError(f"{checkpoint} is missing, damaged or of another script ({reason})") from None
+        self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
-        self.bar = tqdm(total=self.args.total_timesteps, initial=self.checkpoint_step, unit=" steps", disable=None)
-        return self.checkpoint_step
-
-    def is_due(self, frequency: int, last: int, step: int) -> bool:
-        """Whether a multiple of the frequency, or the end of the run, has been reached since the last time."""
-        return step // frequency > last // frequency or step == self.args.total_timesteps > last
-
-    def evaluation_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.eval_frequency, self.evaluation_step, step)
-
-    def checkpoint_is_due(self, step: int) -> bool:
-        return self.is_due(self.args.checkpoint_frequency, self.checkpoint_step, step) or self.stopped()
-
-    def log(self, step: int, row: dict[str, float]) -> None:
-        """Writes one row, unless it is empty. NaN or infinity becomes null in it, and ends the run."""
-        if not row:
+        if RANK > 0:
             return
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
-        row = {name: None if name in broken else float(value) for name, value in row.items()}
-        row = {"global_step": step, "time": round(time.time() - self.started, 3)} | row
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            try:
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
+            self.wandb.define_metric("*", step_metric="global_step")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.metrics.seek(state["bytes"])
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        print(f"{Path(__file__).name} on {PROCESSES} x {self.accelerator.device}, run folder {self.dir}")
+
+    def goes_on(self, evaluate: Callable[[], dict[str, float]]) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last = self.args, self.global_step, self.last_step
+        stop = self.accelerator.gather(torch.tensor([Run.stop_signal], device=self.accelerator.device)).max().item()
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            self.result = evaluate()
+            self.log(self.result)
+        if step and (step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or stop):
+            self.save()
+        if stop:
+            self.accelerator.print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + stop)
+        if end:
+            self.accelerator.print(f"Done: {self.dir}/model. To evaluate it again:\n    {self.command} --evaluate")
+        return not end
+
+    def step(self, loss: Tensor) -> float:
+        """Adds the loss's gradient; with that of the last micro-batch, steps. Returns the norm before clipping."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm) if self.accelerator.sync_gradients else 0.0
+
+    def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
+        """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
+        size = self.micro_batch_size
+        with torch.no_grad(), self.accelerator.split_between_processes(items, apply_padding=True) as mine:
+            values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
+        return self.accelerator.gather(values)[: len(items)]
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        if RANK > 0:
+            return
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
-        try:
-            if self.wandb and self.num_rows >= self.wandb.step:  # after --resume, rows recur that W&B has already
-                self.wandb.log(row, step=self.num_rows, commit=True)
-        except Exception as error:  # it must not end the run
-            tqdm.write(f"W&B gets no more rows ({error!r}); metrics.jsonl gets all of them", file=sys.stderr)
-            self.wandb = None
-        self.num_rows += 1
-        if broken:
-            raise FloatingPointError(f"NaN or infinity at step {step} in {', '.join(broken)}")
-        evaluation = [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]
-        if evaluation:
-            self.evaluation_step = step
-            tqdm.write(f"step {step:>10,}: {', '.join(evaluation)}")
-        if "charts/episodic_return" in row:
-            self.bar.set_postfix_str(f"return {row['charts/episodic_return']:.1f}", refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def save(self, step: int) -> None:
-        """Writes checkpoint and model. Ends the program if a signal has asked for it."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        if not all(math.isfinite(values.sum()) for values in state["model"].values()):
-            raise FloatingPointError(f"NaN or infinity at step {step} in the parameters")
-        os.fsync(self.metrics.fileno())
-        state |= {"step": step, "evaluation_step": self.evaluation_step}
-        state |= {"seconds": time.time() - self.started, "metrics_bytes": self.metrics.tell()}
-        save_model(self.dir, self.parts["model"])
-        save_file(self.dir / CHECKPOINT, state)  # last: it completes the rest
-        self.checkpoint_step = step
-        if self.stopped():
-            self.finish(f"Stopped at step {step}. To continue:", "--resume", 128 + self.stop_signal)
-            raise SystemExit(128 + self.stop_signal)
-
-    def finish(self, news: str, flags: str, exit_code: int = 0) -> None:
-        self.bar.close()
         if self.wandb:
-            self.wandb.finish(exit_code)
-        self.lock.release()
-        print(f"{news}\n    python {shlex.quote(sys.argv[0])} --run-dir {shlex.quote(str(self.dir))} {flags}")
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if self.global_step == 50 * self.args.batch_size and abs(row.get("rewards/margins", 1)) < 1e-4:
+            tqdm.write("warning: after 50 updates the margins are still 0: raise --learning-rate", file=sys.stderr)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
+
+    def save(self) -> None:
+        """Writes model/ and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
+        if RANK > 0:
+            return
+        if not all(math.isfinite(values.sum()) for values in weights.values()):
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        state = {"model": weights, "optimizer": of_optimizer, "step": self.global_step, "last_step": self.last_step}
+        state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell()}
+        folder, temporary = self.dir / "model", self.dir / "model.tmp"
+        self.bare.save_pretrained(temporary, state_dict=weights)
+        self.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        torch.save(state, self.dir / "checkpoint.pt.tmp")
+        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
+
+    def close(self) -> None:
+        for part in (self.bar, self.metrics):
+            if part is not None:
+                part.close()
+        if self.wandb:
+            self.wandb.finish()
+        self.accelerator.end_training()  # ends the other processes' group
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 user error, 130 or 143 stopped by a signal, 1 everything else."""
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a log file too
-    args = parse_args()
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    warnings.simplefilter("ignore")  # warnings of libraries would stand around our one line
+    logging.disable()
+    transformers.utils.logging.disable_progress_bar()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     try:
+        args = parse_args()
         if args.evaluate:
-            evaluate_saved(args)
+            result = evaluate_saved(args)
+            if RANK == 0:
+                print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
         else:
             train(args)
-    except KeyboardInterrupt:  # before or after training, where nothing has to be saved
-        sys.exit(130)
-    except (FloatingPointError, MemoryError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(1)  # not raise SystemExit: W&B listens to sys.exit
+    except (UsageError, FloatingPointError) as error:
+        if RANK == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def make_pairs(folder: str, steps: int) -> dict:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     rng = random.Random(1)
     with open(f"{folder}/pairs.jsonl", "w") as file:
-        for _ in range(steps + 1):  # dpo.py holds one out
+        for _ in range(steps + 1):  # one is held out
             prompt = " ".join(rng.choices(words, k=rng.randint(5, 30))) + " "
             replies = [" ".join(rng.choices(words, k=min(int(rng.lognormvariate(3.5, 0.6)), 150))) for _ in range(2)]
             file.write(json.dumps({"prompt": prompt, "chosen": replies[0], "rejected": replies[1]}) + "\n")
@@ -452,7 +452,7 @@ def preference_work(script: str, peer: str, settings: dict, passes: int) -> Work
 
 
 WORKS = [
-    preference_work("dpo", "TRL DPOTrainer", PREFERENCE_SETTINGS | {"beta": 0.1, "nll_coef": 0.0}, 4),
+    preference_work("dpo", "TRL DPOTrainer", PREFERENCE_SETTINGS | {"beta": 0.1, "eval_replies": 1}, 4),
     preference_work("reward_model", "TRL RewardTrainer", PREFERENCE_SETTINGS, 3),
     Work("q_learning", "Taxi-v4", Q_SETTINGS, "a NumPy loop", dict, numpy_q_learning, 1000, 0),
     dqn_work("CartPole-v1", 4, 2, num_envs=1),
@@ -476,8 +476,15 @@ STARTS = {  # what a script can't do without, and the flags of a run of one lear
     "her": ("gymnasium_robotics, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "maddpg": ("mpe2.simple_spread_v3, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 2 "
                f"--train-frequency 1 {ACTING}"),
-    "reward_model": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
-    "dpo": ("transformers.models.gpt2.modeling_gpt2", "--total-timesteps 16"),
+    "reward_model": ("transformers.models.gpt2.modeling_gpt2, accelerate", "--total-timesteps 16 --batch-size 16"),
+    "dpo": ("transformers.models.gpt2.modeling_gpt2, accelerate",
+            "--total-timesteps 16 --batch-size 16 --eval-replies 1"),
+    "sft": ("transformers.models.gpt2.modeling_gpt2, accelerate",
+            "--total-timesteps 16 --batch-size 16 --eval-replies 1"),
+    "ppo_rlhf": ("transformers.models.gpt2.modeling_gpt2, accelerate",
+                 "--total-timesteps 16 --batch-size 16 --eval-replies 1"),
+    "grpo": ("transformers.models.gpt2.modeling_gpt2, accelerate",
+             "--total-timesteps 16 --batch-size 16 --eval-replies 1"),
 }  # fmt: skip
 
 SOLVE_FREQUENCY, SOLVE_EPISODES = 16_384, 20  # steps between evaluations, episodes of each

@@ -29,31 +29,41 @@ class Facts:
     deaths: int = 3  # of a run that is killed and resumed
 
 
-REVIEWS = flags("--num-pairs 200 --batch-size 8 --eval-frequency 64 --checkpoint-frequency 64 --total-timesteps 256")
-REVIEW_CHANGES = {
-    "seed": 2, "total_timesteps": 40, "eval_frequency": 16, "num_pairs": 100,
+ON_TEXT = flags(
+    "--dataset-split train[:200] --batch-size 8 --eval-frequency 64 --checkpoint-frequency 64 --total-timesteps 256"
+)
+TEXT_CHANGES = {
+    "seed": 2, "total_timesteps": 40, "eval_frequency": 16, "dataset_split": "train[:100]",
     "eval_pairs": 3, "max_length": 24, "learning_rate": 5e-2, "warmup": 0.5, "batch_size": 4, "max_grad_norm": 0.01,
     "weight_decay": 10.0, "lora_rank": 2,
     # tested in test_dpo.py and test_reward_model.py
-    "model_name": None, "dataset": None, "micro_batch_size": None, "gradient_checkpointing": None,
+    "model_name": None, "dataset": None, "dataset_config": None, "prompt_column": None, "chosen_column": None,
+    "rejected_column": None, "convert": None, "chat": None, "labels": None, "eval_dataset": None, "eval_split": None,
+    "reward": None, "micro_batch_size": None, "gradient_checkpointing": None, "load_in_4bit": None,
     "checkpoint_frequency": None,
 }  # fmt: skip
-REVIEW_MISTAKES = {
-    "--model-name nothing-here": "--dataset",
-    "--dataset pairs.jsonl": "--model-name",
-    "--model-name nothing-here --dataset pairs.jsonl": "nothing-here",
-    "--num-pairs 0": "--num-pairs",
-    "--num-pairs 9": "from 10",
+TEXT_MISTAKES = {
+    "--model-name nothing-here": "nothing-here",
+    "--dataset nothing-here.jsonl": "nothing-here",
+    "--dataset-split nothing": "nothing",
+    "--chosen-column better": "--chosen-column",
+    "--labels judge": "--labels",
+    "--reward nowhere.py:judge": "--reward",
     "--eval-pairs 0": "--eval-pairs",
     "--max-length 0": "--max-length",
+    "--max-length 3": "of over 3 tokens",
     "--warmup -0.1": "--warmup",
     "--warmup 1.5": "--warmup",
     "--batch-size 0": "--batch-size",
+    "--batch-size 7": "--batch-size",
+    "--batch-size 256": "--batch-size",
     "--micro-batch-size 0": "--micro-batch-size",
+    "--micro-batch-size 3": "--micro-batch-size",
     "--max-grad-norm -1": "--max-grad-norm",
     "--weight-decay -1": "--weight-decay",
     "--lora-rank -1": "--lora-rank",
     "--lora-rank x": "--lora-rank",
+    "--load-in-4bit": "--lora-rank",
     "--gradient-checkpointing maybe": "maybe",
 }
 EVALUATED = flags("--eval-episodes 2 --eval-frequency 512 --checkpoint-frequency 512 --total-timesteps 2048")
@@ -196,12 +206,12 @@ FACTS = {
         },
     ),
     "dpo": Facts(
-        task="reviews", acts=False, env_class=None, quarter=64, result="eval/true_reward", deaths=1,
-        tiny=[*REVIEWS, "--eval-replies", "8"],
+        task="preferences", acts=False, env_class=None, quarter=64, result="eval/reward", deaths=1,
+        tiny=[*ON_TEXT, "--eval-replies", "8", "--max-new-tokens", "16"],
         resumed=[flags("--total-timesteps 1024 --checkpoint-frequency 100 --eval-frequency 512")],
-        changes=REVIEW_CHANGES | {"eval_replies": 16, "beta": 0.5, "loss_type": "ipo", "label_smoothing": 0.2,
-                                  "nll_coef": 0.0},
-        mistakes=REVIEW_MISTAKES | {
+        changes=TEXT_CHANGES | {"eval_replies": 16, "max_new_tokens": 3, "beta": 0.5, "loss_type": "ipo",
+                                "label_smoothing": 0.2, "nll_coef": 1.0, "simpo_gamma": None},
+        mistakes=TEXT_MISTAKES | {
             "--eval-replies 0": "--eval-replies",
             "--beta 0": "--beta",
             "--beta -1": "--beta",
@@ -213,17 +223,128 @@ FACTS = {
         },
         logged=["loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "losses/grad_norm", "eval/kl"],
         model="model/model.safetensors", goes_on="--evaluate",
-        files=[".lock", "reference", "pairs.jsonl", "reference.pt"],
     ),
     "reward_model": Facts(
-        task="reviews", acts=False, env_class=None, quarter=64, result="eval/accuracy", deaths=1,
-        tiny=REVIEWS,
+        task="preferences", acts=False, env_class=None, quarter=64, result="eval/accuracy", deaths=1,
+        tiny=ON_TEXT,
         resumed=[flags("--total-timesteps 1024 --checkpoint-frequency 100 --eval-frequency 512")],
-        changes=REVIEW_CHANGES | {"replies": None},  # tested in test_reward_model.py
-        mistakes=REVIEW_MISTAKES | {"--replies replies.jsonl": "--evaluate"},
+        changes=TEXT_CHANGES | {"replies": None},  # tested in test_reward_model.py
+        mistakes=TEXT_MISTAKES | {"--replies replies.jsonl": "--evaluate"},
         logged=["loss", "rewards/margins", "rewards/accuracies", "losses/grad_norm", "eval/bayes_accuracy"],
-        model="model/model.safetensors", files=[".lock", "reference", "pairs.jsonl"],
-        goes_on="--evaluate --replies FILE.jsonl",
+        model="model/model.safetensors", goes_on="--evaluate",
+    ),
+    "ppo_rlhf": Facts(
+        task="prompts", acts=False, env_class=None, quarter=64, result="eval/reward", deaths=1,
+        tiny=flags(
+            "--dataset-split train[:200] --batch-size 16 --num-minibatches 2 --max-new-tokens 12 --eval-replies 8"
+            " --update-epochs 2 --eval-frequency 64 --checkpoint-frequency 64 --total-timesteps 256"
+        ),
+        resumed=[flags("--total-timesteps 1024 --checkpoint-frequency 100 --eval-frequency 512")],
+        changes={
+            "seed": 2, "total_timesteps": 32, "eval_frequency": 16, "dataset_split": "train[:100]", "eval_replies": 16,
+            "learning_rate": 5e-2, "critic_learning_rate": 5e-2, "warmup": 0.5, "batch_size": 8, "num_minibatches": 4,
+            "update_epochs": 1, "max_grad_norm": 0.01, "weight_decay": 10.0, "lora_rank": 2, "max_new_tokens": 3,
+            "gamma": 0.9, "gae_lambda": 0.5, "beta": 0.1, "adaptive_kl": 6.0, "missing_eos_penalty": 1.0,
+            "clip_coef": 0.001, "clip_coef_vf": 0.001, "vf_coef": 5.0, "norm_adv": False,
+            # tested in test_ppo_rlhf.py
+            "model_name": None, "dataset": None, "dataset_config": None, "prompt_column": None, "chat": None,
+            "reward": None, "max_length": None, "micro_batch_size": None, "write_batch_size": None,
+            "gradient_checkpointing": None, "load_in_4bit": None, "checkpoint_frequency": None,
+        },
+        mistakes={
+            "--model-name nothing-here": "nothing-here",
+            "--dataset nothing-here.jsonl --reward nothing-here": "nothing-here",
+            "--dataset-split nothing": "nothing",
+            "--prompt-column question": "--prompt-column",
+            "--reward nowhere.py:judge": "--reward",
+            "--dataset other.jsonl": "--reward",
+            "--max-new-tokens 0": "--max-new-tokens",
+            "--max-new-tokens 100": "room for a reply",
+            "--max-length 3": "room for a reply",
+            "--eval-replies 0": "--eval-replies",
+            "--warmup 1.5": "--warmup",
+            "--batch-size 0": "--batch-size",
+            "--batch-size 7": "--batch-size",
+            "--num-minibatches 3": "--num-minibatches",
+            "--num-minibatches 0": "--num-minibatches",
+            "--update-epochs 0": "--update-epochs",
+            "--micro-batch-size 3": "--micro-batch-size",
+            "--write-batch-size 0": "--write-batch-size",
+            "--gae-lambda 1.1": "--gae-lambda",
+            "--beta -1": "--beta",
+            "--adaptive-kl 0": "--adaptive-kl",
+            "--clip-coef -0.1": "--clip-coef",
+            "--clip-coef-vf -1": "--clip-coef-vf",
+            "--load-in-4bit": "--lora-rank",
+            "--norm-adv maybe": "maybe",
+        },
+        logged=["objective/kl", "objective/rlhf_reward", "objective/scores", "objective/entropy", "losses/policy_loss",
+                "losses/value_loss", "losses/clipfrac", "losses/approx_kl", "losses/grad_norm", "eval/kl"],
+        model="model/model.safetensors", goes_on="--evaluate",
+    ),
+    "grpo": Facts(
+        task="prompts", acts=False, env_class=None, quarter=64, result="eval/reward", deaths=1,
+        tiny=flags(
+            "--dataset-split train[:200] --batch-size 16 --group-size 4 --num-minibatches 2 --max-new-tokens 12"
+            " --eval-replies 8 --update-epochs 2 --eval-frequency 64 --checkpoint-frequency 64 --total-timesteps 256"
+        ),
+        resumed=[flags("--total-timesteps 1024 --checkpoint-frequency 100 --eval-frequency 512")],
+        changes={
+            "seed": 2, "total_timesteps": 32, "eval_frequency": 16, "dataset_split": "train[:100]", "eval_replies": 16,
+            "learning_rate": 5e-2, "warmup": 0.5, "batch_size": 8, "group_size": 8, "num_minibatches": 4,
+            "update_epochs": 1, "max_grad_norm": 0.01, "weight_decay": 10.0, "lora_rank": 2, "max_new_tokens": 3,
+            "advantage": "grpo", "clip_low": 0.001, "clip_high": 0.001, "kl": "none", "kl_estimator": "k3", "beta": 0.1,
+            # tested in test_grpo.py
+            "model_name": None, "dataset": None, "dataset_config": None, "prompt_column": None, "chat": None,
+            "reward": None, "reward_weights": None, "max_length": None, "micro_batch_size": None,
+            "write_batch_size": None, "gradient_checkpointing": None, "load_in_4bit": None,
+            "checkpoint_frequency": None,
+        },
+        mistakes={
+            "--model-name nothing-here": "nothing-here",
+            "--dataset nothing-here.jsonl --reward nothing-here": "nothing-here",
+            "--dataset-split nothing": "nothing",
+            "--prompt-column question": "--prompt-column",
+            "--reward nowhere.py:judge": "--reward",
+            "--reward-weights 1 2": "--reward-weights",
+            "--dataset other.jsonl": "--reward",
+            "--max-new-tokens 0": "--max-new-tokens",
+            "--max-new-tokens 100": "room for a reply",
+            "--group-size 1": "--group-size",
+            "--group-size 5": "--group-size",
+            "--batch-size 7": "--batch-size",
+            "--num-minibatches 3": "--num-minibatches",
+            "--micro-batch-size 3": "--micro-batch-size",
+            "--advantage ppo": "rloo",
+            "--clip-low 1.1": "--clip-low",
+            "--clip-high -1": "--clip-high",
+            "--kl loss": "--kl-estimator",
+            "--kl-estimator k4": "k3",
+            "--beta -1": "--beta",
+            "--load-in-4bit": "--lora-rank",
+        },
+        logged=["objective/kl", "objective/rlhf_reward", "objective/scores", "objective/entropy", "losses/policy_loss",
+                "losses/kl", "losses/clipfrac", "losses/approx_kl", "losses/grad_norm", "eval/kl"],
+        model="model/model.safetensors", goes_on="--evaluate",
+    ),
+    "sft": Facts(
+        task="demonstrations", acts=False, env_class=None, quarter=64, result="eval/loss", deaths=1,
+        tiny=[*ON_TEXT, "--eval-replies", "8", "--max-new-tokens", "16"],
+        resumed=[flags("--total-timesteps 1024 --checkpoint-frequency 100 --eval-frequency 512")],
+        changes={name: change for name, change in TEXT_CHANGES.items()
+                 if name not in ("eval_pairs", "chosen_column", "rejected_column", "labels", "lora_rank")} | {
+            "eval_demonstrations": 3, "eval_replies": 16, "max_new_tokens": 3, "from_scratch": False,
+            "reply_column": None, "lora_rank": None,  # tested in test_sft.py
+        },
+        mistakes={wrong: word for wrong, word in TEXT_MISTAKES.items()
+                  if wrong.split()[0] not in ("--eval-pairs", "--chosen-column", "--labels")} | {
+            "--reply-column better": "--reply-column",
+            "--eval-demonstrations 0": "--eval-demonstrations",
+            "--from-scratch maybe": "maybe",
+            "--lora-rank 2": "--from-scratch",
+        },
+        logged=["losses/loss", "losses/accuracy", "losses/grad_norm", "eval/accuracy", "eval/reward", "eval/length"],
+        model="model/model.safetensors", goes_on="--evaluate",
     ),
     "maddpg": Facts(
         tiny=flags(

@@ -83,7 +83,8 @@ def quarters(script, run_dir):
 
 
 def step_of_checkpoint(script, run_dir):
-    return module_of(script).load_file(run_dir / FACTS[script].checkpoint)["step"]
+    path = run_dir / FACTS[script].checkpoint
+    return (torch.load(path, weights_only=True) if script in ON_DATA else module_of(script).load_file(path))["step"]
 
 
 def is_one_line(err):
@@ -171,17 +172,12 @@ def test_same_seed_same_bits_in_another_process_and_another_seed_another_run(scr
     assert not same(weights(script, a), weights(script, c))
 
 
-FLAGS_ON_DATA = ["--model-name", "a-model", "--dataset", "pairs.jsonl"]
-
-
 @pytest.mark.parametrize(
     ("script", "flags", "name"),
     [(script, [], "make_agent") for script in IN_TORCH if script in ACTING]
-    + [(script, FLAGS_ON_DATA, "load") for script in ON_DATA]
-    + [(script, [], "word_tokenizer") for script in ON_DATA],
+    + [(script, [], "load") for script in ON_DATA],
 )
 def test_first_weights_are_drawn_with_the_seed(script, flags, name, cli, monkeypatch):
-    """Also those of the reviews' reference, which is made right after its tokenizer."""
     seeds = []
 
     def make(*_):
@@ -784,8 +780,7 @@ def test_a_mistake_gets_a_clear_answer_and_exit_code_2(script, flags, word, cli,
     assert code == 2, (out, err)
     assert "Traceback" not in err
     assert (word or "") in err
-    if script in ACTING or not re.search("For full helptext", err):  # their parser adds the flag's help to its line
-        assert is_one_line(err)
+    assert is_one_line(err)
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
@@ -877,7 +872,7 @@ def test_a_damaged_checkpoint_is_refused_and_stays_as_it_is(script, damage, cli,
 
 def write_another_model(script, path):
     if script in ON_DATA:
-        module_of(script).save_file(path, {"model": {"weight": 0.5}})
+        torch.save({"model": {"weight": torch.zeros(3)}}, path)
     else:
         state = module_of(script).load_file(path)
         torch.save(state | {"model": {"weight": torch.zeros(3)}}, path)
@@ -901,8 +896,7 @@ def test_a_config_damaged_by_hand_is_refused(script, edit, word, cli, finished):
     code, _, err = cli(script, "--run-dir", run_dir, "--resume")
     assert code == 2
     assert (word or "").replace("{run}", str(run_dir)) in err
-    if script in ACTING:
-        assert is_one_line(err)
+    assert is_one_line(err)
     assert "Traceback" not in err
 
 
@@ -925,14 +919,9 @@ def test_a_full_disk_spares_the_last_checkpoint(script, cli, finished, tmp_path)
         "script.Run.save = full\n"
         "script.main()\n"
     )
-    if script in ON_DATA:
-        start_full = start_full.replace("(*step, self.global_step)[0]", "step[0]")
     command = [sys.executable, "-c", start_full, *tiny(script), "--run-dir", run_dir]
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
-    if script in ON_DATA:
-        assert re.fullmatch(r"error: \[Errno 27\] File too large.*\n", result.stderr), result.stderr
-        assert not list(run_dir.glob("*.tmp"))
     assert step_of_checkpoint(script, run_dir) // FACTS[script].quarter == 1
     assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
     assert timeless(run_dir) == timeless(finished(script, "unbroken"))
@@ -943,7 +932,7 @@ def test_a_full_disk_spares_the_last_checkpoint(script, cli, finished, tmp_path)
 def test_a_folder_that_cannot_be_written_is_one_line(script, cli, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = cli(script, *tiny(script), "--run-dir", tmp_path / "file" / "run")
-    assert code == (2 if script in ACTING else 1)
+    assert code == 2
     assert is_one_line(err)
     assert str(tmp_path / "file") in err
 
@@ -956,9 +945,10 @@ def test_nan_in_the_weights_ends_the_run_and_spares_the_last_checkpoint(script, 
     def poisoned(self, *step):
         saves.append(step)
         if len(saves) == 2:
-            state = self.parts["model"].state_dict()
+            model = self.bare if script in ON_DATA else self.parts["model"]
+            state = model.state_dict()
             next(values for values in state.values() if values.ndim)[:] = np.nan
-            self.parts["model"].load_state_dict(state)
+            model.load_state_dict(state)
         save(self, *step)
 
     monkeypatch.setattr(module.Run, "save", poisoned)
@@ -1084,10 +1074,7 @@ def test_wandb_that_fails_in_mid_run_does_not_stop_it(script, cli, finished, tmp
         log(self, *args, **kwargs)
 
     monkeypatch.setattr(wandb.Run, "log", failing)
-    code, _, err = cli(script, *tiny(script), "--track", "--run-dir", tmp_path / "tracked")
-    assert code == 0
-    if script in ON_DATA:
-        assert err.count("the line is dead") == 1
+    assert cli(script, *tiny(script), "--track", "--run-dir", tmp_path / "tracked")[0] == 0
     assert timeless(tmp_path / "tracked") == timeless(finished(script, "plain"))
 
 
@@ -1247,111 +1234,25 @@ def test_a_saved_agent_has_the_action_space_of_the_trained_one(space):
     assert SPACES[space].contains(action if action.shape else action[()])
 
 
-# ---- What only the scripts on data still promise
-
-
-OF_DATA = pytest.mark.parametrize("script", [pytest.param("dpo", marks=slow)])
-
-
-@pytest.mark.parametrize(
-    ("script", "flags", "small"),
-    [(script, [], True) for script in ON_DATA] + [(script, FLAGS_ON_DATA, False) for script in ON_DATA],
-)
-def test_only_small_models_are_kept_from_a_gpu(script, flags, small, monkeypatch, tmp_path):
-    module, told = module_of(script), []
-
-    def choose(name, small):
-        told.append(small)
-        raise SystemExit
-
-    monkeypatch.setattr(module, "choose_device", choose)
-    args = arguments(script, *flags, "--run-dir", tmp_path / "run")
-    for function in module.train, module.evaluate_saved:
-        with pytest.raises(SystemExit):
-            function(args)
-    assert told == [small, small]
-
-
-@OF_DATA
-def test_wandb_gets_each_row_once_also_when_a_killed_run_goes_on(script, cli, tmp_path, monkeypatch):
-    module = module_of(script)
-    run_dir, save = tmp_path / "run", module.Run.save
-
-    def dying(self, step):
-        if step // FACTS[script].quarter == 2:
-            raise SystemExit(-9)
-        save(self, step)
-
-    monkeypatch.setattr(module.Run, "save", dying)
-    assert cli(script, *tiny(script), "--run-dir", run_dir, "--track")[0] == -9
-    killed = len(rows(run_dir))
-    monkeypatch.setattr(module.Run, "save", save)
-    import wandb
-
-    wandb.finish()
-    assert cli(script, "--run-dir", run_dir, "--resume", "--track")[0] == 0
-    first, second = (wandb_history(path) for path in sorted((run_dir / "wandb").glob("offline-run-*")))
-    assert [number for number, _ in first] == list(range(killed))
-    assert 0 < second[0][0] < killed, "both have the rows from the first checkpoint to the death"
-    assert {number: row["global_step"] for number, row in first + second} == {
-        number: row["global_step"] for number, row in enumerate(rows(run_dir))
-    }
-    assert dict(second) == dict(list(enumerate(rows(run_dir)))[second[0][0] :])
-
-
-@OF_DATA
-def test_wandb_that_has_a_row_does_not_get_it_again(script, cli, tmp_path, monkeypatch):
-    """Online, W&B remembers: it continues its run at the row after the last that it got."""
-    import wandb
-
-    sent, log, step = [], wandb.Run.log, wandb.Run.step
-    monkeypatch.setattr(wandb.Run, "log", lambda self, row, **rest: (sent.append(rest["step"]), log(self, row, **rest)))
-    monkeypatch.setattr(wandb.Run, "step", property(lambda self: max(4, step.fget(self))))
-    assert cli(script, *tiny(script), "--run-dir", tmp_path / "run", "--track")[0] == 0
-    assert sent == list(range(4, len(rows(tmp_path / "run"))))
-
-
-@OF_DATA
-def test_wandb_is_told_how_the_run_ended(script, cli, tmp_path, monkeypatch):
-    import wandb
-
-    module = module_of(script)
-    codes, finish = [], wandb.Run.finish
-    monkeypatch.setattr(wandb.Run, "finish", lambda self, *code: (codes.append(*code or (0,)), finish(self, *code))[1])
-    assert cli(script, *tiny(script), "--track")[0] == 0
-    monkeypatch.setattr(module.Run, "stopped", lambda self: setattr(self, "stop_signal", signal.SIGTERM) or True)
-    assert cli(script, *tiny(script), "--track")[0] == 143
-    assert codes == [0, 143]
-
-
-@OF_DATA
-def test_the_printed_command_names_the_script(script, cli, tmp_path):
-    run_dir = tmp_path / "it's a folder"
-    code, out, _ = cli(script, *tiny(script), "--run-dir", run_dir)
-    assert code == 0
-    words = shlex.split(out.splitlines()[-1])
-    assert words == ["python", f"algorithms/{script}.py", "--run-dir", str(run_dir), *FACTS[script].goes_on.split()]
+# ---- What only the scripts on data promise
 
 
 @slow
 @pytest.mark.parametrize("script", ON_DATA)
 def test_a_resumed_run_keeps_its_arguments(script, cli, finished):
     run_dir = finished(script)
-    for flags in [f"--{FACTS[script].rate}", 0.5], ["--seed", 3], ["--total-timesteps", 4096]:
+    for flags in [f"--{FACTS[script].rate}", 0.5], ["--seed", 3], ["--total-timesteps", 64]:
         code, _, err = cli(script, "--run-dir", run_dir, "--resume", *flags)
         assert code == 2
-        assert flags[0] in err
+        assert flags[0].strip("-").replace("-", "_") in err
     assert cli(script, "--run-dir", run_dir, "--resume", "--seed", 1)[0] == 0, "the same is no change"
 
 
-@OF_DATA
-def test_a_folder_in_use_is_refused(script, cli, tmp_path):
-    run_dir = tmp_path / "run"
-    process = start(script, *tiny(script), "--total-timesteps", 10**6, "--run-dir", run_dir)
-    while process.poll() is None and not (run_dir / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    code, _, err = cli(script, "--run-dir", run_dir, "--resume")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert code == 2
-    assert "in use" in err
+@slow
+@pytest.mark.parametrize("script", ON_DATA)
+def test_a_script_that_was_copied_alone_says_what_to_give_it(script, tmp_path):
+    copied = shutil.copy(ROOT / "algorithms" / f"{script}.py", tmp_path)
+    result = call(Path(copied), cwd=tmp_path)
+    assert result.returncode == 2
+    assert is_one_line(result.stderr)
+    assert "--model-name and --dataset" in result.stderr

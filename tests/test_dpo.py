@@ -1,13 +1,14 @@
-"""dpo.py against log-probabilities summed by hand, losses computed by hand and by TRL, and rewards that are known."""
+"""dpo.py against log-probabilities summed by hand, losses computed by hand and by TRL, and a reward that is known.
 
-import contextlib
+What dpo.py and reward_model.py have in common (data, chat templates, models, runs of several processes) is tested here,
+on dpo.py; test_consistency.py holds reward_model.py to the same text.
+"""
+
 import copy
-import gc
-import io
 import json
 import math
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,64 +17,54 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, rows, steps_of_a_run, timeless
+from conftest import ROOT, rows, timeless
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from text_models import SIZES, TEMPLATES, pairs_of_words, save_model, tokenizer_of, write_jsonl
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    Gemma3Config,
+)
 
-from algorithms import dpo, reward_model
+from algorithms import dpo
 
 SCRIPT = ROOT / "algorithms" / "dpo.py"
-both = pytest.mark.parametrize("script", [dpo, reward_model], ids=["dpo", "reward_model"])
-CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <end> {% endfor %}{% if add_generation_prompt %}staff : {% endif %}"  # noqa: E501
-SIZES = {
-    "gpt2": GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3),
-    "llama": LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                         intermediate_size=32, max_position_embeddings=64, initializer_range=0.3),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Small models with random weights, and 60 pairs of reviews of very different lengths."""
-    folder, tokenizer = tmp_path_factory.mktemp("models"), dpo.word_tokenizer()
-    tokenizer.chat_template = CHAT
-    for name, config in SIZES.items():
-        torch.manual_seed(0)
-        config = copy.deepcopy(config)
-        config.vocab_size, config.eos_token_id, config.bos_token_id = len(tokenizer), tokenizer.eos_token_id, None
-        config.pad_token_id = None
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    rng = dpo.random.Random(0)
-    prompts = dpo.repeat_prompts(60)
-    records = [{"prompt": p, "chosen": dpo.write_review(p, rng), "rejected": dpo.write_review(p, rng)} for p in prompts]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    """Small models with random weights, and 60 pairs of very different lengths."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in SIZES:
+        save_model(folder / name, name)
+    write_jsonl(folder / "pairs.jsonl", pairs_of_words())
     return folder
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def arguments(folders, name="gpt2", **changes):
     flags = {"model_name": str(folders / name), "dataset": str(folders / "pairs.jsonl"), "device": "cpu",
-             "batch_size": 8, "total_timesteps": 108, "eval_frequency": 54, "checkpoint_frequency": 40,
-             "learning_rate": 1e-3}  # fmt: skip
+             "batch_size": 8, "total_timesteps": 96, "eval_frequency": 48, "checkpoint_frequency": 40,
+             "learning_rate": 1e-3, "eval_replies": 8, "max_new_tokens": 8}  # fmt: skip
     return dpo.Args(**flags | changes)
 
 
-def loaded(folders, name="gpt2", **changes):
+def started(folders, name="gpt2", **changes):
+    """A run that has begun, with its pairs for training."""
     args = arguments(folders, name, **changes)
-    torch.manual_seed(0)
-    return *dpo.load(args.model_name, args.dataset, args), args
+    run = dpo.Run(args)
+    model = dpo.load(run, args.model_name, args)
+    pairs, held_out = dpo.training_and_held_out(run.tokenizer, model, args)
+    run.reference = None if args.lora_rank else copy.deepcopy(model)
+    model = dpo.make_trainable(model, "CAUSAL_LM", args)
+    run.start(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1))
+    return run, pairs, held_out
 
 
 def by_hand(model, prompt, reply):
-    """The log-probability of each token of the reply, from one unpadded pass for each."""
+    """The log-probability of the reply, token by token, from one unpadded pass for each."""
     total = 0.0
     for i in range(len(reply)):
         with torch.no_grad():
@@ -82,132 +73,145 @@ def by_hand(model, prompt, reply):
     return total
 
 
+# ---- The loss
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_log_probability_is_the_sum_over_the_replys_tokens_and_its_end_whatever_the_padding(folders, name):
-    model, tokenizer, pairs, _ = loaded(folders, name)
-    end = tokenizer.eos_token_id
-    assert model.config.pad_token_id == end, "this model has no padding token: the end token stands in"
-    assert all(ids[-1] == end and ids.count(end) == 1 for pair in pairs for ids in (pair.chosen, pair.rejected))
-    expected = [[by_hand(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)] for pair in pairs[:6]]
-    together = torch.stack(dpo.pair_log_probs(model, pairs[:6]), 1)
+    run, pairs, _ = started(folders, name, run_dir="run")
+    pairs = [*pairs[:4], dpo.Pair(pairs[0].prompt[:2], pairs[0].chosen, pairs[0].rejected[:2], "")]
+    eos = run.tokenizer.eos_token_id
+    assert all(ids[-1] == eos and ids.count(eos) == 1 for pair in pairs[:4] for ids in pair[1:3])
+    expected = [[by_hand(run.bare, pair.prompt, ids) for ids in pair[1:3]] for pair in pairs]
+    together = torch.stack(dpo.pair_log_probs(run.model, pairs), 1)
     torch.testing.assert_close(together.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-4)
-    for pair, values in zip(pairs[:6], expected, strict=True):
-        alone = torch.stack(dpo.pair_log_probs(model, [pair]), 1)[0].tolist()
-        assert alone == pytest.approx(values, rel=1e-5)
-    tokenizer.padding_side = "left"
-    args = arguments(folders, name)
-    again = dpo.read_pairs(args.dataset, tokenizer, 64)
-    assert again == pairs
-    model.config.pad_token_id = 7
-    torch.testing.assert_close(torch.stack(dpo.pair_log_probs(model, pairs[:6]), 1), together)
-
-
-def test_prompts_of_different_lengths_in_one_batch(folders):
-    model, _, pairs, _ = loaded(folders)
-    pairs = [dpo.Pair(pairs[0].prompt[:2], pairs[0].chosen, pairs[0].rejected[:2]), pairs[1],
-             dpo.Pair([5, 6, 7, 8, 9, 10, 11], [3], [4, 5, 1])]  # fmt: skip
-    expected = [[by_hand(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)] for pair in pairs]
-    actual = torch.stack(dpo.pair_log_probs(model, pairs), 1)
-    torch.testing.assert_close(actual.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-4)
+    for pair, values in zip(pairs, expected, strict=True):
+        assert torch.stack(dpo.pair_log_probs(run.model, [pair]), 1)[0].tolist() == pytest.approx(values, rel=1e-5)
 
 
 LOG_PROBS = [torch.tensor(x) for x in ([-5.0, -7.0], [-9.0, -6.0], [-6.0, -6.5], [-8.0, -7.0])]
+LENGTHS = torch.tensor([[2, 4], [3, 5]])
+
+
+def loss_of(log_probs=LOG_PROBS, lengths=LENGTHS, **flags):
+    return dpo.dpo_loss(*log_probs, lengths, dpo.Args(**flags))
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "smoothing", "expected"),  # the implicit margins are 0.1 * (1 + 1) and 0.1 * (-0.5 - 1)
+    ("flags", "expected"),  # the implicit margins are 0.1 * (1 + 1) and 0.1 * (-0.5 - 1)
     [
-        ("sigmoid", 0.0, [math.log(1 + math.exp(-0.2)), math.log(1 + math.exp(0.15))]),
-        ("sigmoid", 0.1, [0.9 * math.log(1 + math.exp(-0.2)) + 0.1 * math.log(1 + math.exp(0.2)),
-                          0.9 * math.log(1 + math.exp(0.15)) + 0.1 * math.log(1 + math.exp(-0.15))]),
-        ("hinge", 0.0, [0.8, 1.15]),
-        ("ipo", 0.0, [(2 - 5) ** 2, (-1.5 - 5) ** 2]),
+        ({}, [math.log(1 + math.exp(-0.2)), math.log(1 + math.exp(0.15))]),
+        ({"label_smoothing": 0.1}, [0.9 * math.log(1 + math.exp(-0.2)) + 0.1 * math.log(1 + math.exp(0.2)),
+                                    0.9 * math.log(1 + math.exp(0.15)) + 0.1 * math.log(1 + math.exp(-0.15))]),
+        ({"loss_type": "hinge"}, [0.8, 1.15]),
+        ({"loss_type": "ipo"}, [(2 - 5) ** 2, (-1.5 - 5) ** 2]),
+        ({"nll_coef": 0.5}, [math.log(1 + math.exp(-0.2)) + 0.5 * 5 / 2, math.log(1 + math.exp(0.15)) + 0.5 * 7 / 4]),
+        ({"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5},  # 2 (-5/2 + 9/3) = 1 and 2 (-7/4 + 6/5) = -1.1
+         [math.log(1 + math.exp(-0.5)), math.log(1 + math.exp(1.6))]),
     ],
 )  # fmt: skip
-def test_losses_by_hand(loss_type, smoothing, expected):
-    losses, metrics = dpo.dpo_loss(*LOG_PROBS, 0.1, loss_type, smoothing)
+def test_losses_by_hand(flags, expected):
+    losses, metrics = loss_of(**flags)
     assert losses.tolist() == pytest.approx(expected)
     values = dict(zip(dpo.METRICS, metrics.tolist(), strict=True))
-    assert values["loss"] == pytest.approx(expected)
-    assert values["rewards/chosen"] == pytest.approx([0.1, -0.05])
-    assert values["rewards/rejected"] == pytest.approx([-0.1, 0.1])
-    assert values["rewards/margins"] == pytest.approx([0.2, -0.15])
-    assert values["rewards/accuracies"] == [1, 0]
+    without = loss_of(**flags | {"nll_coef": 0.0})[0]
+    assert values["loss"] == pytest.approx(without.tolist())
+    if flags.get("loss_type") != "simpo":
+        assert values["rewards/chosen"] == pytest.approx([0.1, -0.05])
+        assert values["rewards/rejected"] == pytest.approx([-0.1, 0.1])
+        assert values["rewards/margins"] == pytest.approx([0.2, -0.15])
+        assert values["rewards/accuracies"] == [1, 0]
+        tie = loss_of([torch.ones(2)] * 4, **flags)[1]
+        assert tie[dpo.METRICS.index("rewards/accuracies")].tolist() == [0.5, 0.5]
     assert values["logps/chosen"] == [-5, -7]
     assert values["logps/rejected"] == [-9, -6]
-    tie = dpo.dpo_loss(*[torch.ones(1)] * 4, 0.1, loss_type, smoothing)[1]
-    assert tie[dpo.METRICS.index("rewards/accuracies")] == 0.5
 
 
-def test_the_gradient_raises_the_chosen_and_lowers_the_rejected():
-    for loss_type in "sigmoid", "hinge", "ipo":
-        log_probs = [x.clone().requires_grad_() for x in LOG_PROBS]
-        dpo.dpo_loss(*log_probs, 0.1, loss_type, 0.0)[0].sum().backward()
-        assert (log_probs[0].grad < 0).all()
-        assert (log_probs[1].grad > 0).all()
+def test_the_default_loss_is_the_papers():
+    args = dpo.Args()
+    assert (args.loss_type, args.beta, args.label_smoothing, args.nll_coef) == ("sigmoid", 0.1, 0, 0)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
+def test_the_gradient_raises_the_chosen_and_lowers_the_rejected(loss_type):
+    log_probs = [x.clone().requires_grad_() for x in LOG_PROBS]
+    loss_of(log_probs, loss_type=loss_type)[0].sum().backward()
+    assert (log_probs[0].grad < 0).all()
+    assert (log_probs[1].grad > 0).all()
 
 
 def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(AssertionError):
-        dpo.dpo_loss(torch.zeros(4, 1), *[torch.zeros(4)] * 3, 0.1, "sigmoid", 0.0)
+        loss_of([torch.zeros(2, 1), *LOG_PROBS[1:]])
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
-def test_losses_and_log_probabilities_are_those_of_trl(folders, tmp_path, loss_type):
+def test_losses_are_those_of_trl(folders, tmp_path, loss_type):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    model, tokenizer, pairs, args = loaded(folders, loss_type=loss_type, beta=0.3)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name)
-    other = copy.deepcopy(model)
+    run, _, _ = started(folders, loss_type=loss_type, beta=0.3, run_dir="run")
+    other = copy.deepcopy(run.bare)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 0.01
-    records = [json.loads(line) for line in Path(args.dataset).read_text().splitlines()][:8]
+    records = pairs_of_words()[:8]
     config = trl.DPOConfig(
-        output_dir=str(tmp_path),
-        beta=0.3,
-        loss_type=[loss_type],
-        use_cpu=True,
-        report_to=[],
-        per_device_train_batch_size=8,
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
-    )
-    trainer = trl.DPOTrainer(other, copy.deepcopy(model), args=config, train_dataset=Dataset.from_list(records),
+        output_dir=str(tmp_path), beta=0.3, loss_type=[loss_type], use_cpu=True, report_to=[], bf16=False,
+        per_device_train_batch_size=8, max_length=None, gradient_checkpointing=False,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
+    trainer = trl.DPOTrainer(other, copy.deepcopy(run.bare), args=config, train_dataset=Dataset.from_list(records),
                              processing_class=tokenizer)  # fmt: skip
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     expected = trainer.compute_loss(other, batch).item()
-    reference = torch.stack(dpo.pair_log_probs(model, pairs[:8]), 1)
-    losses, metrics = dpo.dpo_loss(*dpo.pair_log_probs(other, pairs[:8]), *reference.unbind(1), 0.3, loss_type, 0.0)
+    write_jsonl(tmp_path / "eight.jsonl", records)
+    pairs = dpo.read_pairs(str(tmp_path / "eight.jsonl"), None, run.tokenizer, 256, run.args)
+    run.model = other
+    losses, _ = dpo.loss_of_pairs(run, pairs, run.args)
     assert losses.mean().item() == pytest.approx(expected, abs=1e-5)
-    seen = {name: np.mean(values) for name, values in trainer._metrics["train"].items()}
-    for name, values in zip(dpo.METRICS[1:], metrics[1:], strict=True):
-        assert values.mean().item() == pytest.approx(seen[name], abs=1e-4), name
 
 
-def test_at_the_start_the_loss_is_ln_2_and_the_reference_never_changes(folders, tmp_path):
+# ---- Whole runs
+
+
+def steps_of(run_dir):
+    return [row for row in rows(Path(run_dir)) if "loss" in row]
+
+
+def test_at_the_start_the_loss_is_ln_2_and_the_reference_never_changes(folders):
     before = {path: path.read_bytes() for path in (folders / "gpt2").iterdir()}
-    dpo.train(arguments(folders, run_dir=str(tmp_path / "run")))
+    result = dpo.train(arguments(folders, run_dir="run"))
     assert before == {path: path.read_bytes() for path in (folders / "gpt2").iterdir()}
-    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    steps = steps_of("run")
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    assert steps[-1]["rewards/margins"] != pytest.approx(0, abs=1e-3)
-    assert [row["global_step"] for row in steps] == [8, 16, 24, 32, 40, 48, 54, 62, 70, 78, 86, 94, 102, 108]
-    model, _, pairs, _ = loaded(folders)
-    stored = torch.load(tmp_path / "run" / "reference.pt", weights_only=True)["log_probs"]
-    for i in (0, 30, 59):
-        assert stored[i, 1].item() == pytest.approx(by_hand(model, pairs[i].prompt, pairs[i].rejected), rel=1e-4)
+    assert abs(steps[-1]["rewards/margins"]) > 1e-3
+    assert [row["global_step"] for row in steps] == [*range(8, 97, 8)]
+    last = [row for row in rows(Path("run")) if "eval/kl" in row][-1]
+    assert result == {name: value for name, value in last.items() if name.startswith("eval/")}
+    assert last["eval/kl"] > 0
+    assert last["eval/length"] <= 8
 
 
-def test_dropout_is_off(folders, tmp_path):
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=60, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    model = dpo.prepare_model(AutoModelForCausalLM.from_config(config), "CAUSAL_LM", arguments(folders))
-    ids = torch.arange(20)[None]
-    assert model.training
-    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+def test_a_step_follows_the_mean_gradient_scaled_down_to_the_largest_norm(folders):
+    run, pairs, _ = started(folders, run_dir="run", nll_coef=0.7)
+    with torch.no_grad():
+        next(run.reference.parameters()).mul_(1.1)  # else all margins are 0
+    losses, metrics = dpo.loss_of_pairs(run, pairs[:8], run.args)
+    gradients = torch.autograd.grad(losses.mean(), list(run.bare.parameters()))
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    state = copy.deepcopy(run.bare.state_dict())
+    for max_norm in 2 * norm, norm / 3:
+        run.args.max_grad_norm = max_norm
+        for _ in range(2):  # no gradient is left from the first time
+            run.bare.load_state_dict(state)
+            old = [parameter.detach().clone() for parameter in run.bare.parameters()]
+            result = dpo.update(run, pairs[:8], run.args)
+        for before, after, gradient in zip(old, run.bare.parameters(), gradients, strict=True):
+            torch.testing.assert_close(after, before - 0.1 * min(1, max_norm / norm) * gradient, rtol=1e-4, atol=1e-6)
+        assert result["losses/grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert [result[name] for name in dpo.METRICS] == pytest.approx(metrics.mean(1).tolist(), rel=1e-4)
 
 
 def count_rows(sizes):
@@ -215,232 +219,28 @@ def count_rows(sizes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"micro_batch_size": 3}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}]
+    "changes", [{"micro_batch_size": 2}, {"micro_batch_size": 1}, {"gradient_checkpointing": True}]
 )
-def test_micro_batches_and_checkpointing_change_nothing(folders, changes, monkeypatch):
-    """In float64, where what is left is no rounding error."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+def test_micro_batches_and_checkpointing_change_nothing(folders, changes):
     results = []
-    for more in {}, changes:
-        model, _, pairs, args = loaded(folders, **more)
-        model = model.double()
+    for number, more in enumerate(({}, changes)):
+        run, pairs, _ = started(folders, "llama", run_dir=f"run{number}", **more)
         sizes = []
-        model.register_forward_pre_hook(count_rows(sizes), with_kwargs=True)
-        reference = -20 + 5 * torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(0))
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        metrics = dpo.update(model, optimizer, pairs, reference, list(range(8)), args)
-        results.append((metrics, [parameter.detach() for parameter in model.parameters()]))
-        assert sizes == {None: [16], 3: [6, 6, 4], 1: [2] * 8}[args.micro_batch_size]
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5, abs=1e-6), "metrics are summed in float32"
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-10, atol=1e-10)
+        run.bare.register_forward_pre_hook(count_rows(sizes), with_kwargs=True)
+        with torch.no_grad():
+            next(run.reference.parameters()).mul_(1.1)
+        metrics = dpo.update(run, pairs[:8], run.args)
+        results.append((metrics, [parameter.detach() for parameter in run.bare.parameters()]))
+        assert sizes == [2 * run.micro_batch_size] * (8 // run.micro_batch_size)
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.fixture
-def bfloat16(monkeypatch):
-    """Autocasting as on CUDA, but on the CPU. Returns for which kinds of devices it was asked."""
-    autocast, asked = torch.autocast, []
-
-    def always(device_type, dtype, enabled):
-        asked.append((device_type, dtype, enabled))
-        return autocast(device_type, dtype)
-
-    monkeypatch.setattr(torch, "autocast", always)
-    return asked
-
-
-def test_bfloat16_is_for_matrix_products_and_not_for_sums(folders, bfloat16):
-    model, _, pairs, _ = loaded(folders)
-    rounded = torch.stack(dpo.pair_log_probs(model, pairs), 1)
-    assert bfloat16 == [("cpu", torch.bfloat16, False)], "on the CPU it is off"
-    expected = [[by_hand(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)] for pair in pairs[:6]]
-    torch.testing.assert_close(rounded[:6], torch.tensor(expected), rtol=0.01, atol=0.1)
-    assert rounded.dtype == torch.float32
-    assert (rounded != rounded.bfloat16()).float().mean() > 0.9
-
-
-def test_a_run_in_bfloat16_starts_at_ln_2_and_moves(folders, tmp_path, bfloat16, capsys):
-    dpo.train(arguments(folders, run_dir=str(tmp_path / "run")))
-    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
-    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
-    assert abs(steps[-1]["rewards/margins"]) > 0.1
-
-
-def test_models_in_bfloat16_are_trained_and_saved_in_float32(folders, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(folders / "gpt2").bfloat16()
-    model.save_pretrained(tmp_path / "half")
-    AutoTokenizer.from_pretrained(folders / "gpt2").save_pretrained(tmp_path / "half")
-    learned = {"model_name": str(tmp_path / "half"), "run_dir": str(tmp_path / "run"), "total_timesteps": 8}
-    dpo.train(arguments(folders, **learned, learning_rate=1e-6))  # a step too small for most numbers in bfloat16
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "run/model"))
-    for name, value in after.items():
-        assert value.dtype == torch.float32
-        assert (value != before[name].float()).any(), name
-
-
-def test_lora_keeps_the_frozen_weights_in_bfloat16_and_its_own_in_float32(folders, tmp_path):
-    pytest.importorskip("peft")
-    flags = {"lora_rank": 2, "device": "cpu:0"}  # any device but cpu
-    model = loaded(folders, **flags)[0]
-    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
-    dpo.train(arguments(folders, run_dir=str(tmp_path / "run"), **flags))
-    saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
-    assert {value.dtype for value in saved.values()} == {torch.float32}
-    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
-    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
-    assert abs(steps[-1]["rewards/margins"]) > 1e-3
-
-
-@pytest.mark.parametrize("nll_coef", [0.0, 0.7])
-def test_a_step_follows_the_mean_gradient_scaled_down_to_the_largest_norm(folders, nll_coef):
-    model, _, pairs, args = loaded(folders, nll_coef=nll_coef)
-    reference = -20 + 5 * torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(0))
-    batch = [7, 3, 11, 30, 2]
-    log_probs = dpo.pair_log_probs(model, [pairs[row] for row in batch])
-    losses, metrics = dpo.dpo_loss(*log_probs, *reference[batch].unbind(1), args.beta, "sigmoid", 0.0)
-    lengths = [len(pairs[row].chosen) for row in batch]
-    likelihood = sum(chosen / length for chosen, length in zip(log_probs[0], lengths, strict=True)) / 5
-    gradients = torch.autograd.grad(losses.mean() - nll_coef * likelihood, list(model.parameters()))
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
-    for max_norm in 2 * norm, norm / 3:
-        moved = copy.deepcopy(model)
-        args.max_grad_norm = max_norm
-        optimizer = torch.optim.SGD(moved.parameters(), 0.1)
-        for _ in range(2):  # no gradient is left from the first time
-            moved.load_state_dict(model.state_dict())
-            result = dpo.update(moved, optimizer, pairs, reference, batch, args)
-        for old, new, gradient in zip(model.parameters(), moved.parameters(), gradients, strict=True):
-            torch.testing.assert_close(new, old - 0.1 * min(1, max_norm / norm) * gradient, rtol=1e-4, atol=1e-6)
-        assert result["losses/grad_norm"] == pytest.approx(norm, rel=1e-4)
-        assert [result[name] for name in dpo.METRICS] == pytest.approx(metrics.mean(1).tolist(), rel=1e-4)
-
-
-def test_log_probabilities_stand_in_their_rows(folders):
-    model, _, pairs, args = loaded(folders)
-    rows = [17, 4, 59, 8, 30, 2, 41, 23, 5]  # one more than a batch
-    result = dpo.all_log_probs(model, pairs, rows, args)
-    assert not result.requires_grad
-    assert result.shape == (60, 2)
-    assert (result == 0).all(1).nonzero().flatten().tolist() == [row for row in range(60) if row not in rows]
-    for row in rows:
-        alone = torch.stack(dpo.pair_log_probs(model, [pairs[row]]), 1)[0]
-        torch.testing.assert_close(result[row], alone, rtol=1e-4, atol=1e-4)
-
-
-def test_the_reference_itself_has_no_margins_on_held_out_pairs(folders):
-    model, _, pairs, args = loaded(folders)
-    reference = dpo.all_log_probs(model, pairs, list(range(60)), args)
-    result = dpo.evaluate_pairs(model, pairs, reference, [40, 3, 22, 51], args)
-    assert result == {"eval/loss": pytest.approx(math.log(2), abs=1e-4), "eval/margin": pytest.approx(0, abs=1e-4),
-                      "eval/accuracy": pytest.approx(0.5, abs=0.5)}  # fmt: skip
-
-
-def test_a_run_takes_each_epochs_batches_in_turn_at_a_rate_that_rises_and_falls(folders, tmp_path, monkeypatch):
-    args = arguments(folders, run_dir=str(tmp_path / "run"), total_timesteps=100, warmup=0.2, weight_decay=0.3, seed=3)
-    batches = steps_of_a_run(dpo, args, monkeypatch)
-    pairs = loaded(folders)[2]
-    train, _ = dpo.split(pairs, args)
-    expected = [batch for epoch in (0, 1) for batch in dpo.epoch_batches(train, pairs, 8, 3, epoch)]
-    assert [batch for batch, _, _ in batches[:-1]] == expected[:12]
-    assert batches[-1][0] == expected[12][:6], "the last batch is cut to the number of steps"
-    ends = np.cumsum([len(batch) for batch, _, _ in batches])
-    rates = [1e-3 * min(1, end / 20) * (1 - start / 100) for start, end in zip([0, *ends], ends, strict=False)]
-    assert [rate for _, rate, _ in batches] == pytest.approx(rates)
-    assert {decay for _, _, decay in batches} == {0.3}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_no_layer_keeps_its_dropout(folders, name):
-    config = copy.deepcopy(SIZES[name])
-    for flag in [flag for flag in config.to_dict() if "pdrop" in flag or flag == "attention_dropout"]:
-        setattr(config, flag, 0.5)
-    config.vocab_size = 60
-    assert "0.5" in str(config)
-    model = dpo.prepare_model(AutoModelForCausalLM.from_config(config), "CAUSAL_LM", arguments(folders))
-    assert model.training
-    ids = torch.arange(20)[None]
-    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-@both
-@pytest.mark.parametrize(
-    ("template", "ends"),  # of user and assistant messages; what the reply ends in, and whether it is only one
-    [
-        ("{{ m['content'] }} <end> ", "<end>"),
-        ("{{ m['content'] }} <end> the ", "<end>"),  # the word stands for the line break of many templates
-        ("{{ m['content'] }} ", "<end>"),
-        ("{% if m['role'] == 'user' %}<end> {% endif %}{{ m['content'] }} ", "<end>"),
-    ],
-)
-def test_a_chat_has_its_end_token_once_whoever_writes_it(script, folders, template, ends):
-    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
-    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
-    user, staff = {"role": "user", "content": "the price ."}, {"role": "staff", "content": "the cup is good ."}
-    for reply, times in ([staff], 1), ([staff, user, staff], ends.count("<end>") + template.count("<end>") * 2):
-        _, ids = script.encode("", tokenizer, [user], [reply])
-        text = tokenizer.decode(ids)
-        assert text.endswith(f"the cup is good . {ends}")
-        if len(reply) == 1:
-            assert text.count("<end>") == times
-
-
-def test_what_is_judged_of_a_policy_by_hand(monkeypatch):
-    prompts = dpo.repeat_prompts(16)  # two reviews of each thing
-    reviews = [f"the {dpo.FITS[prompt.split()[2]][0]} is good ." for prompt in prompts]
-    reviews[0], reviews[9] = "the the", "the music is very superb and the sound is good ."  # of coffee and of a concert
-    monkeypatch.setattr(dpo, "sample_reviews", lambda *_: reviews)
-    monkeypatch.setattr(dpo, "all_log_probs", lambda model, pairs, rows, args: torch.full((len(rows), 2), model))
-    rng = np.random.default_rng(0)
-    pool = np.stack([rng.normal(size=(8, 50)), rng.integers(5, 20, (8, 50)), rng.random((8, 50)) < 0.9], 2)
-    pool[3, :, 0] += 100  # the reference is good at hotels alone: there, no review wins
-    pool[5, :20, 0] = 0.6  # and as good at phones, in two of five: a tie is half a win
-    args = dpo.Args(eval_replies=16, device="cpu")
-    result = dpo.evaluate_reviews(-9.0, -9.7, dpo.word_tokenizer(), pool, args)
-    rewards = [0.6] * 16
-    rewards[0], rewards[9] = dpo.NONSENSE, 2.4
-    assert result["eval/true_reward"] == pytest.approx(np.mean(rewards))
-    assert result["eval/kl"] == pytest.approx(0.7)
-    assert result["eval/length"] == pytest.approx((14 * 5 + 2 + 11) / 16)
-    assert result["eval/fluency"] == pytest.approx(15 / 16)
-    wins = [np.mean((np.sign(reward - pool[i % 8, :, 0]) + 1) / 2) for i, reward in enumerate(rewards)]
-    assert wins[3] == 0
-    assert result["eval/win_rate"] == pytest.approx(np.mean(wins))
-    assert result["eval/reference_reward"] == pytest.approx(pool[..., 0].mean())
-    weights, _ = dpo.optimum(pool[..., 0], 0.7)
-    for name, column in ("reward", 0), ("length", 1), ("fluency", 2):
-        best = np.mean([weights[i] @ pool[i, :, column] for i in range(8)])
-        assert result[f"eval/optimal_{name}"] == pytest.approx(best)
-
-
-@both
-def test_each_epoch_has_every_pair_once_in_another_order(script, folders):
-    _, _, pairs, _ = loaded(folders)
-    rows = list(range(3, 57))
-    epochs = [script.epoch_batches(rows, pairs, 8, 1, epoch) for epoch in (0, 1)]
-    for batches in epochs:
-        assert sorted(row for batch in batches for row in batch) == rows
-        assert [len(batch) for batch in batches] == [8] * 6 + [6]
-    assert epochs[0] != epochs[1]
-    assert epochs[0] == script.epoch_batches(rows, pairs, 8, 1, 0)
-    assert epochs[0] != script.epoch_batches(rows, pairs, 8, 2, 0)
-    lengths = [[len(pairs[row].prompt) + max(map(len, pairs[row][1:])) for row in batch] for batch in epochs[0][:-1]]
-    assert np.mean([np.std(x) for x in lengths]) < 0.5 * np.std(np.concatenate(lengths)), "of similar length"
-
-
-@both
-def test_held_out_pairs_are_a_tenth_at_most_and_never_trained_on(script, folders):
-    _, _, pairs, args = loaded(folders)
-    train, held_out = script.split(pairs, args)
-    assert len(held_out) == 6
-    assert sorted(train + held_out) == list(range(60))
-
-
-def test_a_run_repeats_itself_resumes_exactly_and_evaluates_as_it_did(folders, tmp_path, capsys, monkeypatch):
-    for name in "one", "two":
-        dpo.train(arguments(folders, run_dir=str(tmp_path / name)))
-    assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
-    dpo.train(arguments(folders, run_dir=str(tmp_path / "other"), seed=2))
-    assert timeless(tmp_path / "one") != timeless(tmp_path / "other")
-
+def test_a_run_repeats_itself_resumes_exactly_and_evaluates_as_it_did(folders, monkeypatch, capsys):
+    for name, seed in ("one", 1), ("two", 1), ("other", 2):
+        dpo.train(arguments(folders, run_dir=name, seed=seed))
+    assert timeless(Path("one")) == timeless(Path("two"))
+    assert timeless(Path("one")) != timeless(Path("other"))
     update, count = dpo.update, []
 
     def dies(*arguments):
@@ -449,396 +249,574 @@ def test_a_run_repeats_itself_resumes_exactly_and_evaluates_as_it_did(folders, t
             raise ZeroDivisionError
         return update(*arguments)
 
-    monkeypatch.setattr(dpo, "update", dies)
-    with pytest.raises(ZeroDivisionError):
-        dpo.train(arguments(folders, run_dir=str(tmp_path / "cut")))
-    assert dpo.load_file(tmp_path / "cut" / "checkpoint.pt")["step"] == 40
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_DFL)  # they hold the run, and the run its folder's lock
-    gc.collect()
-    dpo.train(arguments(folders, run_dir=str(tmp_path / "cut"), resume=True))
-    assert timeless(tmp_path / "one") == timeless(tmp_path / "cut")
-    files = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("one", "cut", "other")]
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "update", dies)
+        with pytest.raises(ZeroDivisionError):
+            dpo.train(arguments(folders, run_dir="cut"))
+    assert torch.load("cut/checkpoint.pt", weights_only=True)["step"] == 40
+    dpo.train(dpo.saved_args("cut", resume=True))
+    assert timeless(Path("one")) == timeless(Path("cut"))
+    files = [Path(name, "model", "model.safetensors").read_bytes() for name in ("one", "cut", "other")]
     assert files[0] == files[1] != files[2]
-
     capsys.readouterr()
-    dpo.evaluate_saved(arguments(folders, run_dir=str(tmp_path / "one"), evaluate=True))
-    last = [row for row in rows(tmp_path / "one") if "eval/loss" in row][-1]
+    result = dpo.evaluate_saved(dpo.saved_args("one", evaluate=True))
+    last = [row for row in rows(Path("one")) if "eval/kl" in row][-1]
+    assert result == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in last.items() if "eval" in name}
     out = capsys.readouterr().out
-    for name in "loss", "accuracy", "margin":
-        assert f"eval/{name} {last[f'eval/{name}']:.4g}" in out
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "model")
-    assert AutoTokenizer.from_pretrained(tmp_path / "one" / "model").eos_token == "<end>"
-    assert not torch.equal(next(model.parameters()), next(loaded(folders)[0].parameters()))
+    assert out.count("before") == out.count("after") == 3
+    model = AutoModelForCausalLM.from_pretrained("one/model")
+    assert AutoTokenizer.from_pretrained("one/model").eos_token == "<eos>"
+    assert not torch.equal(next(model.parameters()), next(dpo.load_model(str(folders / "gpt2"), AutoModelForCausalLM,
+                                                                        dpo.Args()).parameters()))  # fmt: skip
 
 
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(folders, tmp_path):
-    flags = ["--model-name", folders / "gpt2", "--dataset", folders / "pairs.jsonl", "--device", "cpu", "--batch-size",
-             "9", "--micro-batch-size", "2", "--total-timesteps", "54", "--eval-frequency", "27"]  # fmt: skip
-    one = [sys.executable, SCRIPT]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two += [Path(__file__).with_name("what_is_left.py"), SCRIPT]
-    for name, command in ("one", one), ("two", two):
-        command = [*map(str, command), *map(str, flags), "--run-dir", str(tmp_path / name)]
-        result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("run directory") == 1, "one process writes"
-    assert result.stdout.count("left: []") == 2, "no thread of the two outlives its process group"
-    a, b = timeless(tmp_path / "one"), timeless(tmp_path / "two")
-    assert len(a) == len(b)
-    for first in a, b:  # before the first update margins are 0 but for rounding, and so have any sign
-        next(row for row in first if "rewards/margins" in row).pop("rewards/accuracies")
-    for first, second in zip(a, b, strict=True):
-        assert first == pytest.approx(second, rel=1e-3, abs=2e-4)
-
-    command = [*map(str, two), "--run-dir", str(tmp_path / "two"), "--evaluate"]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=200, check=False)
-    assert result.returncode == 0, result.stderr
-    loss = float(re.search(r"eval/loss ([\d.e-]+),", result.stdout)[1])
-    assert loss == pytest.approx([row for row in b if "eval/loss" in row][-1]["eval/loss"], rel=1e-3)
-    assert result.stdout.count("left: []") == 2
+def test_a_run_in_which_nothing_moves_in_fifty_updates_says_so(folders, capsys):
+    for rate, words in (1e-12, 1), (1e-2, 0):
+        flags = {"batch_size": 2, "total_timesteps": 100, "eval_frequency": 10**9, "checkpoint_frequency": 10**9}
+        dpo.train(arguments(folders, run_dir=str(rate), learning_rate=rate, **flags))
+        assert capsys.readouterr().err.count("raise --learning-rate") == words
 
 
-def test_torchrun_is_refused_where_it_makes_no_sense(monkeypatch, capsys):
-    monkeypatch.setattr(dpo, "PROCESSES", 2)
-    for flags, word in ({}, "one process"), ({"model_name": "x", "dataset": "y", "device": "cuda:1"}, "cuda:1"):
-        with pytest.raises(SystemExit) as end:
-            dpo.train(dpo.Args(**flags))
-        assert end.value.code == 2
-        assert word in capsys.readouterr().err
+def test_a_longer_run_goes_on(folders):
+    dpo.train(arguments(folders, run_dir="run", total_timesteps=48))
+    with pytest.raises(dpo.UsageError, match="--batch-size 8"):
+        dpo.train(dpo.saved_args("run", resume=True, total_timesteps=97))
+    with pytest.raises(dpo.UsageError, match="total_timesteps"):
+        dpo.train(dpo.saved_args("run", resume=True, total_timesteps=40))
+    dpo.train(dpo.saved_args("run", resume=True, total_timesteps=96))
+    assert [row["global_step"] for row in steps_of("run")] == [*range(8, 97, 8)]
 
 
-def test_lora_trains_its_matrices_alone_and_loads_again(folders, tmp_path):
-    pytest.importorskip("peft")
-    run_dir = tmp_path / "run"
-    dpo.train(arguments(folders, run_dir=str(run_dir), lora_rank=2))
-    parts = torch.load(run_dir / "checkpoint.pt", weights_only=True)["model"]
+def test_lora_trains_its_matrices_alone_resumes_and_loads_in_plain_transformers(folders, monkeypatch):
+    flags = {"lora_rank": 2, "learning_rate": 1e-2}
+    dpo.train(arguments(folders, "llama", run_dir="run", **flags))
+    parts = torch.load("run/checkpoint.pt", weights_only=True)["model"]
     assert parts
     assert all("lora_" in name for name in parts)
-    config = json.loads((run_dir / "model" / "adapter_config.json").read_text())
+    config = json.loads(Path("run/model/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 4)
-    steps = [row for row in rows(run_dir) if "loss" in row]
+    steps = steps_of("run")
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert steps[-1]["rewards/margins"] != 0
-    base, _, pairs, _ = loaded(folders)
-    adapted = AutoModelForCausalLM.from_pretrained(run_dir / "model")
-    ids = torch.tensor([pairs[0].prompt])
-    assert not torch.allclose(base(input_ids=ids).logits, adapted(input_ids=ids).logits)
-    dpo.evaluate_saved(arguments(folders, run_dir=str(run_dir), lora_rank=2))
-
-
-@pytest.fixture
-def tokenize(script, folders):
-    """Write each record several times to a file, and give the texts of its first pair as the script reads them."""
-
-    def read(*records):
-        path = Path("data.jsonl")
-        path.write_text("".join(json.dumps(record) + "\n" for record in records for _ in range(10)))
-        tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
-        pair = script.read_pairs(str(path), tokenizer, 64)[0]
-        return [tokenizer.decode(ids) for ids in pair]
-
-    return read
-
-
-@both
-def test_prompts_explicit_implicit_and_in_chats(tokenize):
-    good, bad = "the cup is good .", "the cup is bad ."
-    expected = ["review the coffee :", f"{good} <end>", f"{bad} <end>"]
-    explicit = {"prompt": "review the coffee : ", "chosen": good, "rejected": bad}
-    assert tokenize(explicit) == expected
-    assert tokenize({"chosen": "review the coffee : " + good, "rejected": "review the coffee : " + bad}) == [
-        "review the coffee : the cup is", "good . <end>", "bad . <end>"]  # fmt: skip
-    user = {"role": "coffee", "content": "the price ."}
-    chat = [[user, {"role": "staff", "content": text}] for text in (good, bad)]
-    expected = ["coffee : the price . <end> staff :", f"{good} <end>", f"{bad} <end>"]
-    assert tokenize({"chosen": chat[0], "rejected": chat[1]}) == expected
-    split = {"prompt": [user], "chosen": chat[0][1:], "rejected": chat[1][1:]}
-    assert tokenize(split) == expected
-    assert tokenize(explicit | {"chosen": ""})[1] == "<end>"
-    assert tokenize(explicit | {"prompt": ""}) == ["<end>", f"{good} <end>", f"{bad} <end>"]
-    assert tokenize({"prompt": "the price .", "chosen": chat[0], "rejected": chat[1]}) == expected
-
-
-@both
-def test_parquet_is_read_as_jsonl_is(script, folders, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    records = [record for _, record in script.read_records(str(folders / "pairs.jsonl"))]
-    datasets.Dataset.from_list(records).to_parquet(str(tmp_path / "pairs.parquet"))
-    assert [record for _, record in script.read_records(str(tmp_path / "pairs.parquet"))] == records
-
-
-GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
-
-
-@both
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [
-        ("{", "JSON"), ("", "JSON"), (b"\xff\xfe", "JSON"), ("[1]", "object"), ("3", "object"),
-        ('{"chosen": "b"}', "rejected must be a text or a list of messages with role and content; it is missing"),
-        ('{"chosen": null, "rejected": null}', "it is None"),
-        ('{"prompt": "a", "chosen": 3, "rejected": "c"}', "it is 3"), ('{"chosen": [], "rejected": []}', "it is []"),
-        ('{"prompt": 7, "chosen": "b", "rejected": "c"}', "it is 7"),
-        ('{"chosen": "b", "rejected": "b"}', "differently"),
-        ('{"chosen": "b", "rejected": [{"role": "user", "content": "c"}]}', "both"),
-        ('{"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}', "it is [{'role': 'user'}]"),
-    ],
-)  # fmt: skip
-def test_a_malformed_line_is_named(script, folders, line, word, capsys):
-    line = line if isinstance(line, bytes) else line.encode()
-    Path("data.jsonl").write_bytes(GOOD.encode() + b"\n" + line + b"\n" + GOOD.encode())
+    assert abs(steps[-1]["rewards/margins"]) > 1e-4
+    assert rows(Path("run"))[-1]["eval/kl"] != 0, "the reference is without them, the policy with them"
+    monkeypatch.setattr(dpo.Run, "stop_signal", signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        script.read_pairs("data.jsonl", AutoTokenizer.from_pretrained(folders / "gpt2"), 64)
-    message = capsys.readouterr().err
-    assert end.value.code == 2
-    assert "data.jsonl, line 2" in message
-    assert word in message
-    assert message.count("\n") == 1
+        dpo.train(arguments(folders, "llama", run_dir="cut", **flags))
+    assert end.value.code == 143
+    monkeypatch.setattr(dpo.Run, "stop_signal", 0)
+    dpo.train(dpo.saved_args("cut", resume=True))
+    assert timeless(Path("cut")) == timeless(Path("run"))
+    dpo.evaluate_saved(dpo.saved_args("run", evaluate=True))
+    base, adapted = (AutoModelForCausalLM.from_pretrained(name) for name in (folders / "llama", "run/model"))
+    ids = torch.arange(9)[None]
+    merged = dpo.load_model("run/model", AutoModelForCausalLM, dpo.Args())
+    assert not hasattr(merged, "peft_config")
+    torch.testing.assert_close(adapted(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(base(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-4)
+    dpo.train(arguments(folders, model_name="run/model", run_dir="second", total_timesteps=8,
+                        lora_rank=2, learning_rate=1e-9))  # fmt: skip
+    again = dpo.load_model("second/model", AutoModelForCausalLM, dpo.Args())
+    torch.testing.assert_close(again(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    shutil.rmtree("second")
+    dpo.train(arguments(folders, model_name="run/model", run_dir="second", total_timesteps=8, learning_rate=1e-9))
+    whole = AutoModelForCausalLM.from_pretrained("second/model")
+    torch.testing.assert_close(whole(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_of_other_pairs_has_the_reference_of_these(folders, tmp_path, capsys):
-    """A model of an untrained run is its reference: on whatever pairs, all margins are 0 and the loss is log 2."""
-    args = arguments(folders, run_dir=str(tmp_path / "run"), learning_rate=1e-30)
-    dpo.train(args)
-    lines = (folders / "pairs.jsonl").read_text().splitlines()
-    (tmp_path / "others.jsonl").write_text("\n".join(lines[::-1] + lines))
-    for changes in {"max_length": 22}, {"dataset": str(tmp_path / "others.jsonl")}:
+# ---- Tokens
+
+
+USER = {"role": "user", "content": "hi"}
+SYSTEM = {"role": "system", "content": "be kind"}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+PROMPTS = {  # how a prompt of USER, and SYSTEM if it is allowed, looks in each family; what a reply "one" looks like
+    "llama2": ("<s>[INST] hi [/INST]", "<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhi [/INST]", " one </s>"),
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "one<|eot_id|>",
+    ),
+    "qwen2": (
+        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "one<|im_end|>",
+    ),
+    "qwen3": (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        "<think>\n\n</think>\n\none<|im_end|>",
+    ),
+    "gemma": ("<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n", None, "one<end_of_turn>"),
+    "mistral": ("<s>[INST] hi[/INST]", None, " one</s>"),
+}
+
+
+@pytest.mark.parametrize("family", PROMPTS)
+def test_chats_of_each_family_end_where_their_turn_ends(family):
+    tokenizer = tokenizer_of(family)
+    plain, with_system, reply = PROMPTS[family]
+    ids = dpo.encode(tokenizer, [USER], ["one", [{"role": "assistant", "content": "two"}]])
+    assert [tokenizer.decode(row) for row in ids] == [plain, reply, reply.replace("one", "two")]
+    if with_system:
+        assert tokenizer.decode(dpo.encode(tokenizer, [SYSTEM, USER], ["one"])[0]) == with_system
+    else:
+        with pytest.raises(dpo.UsageError, match=r"System role|Only user"):
+            dpo.encode(tokenizer, [SYSTEM, USER], ["one"])
+
+
+@pytest.mark.parametrize("family", PROMPTS)
+def test_chats_have_the_tokens_that_trl_gives_them_but_for_what_follows_the_end(family, tmp_path):
+    """TRL learns the line break behind <|im_end|> and <end_of_turn> too, which no model has to write: it has stopped.
+    We are right to cut it off. Elsewhere both agree."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    save_model(tmp_path / "model", "llama", family)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    row = {"prompt": [USER], "chosen": [{"role": "assistant", "content": "one"}],
+           "rejected": [{"role": "assistant", "content": "two"}]}  # fmt: skip
+    if "tools" in TEMPLATES[family][2]:
+        row["tools"] = [TOOL]
+    config = trl.DPOConfig(str(tmp_path / "trl"), use_cpu=True, report_to=[], bf16=False, max_length=None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    trainer = trl.DPOTrainer(model, args=config, train_dataset=Dataset.from_list([row]), processing_class=tokenizer)
+    theirs = trainer.train_dataset[0]
+    prompt, chosen, rejected = dpo.encode(tokenizer, row["prompt"], [row["chosen"], row["rejected"]], row.get("tools"))
+    assert prompt == theirs["prompt_ids"]
+    line_break = tokenizer("\n", add_special_tokens=False).input_ids
+    rest = line_break if family in ("qwen2", "qwen3", "gemma") else []
+    assert [chosen + rest, rejected + rest] == [theirs["chosen_ids"], theirs["rejected_ids"]]
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3", "mistral"])
+def test_tools_reach_the_template(family, tmp_path):
+    tokenizer, args = tokenizer_of(family), dpo.Args()
+    for tools in [TOOL], json.dumps([TOOL]):
+        rows = [{"prompt": [USER], "chosen": "yes", "rejected": "no", "tools": tools}]
+        rows += [{"prompt": [USER], "chosen": "yes", "rejected": "no", "tools": None}] * isinstance(tools, list)
+        write_jsonl(tmp_path / "tools.jsonl", [{k: v for k, v in row.items() if v} for row in rows])
+        first, *rest = dpo.read_pairs(str(tmp_path / "tools.jsonl"), None, tokenizer, 999, args)
+        assert '"weather"' in tokenizer.decode(first.prompt)
+        assert "None" not in tokenizer.decode(first.prompt)
+        assert "null" not in tokenizer.decode(first.prompt)
+        assert all("weather" not in tokenizer.decode(pair.prompt) for pair in rest)
+
+
+def test_a_text_has_one_bos_and_its_end_once():
+    tokenizer = tokenizer_of("llama2")
+    for prompt in "[INST] hi [/INST]", "<s>[INST] hi [/INST]":
+        ids = dpo.encode(tokenizer, prompt, [" one", " two </s>"])
+        assert [tokenizer.decode(row) for row in ids] == ["<s>[INST] hi [/INST]", " one</s>", " two </s>"]
+    assert [tokenizer.decode(row) for row in dpo.encode(tokenizer, "", ["", "one"])] == ["<s>", "</s>", "one</s>"]
+    chatml = tokenizer_of("qwen2")
+    ids = dpo.encode(chatml, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", ["one<|im_end|>\n", "two "])
+    assert [chatml.decode(row) for row in ids[1:]] == ["one<|im_end|>", "two <|im_end|>"]
+    assert [chatml.decode(row) for row in dpo.encode(chatml, "", ["one"])] == ["<|im_end|>", "one<|im_end|>"]
+
+
+def test_where_a_token_spans_prompt_and_reply_the_prompt_ends_before_it():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<eos>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(words, [("a", "b")])), eos_token="<eos>")
+    assert dpo.encode(tokenizer, "ca", ["b", "c"]) == [[3], [4, 0], [1, 3, 0]]
+
+
+# ---- People's data: layouts
+
+
+def texts_of(rows, family="qwen3", path="data.jsonl", **flags):
+    """What the script makes of the first row: the text of prompt, chosen and rejected."""
+    tokenizer = tokenizer_of(family)
+    pair = dpo.read_pairs(str(write_jsonl(Path(path), rows)), None, tokenizer, 999, dpo.Args(**flags))[0]
+    return [tokenizer.decode(ids) for ids in pair[:3]]
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+ASKED_KINDLY = "<|im_start|>system\nbe kind<|im_end|>\n" + ASKED
+YES, NO = "<think>\n\n</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"
+LAYOUTS = {
+    "TRL, texts": ({"prompt": "hi ", "chosen": "yes", "rejected": "no"}, ["hi ", "yes<|im_end|>", "no<|im_end|>"]),
+    "TRL, chats": ({"prompt": [USER], "chosen": [says("yes")], "rejected": [says("no")]}, [ASKED, YES, NO]),
+    "TRL, without a prompt": ({"chosen": [USER, says("yes")], "rejected": [USER, says("no")]}, [ASKED, YES, NO]),
+    "the prompt repeated": ({"prompt": [USER], "chosen": [USER, says("yes")], "rejected": [USER, says("no")]},
+                            [ASKED, YES, NO]),
+    "a text before a chat": ({"prompt": "hi", "chosen": [says("yes")], "rejected": [says("no")]}, [ASKED, YES, NO]),
+    "HH-RLHF": ({"chosen": "\n\nHuman: hi\n\nAssistant: I say yes", "rejected": "\n\nHuman: hi\n\nAssistant: I say no"},
+                ["\n\nHuman: hi\n\nAssistant:", " I say yes<|im_end|>", " I say no<|im_end|>"]),
+    "UltraFeedback binarized": (
+        {"prompt": "hi", "prompt_id": "1", "chosen": [USER, says("yes")], "rejected": [USER, says("no")],
+         "messages": [USER, says("yes")], "score_chosen": 8.0, "score_rejected": 5.0}, [ASKED, YES, NO]),
+    "orca pairs": ({"system": "be kind", "question": "hi", "chosen": "yes", "rejected": "no"}, [ASKED_KINDLY, YES, NO]),
+    "orca pairs, no system": ({"system": "", "question": "hi", "chosen": "yes", "rejected": "no"}, [ASKED, YES, NO]),
+    "argilla, orca": ({"system": "be kind", "input": "hi", "chosen": "yes", "rejected": "no", "generations": ["a", "b"],
+                       "rating": [9.0, 7.0]}, [ASKED_KINDLY, YES, NO]),
+    "argilla, dpo-mix": ({"dataset": "x", "chosen": [USER, says("yes")], "rejected": [USER, says("no")],
+                          "chosen_rating": 5.0}, [ASKED, YES, NO]),
+    "argilla, responses": ({"instruction": "hi ", "chosen_response": "yes", "rejected_response": "no"},
+                           ["hi ", "yes<|im_end|>", "no<|im_end|>"]),
+    "OpenRLHF": ({"chosen": [SYSTEM, USER, says("yes")], "rejected": [SYSTEM, USER, says("no")]},
+                 [ASKED_KINDLY, YES, NO]),
+    "ShareGPT": ({"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "yes"},
+                  "rejected": {"from": "gpt", "value": "no"}}, [ASKED, YES, NO]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_read_as_it_is(name, capsys):
+    row, expected = LAYOUTS[name]
+    assert texts_of([row, row]) == expected
+    unused = row.keys() - {n for names in dpo.USUAL.values() for n in names}
+    out = capsys.readouterr().out
+    assert all(column in out.split("not used")[1] for column in unused), "no column is left out without a word"
+
+
+SHP = {"history": "hi ", "human_ref_A": "yes", "human_ref_B": "no", "labels": 1}
+OTHER_LAYOUTS = {  # the rows, and the lines with which --convert reads them
+    "SHP": ([SHP, SHP | {"labels": 0}], """
+        [{"prompt": r["history"], "chosen": r["human_ref_" + "BA"[r["labels"]]],
+          "rejected": r["human_ref_" + "AB"[r["labels"]]]} for r in rows]"""),
+    "Nectar": ([{"prompt": "hi ", "answers": [{"answer": a, "rank": r, "model": "m"} for a, r in
+                                              (("so", 2.0), ("no", 3.0), ("yes", 1.0))]}], """
+        [{"prompt": r["prompt"], "chosen": a[0]["answer"], "rejected": a[-1]["answer"]} for r in rows
+         for a in [sorted(r["answers"], key=lambda answer: answer["rank"])]]"""),
+    "HelpSteer2": ([{"prompt": "hi ", "response": a, "helpfulness": h} for a, h in (("no", 1), ("yes", 4))], """
+        [{"prompt": a["prompt"], "chosen": max(a, b, key=lambda r: r["helpfulness"])["response"],
+          "rejected": min(a, b, key=lambda r: r["helpfulness"])["response"]} for a, b in zip(*[iter(rows)] * 2)]"""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+def test_another_layout_is_refused_and_read_with_the_flag_that_the_answer_names(name):
+    data, lines = OTHER_LAYOUTS[name]
+    with pytest.raises(dpo.UsageError, match=r"has the columns .*--convert"):
+        texts_of(data)
+    Path("convert.py").write_text(f"def pairs(rows):\n    return {lines.strip()}\n")
+    assert texts_of(data, convert="convert.py:pairs") == ["hi ", "yes<|im_end|>", "no<|im_end|>"]
+
+
+def test_columns_of_other_names_are_named_by_flags():
+    row = {"q": "hi ", "good": "yes", "poor": "no"}
+    with pytest.raises(dpo.UsageError, match=r"has the columns q, good, poor.*--prompt-column"):
+        texts_of([row])
+    flags = {"prompt_column": "q", "chosen_column": "good", "rejected_column": "poor"}
+    assert texts_of([row], **flags) == ["hi ", "yes<|im_end|>", "no<|im_end|>"]
+    with pytest.raises(dpo.UsageError, match="--rejected-column"):
+        texts_of([row], **flags | {"rejected_column": "bad"})
+    assert texts_of([row], **flags, chat=True)[0] == ASKED.replace("hi", "hi ")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "hi", "chosen": "yes", "rejected": [says("no")]}, "both"),
+        ({"prompt": "hi", "chosen": [{"role": "user"}], "rejected": [says("no")]}, "neither a text"),
+        ({"prompt": "hi", "chosen": [], "rejected": []}, "neither a text"),
+        ({"prompt": 7, "chosen": "yes", "rejected": "no"}, "7 is neither a text"),
+        ({"ask": "hi", "chosen": "yes", "rejected": "no"}, "--prompt-column"),
+        ({"prompt": "other", "chosen": [USER, says("yes")], "rejected": [USER, says("no")]}, "--prompt-column"),
+        ({"prompt": [SYSTEM, USER, USER, SYSTEM], "chosen": "a", "rejected": "b", "f": "llama2"}, "must alternate"),
+        ({"prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b", "f": "gemma"}, "System role not supported"),
+        ({"system": "be kind", "prompt": "hi", "chosen": "a", "rejected": "b", "f": "gpt2"}, "chat template"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(row, words):
+    with pytest.raises(dpo.UsageError, match=f"row 1: .*{words}"):
+        texts_of([row], family=row.get("f", "qwen3"))
+
+
+def test_equal_pairs_are_counted_left_out_and_refused_where_all_are(capsys):
+    pair = {"prompt": "hi ", "chosen": "yes", "rejected": "no"}
+    texts_of([pair, pair | {"chosen": "no"}, pair | {"rejected": "long " * 999}])
+    assert "1 pairs. Left out: 1 with equal replies, 1 of over 999 tokens" in capsys.readouterr().out
+    thoughts = {"prompt": [USER], "chosen": [says("<think>a</think>yes")], "rejected": [says("<think>b</think>yes")]}
+    with pytest.raises(dpo.UsageError, match=r"4 with equal replies.*template"):
+        texts_of([thoughts] * 4, family="thoughtless")
+    assert texts_of([thoughts])[1:] == [f"<think>\n{x}\n</think>\n\nyes<|im_end|>" for x in "ab"]
+    with pytest.raises(dpo.UsageError, match="1 with equal replies"):
+        texts_of([{"chosen": [USER, says("no")], "rejected": [USER, says("no")]}])
+
+
+def test_a_judge_labels_the_pairs_and_learns_nothing_from_their_order():
+    seen = []
+    rows = [
+        {"prompt": "hi ", "chosen": c, "rejected": r} for c, r in (("aa", "b"), ("b", "aa"), ("c", "dd"), ("dd", "c"))
+    ]
+    Path("judge.py").write_text("def longer(prompt, reply, other):\n    assert prompt == 'hi '\n"
+                                "    assert reply < other\n    return len(reply) > len(other)\n")  # fmt: skip
+    pairs = dpo.read_pairs(str(write_jsonl(Path("d.jsonl"), rows)), None, tokenizer_of("gemma"), 99,
+                           dpo.Args(labels="judge.py:longer"))  # fmt: skip
+    seen = [tokenizer_of("gemma").decode(pair.chosen) for pair in pairs]
+    assert seen == ["aa<eos>", "aa<eos>", "dd<eos>", "dd<eos>"]
+    for wrong in "judge.py", "judge.py:nothing", "nowhere.py:f":
+        with pytest.raises(dpo.UsageError, match="--labels"):
+            texts_of(rows, labels=wrong)
+
+
+# ---- People's data: files
+
+
+def test_datasets_reads_every_kind_of_file(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    data = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    made = Dataset.from_list(data)
+    Path("a b").mkdir()
+    made.to_json("a b/x.jsonl")
+    made.to_json("a b/x.jsonl.gz", compression="gzip")
+    Path("a b/x.json").write_text(json.dumps(data))
+    made.to_csv("a b/x.csv")
+    made.to_parquet("a b/x.parquet")
+    for kind in "jsonl", "jsonl.gz", "json", "csv", "parquet":
+        assert [row["prompt"] for row in dpo.read_rows("--dataset", f"a b/x.{kind}")] == ["q0", "q1", "q2", "q3"], kind
+    for name, part in ("one", data[:2]), ("two", data[2:]):
+        write_jsonl(Path(f"part-{name}.jsonl"), part)
+    assert len(dpo.read_rows("--dataset", "part-*.jsonl")) == 4
+    Path("folder").mkdir()
+    shutil.copy("part-one.jsonl", "folder/train.jsonl")
+    shutil.copy("a b/x.jsonl", "folder/test.jsonl")
+    assert [len(dpo.read_rows("--dataset", "folder", split=split)) for split in (None, "test", "train[:1]")] == [
+        2,
+        4,
+        1,
+    ]
+    made.save_to_disk("saved")
+    DatasetDict({"train_prefs": made, "test_prefs": made.select([0])}).save_to_disk("both")
+    assert len(dpo.read_rows("--dataset", "saved")) == 4
+    assert len(dpo.read_rows("--dataset", "both", split="test_prefs")) == 1
+    Path("damaged.jsonl").write_text(json.dumps(data[0]) + "\n{")
+    for wrong, split, words in (
+        ("both", None, "train_prefs"), ("folder", "validation", "test"), ("damaged.jsonl", None, "JSON"),
+        ("nothing.jsonl", None, "no such file"),
+    ):  # fmt: skip
+        with pytest.raises(dpo.UsageError, match=f"--dataset {wrong} can't be read: .*{words}"):
+            dpo.read_rows("--dataset", wrong, split=split)
+
+
+def test_held_out_pairs_share_no_prompt_with_the_others(folders):
+    rows = [{"prompt": f"{i // 3} ", "chosen": f"{i}", "rejected": "no"} for i in range(90)]
+    write_jsonl(Path("d.jsonl"), rows)
+    tokenizer, model = tokenizer_of("gemma"), AutoModelForCausalLM.from_pretrained(folders / "gpt2")
+    pairs, held_out = dpo.training_and_held_out(tokenizer, model, dpo.Args(dataset="d.jsonl"))
+    assert len(held_out) == 9
+    assert len(pairs) == 81
+    assert not {pair.text for pair in pairs} & {pair.text for pair in held_out}
+    write_jsonl(Path("d.jsonl"), [row | {"prompt": f"{i % 2} "} for i, row in enumerate(rows)])
+    pairs, held_out = dpo.training_and_held_out(tokenizer, model, dpo.Args(dataset="d.jsonl", eval_pairs=5))
+    assert (len(pairs), len(held_out)) == (85, 5)
+    assert not {str(pair.chosen) for pair in pairs} & {str(pair.chosen) for pair in held_out}
+    write_jsonl(Path("d.jsonl"), rows)
+    write_jsonl(Path("t.jsonl"), rows[:7])
+    pairs, held_out = dpo.training_and_held_out(tokenizer, model, dpo.Args(dataset="d.jsonl", eval_dataset="t.jsonl"))
+    assert (len(pairs), len(held_out)) == (90, 7)
+    with pytest.raises(dpo.UsageError, match=r"81 pairs .* --batch-size 90"):
+        dpo.training_and_held_out(tokenizer, model, dpo.Args(dataset="d.jsonl", batch_size=90))
+
+
+def test_evaluating_another_dataset_judges_all_of_it(folders, capsys):
+    dpo.train(arguments(folders, run_dir="run", learning_rate=1e-30))
+    write_jsonl(Path("test.jsonl"), pairs_of_words(8, seed=1))
+    for flag in "dataset", "eval_dataset":
         capsys.readouterr()
-        dpo.evaluate_saved(arguments(folders, run_dir=args.run_dir, **changes))
-        assert f"eval/loss {math.log(2):.4g}," in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        dpo.train(arguments(folders, run_dir=args.run_dir, resume=True, **changes))
-    assert end.value.code == 2
-    assert "120 now" in capsys.readouterr().err
+        args = dpo.saved_args("run", evaluate=True, **{flag: "test.jsonl"})
+        held_out = []
+        evaluate = dpo.evaluate
+
+        def looking(run, pairs, args, evaluate=evaluate, held_out=held_out):
+            held_out += pairs
+            return evaluate(run, pairs, args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dpo, "evaluate", looking)
+            result = dpo.evaluate_saved(args)
+        assert len(held_out) == 8
+        assert result["eval/loss"] == pytest.approx(math.log(2), abs=1e-4), "the untrained policy is its reference"
 
 
-@both
-def test_long_pairs_are_counted_and_left_out(script, folders, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
-    everything = script.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 64)
-    lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in everything]
-    capsys.readouterr()
-    kept = script.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 20)
-    assert kept == [pair for pair, length in zip(everything, lengths, strict=True) if length <= 20]
-    assert f"{60 - len(kept)} of 60 pairs" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        script.read_pairs(str(folders / "pairs.jsonl"), tokenizer, 3)
+def test_each_epoch_has_every_pair_once_in_another_order():
+    pairs = [dpo.Pair([1] * (i % 7 + 1), [i], [2] * (i % 11 + 1), "") for i in range(54)]
+    args, number = dpo.Args(batch_size=8, total_timesteps=96), 6
+    batches = dpo.batches_from(0, pairs, args)
+    epochs = [[next(batches) for _ in range(number)] for _ in range(2)]
+    for epoch in epochs:
+        assert len({pair.chosen[0] for batch in epoch for pair in batch}) == 48
+        lengths = [[len(pair.prompt) + len(pair.rejected) for pair in batch] for batch in epoch]
+        assert np.mean([np.std(x) for x in lengths]) < 0.5 * np.std(np.concatenate(lengths)), "of similar length"
+    assert epochs[0] != epochs[1]
+    later = dpo.batches_from(72, pairs, args)
+    assert [next(later) for _ in range(3)] == epochs[1][3:], "a resumed run takes the rest of its epoch"
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"dataset": None}, "--dataset"), ({"model_name": None}, "--model-name"), ({"beta": 0.0}, "--beta"),
-        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "--label-smoothing"), ({"label_smoothing": 0.6}, "--label"),
-        ({"warmup": 1.5}, "--warmup"), ({"batch_size": 0}, "--batch-size"), ({"lora_rank": -1}, "--lora-rank"),
-    ],
-)  # fmt: skip
-def test_flags_that_contradict_are_refused(folders, changes, word, capsys):
-    with pytest.raises(SystemExit) as end:
-        arguments(folders, **changes)
-    assert end.value.code == 2
-    assert word in capsys.readouterr().err
+# ---- Models
 
 
-def test_what_cannot_be_loaded_is_one_line(folders, capsys, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(folders / "gpt2")
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path / "endless")
-    for changes in (
-        {"model_name": str(tmp_path / "nothing")},
-        {"model_name": str(tmp_path / "endless")},
-        {"dataset": "no.jsonl"},
-    ):
-        with pytest.raises(SystemExit) as end:
-            dpo.train(arguments(folders, **changes))
-        assert end.value.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert not Path("runs").exists()
+def test_models_that_are_no_causal_language_models_are_refused(folders, tmp_path):
+    save_model(tmp_path / "scores", "llama", kind=AutoModelForSequenceClassification)
+    tokenizer = tokenizer_of("gemma")
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=16)  # fmt: skip
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classifier")
+    for name, words in ("scores", "no weights for lm_head"), ("bert", "looks ahead"), ("classifier", "no weights"):
+        with pytest.raises(dpo.UsageError, match=f"{name} .*{words}"):
+            dpo.load_model(str(tmp_path / name), AutoModelForCausalLM, dpo.Args())
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"learning_rate": 1e-12}, "--learning-rate"), ({"learning_rate": 1e-12, "total_timesteps": 98}, ""),
-        ({"learning_rate": 1e-3}, ""),
-    ],
-)  # fmt: skip
-def test_a_run_in_which_nothing_moves_in_fifty_updates_says_so(folders, capsys, changes, word):
-    dpo.train(arguments(folders, batch_size=2, **changes))
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert [word in line for line in warnings] == [True] * bool(word)
+def test_a_model_whose_config_nests_that_of_the_text_trains(folders, tmp_path):
+    tokenizer = tokenizer_of("gemma")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+             "max_position_embeddings": 256}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=sizes, vision_config=vision, mm_tokens_per_image=4, image_token_index=7,
+                          boi_token_index=5, eoi_token_index=6)  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
+    tokenizer.save_pretrained(tmp_path / "gemma3")
+    dpo.train(arguments(folders, model_name=str(tmp_path / "gemma3"), run_dir="run", total_timesteps=16))
+    assert len(steps_of("run")) == 2
 
 
-def test_a_gradient_of_zero_has_another_cause(capsys):
-    dpo.warn_if_stuck({"rewards/margins": 1e-5, "losses/grad_norm": 0.0})
-    assert "frozen" in capsys.readouterr().err
-    dpo.warn_if_stuck({"rewards/margins": -1e-3, "losses/grad_norm": 0.0})
-    assert not capsys.readouterr().err
+def test_dropout_is_off_also_with_gradient_checkpointing(folders):
+    config = copy.deepcopy(SIZES["gpt2"])
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained("dropout")
+    for checkpointing in False, True:
+        args = dpo.Args(gradient_checkpointing=checkpointing)
+        model = dpo.make_trainable(dpo.load_model("dropout", AutoModelForCausalLM, args), "CAUSAL_LM", args)
+        ids = torch.arange(20)[None]
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert any(module.training for module in model.modules()) == checkpointing
 
 
-@both
-def test_true_reward_by_hand(script):
-    prompt = "review the coffee : "
-    for review, reward in {
-        "the cup is good .": 0.6,
-        "the cup is very awful .": -1.8,
-        "the cup is not superb .": -0.6,
-        "the plot is good .": 0.0,
-        "the cup is good and the taste is lovely .": 1.5,
-        "the cup is good but the taste is lovely .": 1.2,
-        "the cup is good and the cup is good .": 0.6,
-        "the cup is bad but the smell is not bad .": -0.45,
-        "the cup is good": script.NONSENSE,
-        "the cup is good and .": script.NONSENSE,
-        "the cup is good . .": script.NONSENSE,
-        "and the cup is good .": script.NONSENSE,
-        " and ".join(["the cup is good"] * 5) + " .": script.NONSENSE,  # the grammar writes at most four clauses
-        ".": script.NONSENSE,
-        "": script.NONSENSE,
-    }.items():
-        assert script.true_reward(prompt, review) == pytest.approx(reward), review
-    rng = script.random.Random(0)
-    assert all(script.parse_review(script.write_review(prompt, rng)) for _ in range(99))
+def test_a_model_in_bfloat16_is_trained_and_saved_in_float32(folders):
+    AutoModelForCausalLM.from_pretrained(folders / "gpt2").bfloat16().save_pretrained("half")
+    AutoTokenizer.from_pretrained(folders / "gpt2").save_pretrained("half")
+    dpo.train(arguments(folders, model_name="half", run_dir="run", total_timesteps=8, learning_rate=1e-6))
+    before, after = (load_file(Path(name, "model.safetensors")) for name in ("half", "run/model"))
+    for name, value in after.items():
+        assert value.dtype == torch.float32
+        assert (value != before[name].float()).any(), name
 
 
-@pytest.mark.slow
-@both
-def test_the_made_reference_learns_at_a_rate_that_rises_and_falls(script, tmp_path, monkeypatch):
-    rates, adamw = [], torch.optim.AdamW
-    step = adamw.step
-    monkeypatch.setattr(adamw, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
-    monkeypatch.setattr(script, "sample_reviews", lambda model, tokenizer, prompts, *_: ["."] * len(prompts))
-    script.make_reviews(tmp_path, script.Args(num_pairs=1600, device="cpu"))
-    assert len(rates) == 100, "one epoch, sixteen pairs at a time"
-    expected = {0: 1e-4, 9: 1e-3, 24: 2.5e-3, 75: 1.25e-3, 99: 5e-5}
-    assert {i: rates[i] for i in expected} == pytest.approx(expected)
-    assert (tmp_path / "pairs.jsonl").read_text().count("\n") == 1599
+def test_replies_are_samples_of_the_model_whatever_its_folder_says(folders):
+    """Two steps of a known distribution: counts follow it, also in a batch of prompts of unequal length."""
+    run, _, _ = started(folders, "llama", run_dir="run")
+    model = run.bare
+    model.generation_config.top_k, model.generation_config.top_p, model.generation_config.temperature = 3, 0.5, 0.1
+    prompts, ends = [[5, 6, 7], [8]] * 1500, [run.tokenizer.eos_token_id, 40]
+    replies = dpo.sample(model, prompts, ends, 1, (1, 0))
+    assert replies == dpo.sample(model, prompts, ends, 1, (1, 0)) != dpo.sample(model, prompts, ends, 1, (1, 1))
+    for i, prompt in enumerate(prompts[:2]):
+        expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1).detach().numpy()
+        counts = np.bincount([reply[0] for reply in replies[i::2]], minlength=len(expected)) / 1500
+        assert np.abs(counts - expected).max() < 0.05
+        assert np.abs(counts - expected).sum() < 0.6
+    long = dpo.sample(model, prompts[:300], ends, 30, (1, 0))
+    assert {len(reply) for reply in long} > {30}
+    for reply in long:
+        assert not set(reply[:-1]) & set(ends), "it ends with the first end"
+        assert len(reply) == 30 or reply[-1] in ends
 
 
-def test_optimum_of_a_gaussian_reward_and_of_two_replies():
-    rewards = np.random.default_rng(0).normal(size=(4, 50_000))
-    weights, beta = dpo.optimum(rewards, 0.5)  # for a normal reward: gain 1 / beta, divergence 1 / (2 beta^2)
-    assert weights.sum(1) == pytest.approx(1)
-    assert (weights * rewards).sum(1).mean() == pytest.approx(1, abs=0.03)
-    assert beta == pytest.approx(1, abs=0.03)
-    weights, beta = dpo.optimum(np.array([[0.0, 1.0]]), 0.1)
-    p = 1 / (1 + math.exp(-1 / beta))
-    assert weights[0] == pytest.approx([1 - p, p])
-    assert p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p) == pytest.approx(0.1)
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """The default task with a seventh of its pairs, and so at twice its learning rate. Returns arguments and output."""
-    folder = tmp_path_factory.mktemp("reviews")
-    args = dpo.Args(
-        num_pairs=6000,
-        total_timesteps=5400,
-        learning_rate=1e-3,
-        eval_frequency=2700,
-        eval_replies=400,
-        run_dir=str(folder / "run"),
-    )
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        dpo.train(args)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return args, out.getvalue()
-
-
-@pytest.mark.slow
-def test_the_policy_gains_reward_and_stays_fluent(learned):
-    args, out = learned
-    assert out.count("before") == out.count("after") == 3
-    results = [row for row in rows(Path(args.run_dir)) if "eval/kl" in row]
-    assert len(results) == 2
-    last = results[-1]
-    pool = dpo.judge_reference(Path(args.run_dir))
-    assert last["eval/reference_reward"] == pytest.approx(pool[..., 0].mean())
-    gain = last["eval/true_reward"] - last["eval/reference_reward"]
-    assert gain > 0.5 * (last["eval/optimal_reward"] - last["eval/reference_reward"])
-    assert 0.3 < last["eval/kl"] < 1.2
-    assert last["eval/win_rate"] > 0.6
-    assert last["eval/fluency"] > 0.85
-    assert last["eval/optimal_fluency"] > pool[..., 2].mean(), "nonsense earns less than a review"
-    length = pool[..., 1].mean()
-    assert length < last["eval/optimal_length"] < 1.3 * length
-    assert 0.7 * length < last["eval/length"] < 1.3 * length
-
-
-@pytest.mark.slow
-def test_the_reference_writes_reviews_and_has_no_dropout(learned):
-    args, _ = learned
-    folder = Path(args.run_dir)
-    pool = dpo.judge_reference(folder)
-    assert pool.shape == (8, 1500, 3)
-    assert pool[..., 2].mean() > 0.9, "most of them the grammar can have written"
-    assert not any(value for name, value in GPT2Config.from_pretrained(folder / "reference").to_dict().items()
-                   if name.endswith("pdrop"))  # fmt: skip
-    reference, tokenizer = dpo.load_model(folder / "reference", args), dpo.load_tokenizer(folder / "reference")
-    rng = dpo.random.Random(99)
-    reviews = [(prompt, dpo.write_review(prompt, rng)) for prompt in dpo.repeat_prompts(400)]
-    pairs = [dpo.Pair(*dpo.encode("", tokenizer, prompt, [review] * 2)) for prompt, review in reviews]
+def test_the_kl_divergence_is_that_of_an_average_over_the_policys_replies(folders):
+    """With replies of one token it is known: the sum over the vocabulary."""
+    run, _, _ = started(folders, "llama", run_dir="run")
     with torch.no_grad():
-        nats = -dpo.pair_log_probs(reference, pairs)[0].mean().item()
-    assert nats < 1.1 * np.mean([entropy(*text) for text in reviews])
-
-    def length(clauses):
-        return np.mean([len(review.split()) for _, review in reviews if len(dpo.parse_review(review)) == clauses])
-
-    assert length(1) < length(2) < length(4)
-
-
-def entropy(prompt, review):
-    """-log of the probability with which the grammar writes it."""
-    fits, clauses, p = dpo.FITS[prompt.split()[2]], dpo.parse_review(review), 1.0
-    for i, (link, aspect, degree, value) in enumerate(clause.groups() for clause in clauses):
-        p *= (0.5 if link else 1) * (0.75 * (aspect in fits) / len(fits) + 0.25 / len(dpo.ASPECTS))
-        p *= {"not ": 0.25, "very ": 0.25, "": 0.5}[degree] / len(dpo.VALUES)
-        goes_on = 1 / (1 + math.exp(-1.5 * dpo.DEGREES[degree] * dpo.VALUES[value] - 0.5))
-        p *= 1 if i == 3 else goes_on if i < len(clauses) - 1 else 1 - goes_on
-    return -math.log(p)
+        for parameter in run.bare.parameters():
+            parameter += 0.05 * torch.randn_like(parameter, generator=None)
+    pair = dpo.Pair([5, 6, 7], [8, run.tokenizer.eos_token_id], [9, run.tokenizer.eos_token_id], "hi")
+    args = dpo.Args(eval_replies=2000, max_new_tokens=1, batch_size=1000, total_timesteps=1000)
+    run.micro_batch_size, run.judge = 1000, lambda prompts, replies: [float(p == "hi") for p in prompts]
+    result = dpo.evaluate(run, [pair], args)
+    policy, reference = (m(input_ids=torch.tensor([pair.prompt])).logits[0, -1].log_softmax(-1)
+                         for m in (run.bare, run.reference))  # fmt: skip
+    kl = (policy.exp() * (policy - reference)).sum().item()
+    assert kl > 0.05
+    assert result["eval/kl"] == pytest.approx(kl, rel=0.2)
+    assert result["eval/length"] == 1
+    assert result["eval/reward"] == 1
 
 
-@both
-def test_the_grammars_probabilities_sum_to_one(script):
-    """Over all reviews of one clause: that many are written."""
-    prompt, rng = script.PROMPTS[0], script.random.Random(0)
-    single = [f"the {a} is {d}{v} ." for a in script.ASPECTS for d in script.DEGREES for v in script.VALUES]
-    written = [len(script.parse_review(script.write_review(prompt, rng))) for _ in range(4000)]
-    assert set(written) == {1, 2, 3, 4}
-    share = sum(math.exp(-entropy(prompt, review)) for review in single)
-    assert np.mean([count == 1 for count in written]) == pytest.approx(share, abs=0.03)
+def test_a_reward_models_folder_judges(tmp_path):
+    """As plain transformers does, of prompts that are texts and of chats."""
+    folder = str(save_model(tmp_path / "scores", "llama", "qwen3", AutoModelForSequenceClassification, num_labels=1))
+    scores = dpo.load_reward(dpo.Args(reward=folder))([[USER], "hi "], ["yes", "no"])
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = [ASKED + YES, "hi no<|im_end|>"]
+    expected = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
+# ---- Several processes
+
+
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def learn(folders, launcher, run_dir, *flags, **environ):
+    command = [sys.executable, *launcher, SCRIPT, "--model-name", folders / "llama", "--dataset",
+               folders / "pairs.jsonl", "--device", "cpu", "--batch-size", 8, "--total-timesteps", 32,
+               "--eval-frequency", 16, "--eval-replies", 6, "--max-new-tokens", 6, "--learning-rate", "1e-3",
+               "--run-dir", run_dir, *flags]  # fmt: skip
+    env = os.environ | environ
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=env, timeout=280, check=False)
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true"}  # fmt: skip
+
+
+def same_learning(one, two):
+    first, second = timeless(Path(one)), timeless(Path(two))
+    assert len(first) == len(second)
+    for row, other in zip(first, second, strict=True):
+        sampled = {"eval/kl", "eval/length"}  # each process draws its own replies
+        # Before the first update margins are 0 but for rounding, and so have any sign
+        sampled |= {"rewards/accuracies"} if row["global_step"] == 8 else set()
+        assert row.keys() == other.keys()
+        assert {k: v for k, v in row.items() if k not in sampled} == pytest.approx(
+            {k: v for k, v in other.items() if k not in sampled}, rel=2e-3, abs=3e-4)  # fmt: skip
 
 
 @pytest.mark.slow
-def test_labels_are_drawn_from_the_true_reward(learned):
-    labels = [record for _, record in dpo.read_records(learned[0].run_dir + "/pairs.jsonl")]
-    assert len(labels) == 6000
-    margins = [dpo.true_reward(r["prompt"], r["chosen"]) - dpo.true_reward(r["prompt"], r["rejected"]) for r in labels]
-    expected = np.mean([1 / (1 + math.exp(-abs(m))) for m in margins])
-    assert np.mean([(m > 0) + (m == 0) / 2 for m in margins]) == pytest.approx(expected, abs=0.03)
+@pytest.mark.timeout(600)
+def test_two_processes_learn_what_one_learns(folders):
+    """Of replies of unequal lengths, in micro-batches, with DDP and with FSDP2; and they go on after a stop."""
+    result = learn(folders, [], "one")
+    assert result.returncode == 0, result.stderr
+    for name, environ in ("ddp", {}), ("fsdp", FSDP):
+        result = learn(folders, TWO, name, "--micro-batch-size", 2, **environ)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("run folder") == 1, "one process writes"
+        same_learning("one", name)
+    plain = AutoModelForCausalLM.from_pretrained("one/model").state_dict()
+    sharded = AutoModelForCausalLM.from_pretrained("fsdp/model").state_dict()
+    torch.testing.assert_close(sharded, plain, rtol=1e-3, atol=1e-3)
+    command = [sys.executable, *TWO, SCRIPT, "--run-dir", "fsdp", "--resume", "--total-timesteps", "48"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ | FSDP, check=False)
+    assert result.returncode == 0, result.stderr
+    assert rows(Path("fsdp"))[-1]["global_step"] == 48
 
 
 @pytest.mark.slow
-def test_the_reference_judged_as_a_policy_is_itself(learned, capsys):
-    args, _ = learned
-    folder = Path(args.run_dir)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
-    reference, pool = dpo.load_model(folder / "reference", args), dpo.judge_reference(folder)
-    result = dpo.evaluate_reviews(reference, reference, tokenizer, pool, args)
-    assert result["eval/kl"] == pytest.approx(0, abs=1e-4)
-    assert result["eval/win_rate"] == pytest.approx(0.5, abs=0.06)
-    for name, column in ("true_reward", 0), ("length", 1), ("fluency", 2):
-        values = pool[..., column]
-        assert result[f"eval/{name}"] == pytest.approx(values.mean(), abs=0.25 * values.std())
-    assert result["eval/optimal_reward"] == pytest.approx(pool[..., 0].mean(), abs=0.02)
-    dpo.evaluate_saved(args)
-    last = [row for row in rows(folder) if "eval/kl" in row][-1]
-    shown = capsys.readouterr().out
-    for name, value in last.items():
-        assert not name.startswith("eval/") or f"{name} {value:.4g}" in shown
+@pytest.mark.timeout(600)
+def test_accelerate_launch_starts_it_and_a_mistake_is_said_once(folders):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    result = learn(folders, launch, "two", "--lora-rank", 2)
+    assert result.returncode == 0, result.stderr
+    assert rows(Path("two"))[-1]["global_step"] == 32
+    result = learn(folders, TWO, "mistake", "--max-length", 1)
+    assert result.stderr.count("error: ") == 1, "one process says what is wrong"
+    assert not Path("mistake").exists()

@@ -169,15 +169,17 @@ def test_trl_learns_the_same_from_the_same_pairs(script, tmp_path):
         assert getattr(config, name) == getattr(args, name)
     assert config.get_warmup_steps(100) == 100 * args.warmup
     assert config.lr_scheduler_type == "linear"
-    model, _, pairs = script.load(args.model_name, args.dataset, args)
-    assert len(script.split(pairs, args)[0]) == 320
+    run = script.Run(args)
+    model = script.load(run, args.model_name, args)
+    pairs, _ = script.training_and_held_out(run.tokenizer, model, args)
+    assert len(pairs) == 320
     tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) / len(pairs)
     assert work.note == "(115 tokens a pair)"
     assert tokens == pytest.approx(115, rel=0.05)
-    passes = script.pair_log_probs if script is dpo else script.pair_rewards
     with FlopCounterMode(display=False) as counter:
         for pair in pairs[:40]:
-            sum(passes(model, [pair])).sum().backward()
+            both = dpo.pair_log_probs(model, [pair]) if script is dpo else reward_model.pair_rewards(model, [pair], 0)
+            sum(both).sum().backward()
     padded = sum(2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs[:40])
     forward_and_backward = counter.get_total_flops() / padded * 115
     assert forward_and_backward == pytest.approx(work.flop_per_step * (3 / 4 if script is dpo else 1), rel=0.15)

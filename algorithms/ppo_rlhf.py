@@ -1,0 +1,920 @@
+"""Reinforcement learning from human feedback with PPO: fine-tune a language model by what a reward says of its replies.
+
+The state is a prompt and what is written of the reply, an action is the next token, an episode is a reply. The policy
+writes replies to a batch of prompts. A reward model, or a function, scores each at its end; every token pays for its
+distance from the reference, the model at the start [1]. Without that price the policy soon writes what only pleases the
+reward model. PPO then learns as in ppo.py: a value network V foresees what is still to come, GAE gives the advantages
+[2], the ratio is clipped [3]. The optimum is known [4]; DPO has the same. x is a prompt, y its reply, y_t a token, the
+last one, T, is the end token; s_t is x and y_1 ... y_{t-1}, which is what V(s_t) has read.
+
+    [1] r_t = -beta (log pi(y_t|s_t) - log pi_ref(y_t|s_t)), and + score(x, y) at t = T         Ziegler et al., Sec. 2
+    [2] delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lambda A_{t+1}        PPO, Eq. 11 and 12
+    [3] ratio_t = pi(y_t|s_t) / pi_old(y_t|s_t)                                   PPO, Sec. 3; old: when it was written
+        L_clip  = E[min(ratio_t A_t, clip(ratio_t, 1 - epsilon, 1 + epsilon) A_t)]              PPO, Eq. 7
+        L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                             PPO, Eq. 9
+    [4] E[score] - beta KL(pi, pi_ref) is largest for pi* proportional to pi_ref exp(score / beta)      DPO, Eq. 3, 4
+    [5] beta <- beta (1 + 0.1 clip(KL / target - 1, -0.2, 0.2))                                 Ziegler et al., Sec. 2
+
+Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, the third step. Its Eq. 2 is [4] and a term for pretraining
+data. Ziegler et al. 2019, arXiv:1909.08593. Huang et al. 2024, arXiv:2403.17031. PPO: arXiv:1707.06347.
+
+Differs from the papers:
+- Left out: InstructGPT's pretraining data (its PPO-ptx), and the shift of scores to a mean of 0.
+- AdamW; learning rates fall to 0. V starts as the policy with a new head, but if --reward is a model, as that model.
+- A reply without an end is scored as it is, less --missing-eos-penalty; in Huang et al. it gets -1.
+
+    python algorithms/ppo_rlhf.py [--model-name MODEL --dataset PROMPTS --reward REWARD_MODEL --beta 0.05]
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate>=1.15", "datasets>=5.2", "numpy>=2", "peft>=0.21", "torch>=2.13", "tqdm>=4.66",
+#     "transformers>=5.23,<6", "tyro>=1", "wandb>=0.31",
+# ]
+# ///
+
+import contextlib
+import copy
+import functools
+import glob
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.peft_utils import find_adapter_config_file
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of accelerate or torchrun
+REVIEWS = Path(__file__).parent.parent / "benchmark" / "reviews"  # the default task
+Text = str | list[dict]  # a text, or a chat: messages with role and content
+Tokenizer = transformers.PreTrainedTokenizerBase
+
+
+@dataclass
+class Args:
+    # Run
+    model_name: str = f"{REVIEWS}/model"  # a causal language model or LoRA adapter: hub id or folder
+    dataset: str = f"{REVIEWS}/prompts.parquet"  # prompts: a hub id, a folder or files, as the library datasets reads
+    dataset_config: str | None = None  # its configuration, where it has several
+    dataset_split: str | None = None  # None: train, or the only one
+    prompt_column: str | None = None  # None: prompt, question, ...
+    chat: bool = False  # prompts are what the user of a chat says
+    reward: str | None = None  # scores a reply: FILE.py:function (prompt, reply) -> number, or a reward model's folder
+    max_length: int = 1024  # tokens of prompt and reply together; prompts that leave too little room are left out
+    max_new_tokens: int = 48  # of a reply, at most
+    seed: int = 1  # all randomness follows from it
+    total_timesteps: int = 40_960  # replies to learn from; a step is a reply
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "plainrl"  # W&B project
+    run_dir: str | None = None  # folder of the run; None: a new one in runs/
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_replies: int = 256  # replies that the policy writes in an evaluation, to prompts held out if there are many
+    evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
+    # Algorithm
+    learning_rate: float = 5e-4  # of AdamW, the policy's; paper: 9.65e-6 (6B), which suits large models
+    critic_learning_rate: float = 3e-3  # the value network's; paper: 9e-6
+    warmup: float = 0.1  # share of the run over which learning rates rise; besides, they fall to 0 over all of it
+    batch_size: int = 512  # replies of a batch, summed over all processes; paper: 512
+    num_minibatches: int = 8  # their number, not their size; paper: 8
+    update_epochs: int = 2  # passes over the batch; paper: 1; Huang et al.: 4
+    micro_batch_size: int | None = None  # replies of a pass through a network, of one process; None: 64 or fewer
+    write_batch_size: int = 512  # replies that one process writes at the same time
+    gamma: float = 1.0  # [2] discount
+    gae_lambda: float = 0.95  # [2] lambda
+    beta: float = 1.0  # [1], [4] the price of a unit of KL divergence; paper: 0.02
+    adaptive_kl: float | None = None  # [5] the target of the KL divergence; --beta is the start; None: beta is fixed
+    missing_eos_penalty: float = 0.0  # taken off the score of a reply that has not ended after --max-new-tokens
+    clip_coef: float = 0.2  # [3] epsilon
+    clip_coef_vf: float | None = None  # V may move so far from V_old within a batch; paper: 0.2; None: any far
+    vf_coef: float = 0.5  # weight of L_value [3]
+    norm_adv: bool = True  # normalise the advantages of each batch
+    max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
+    weight_decay: float = 0.0  # of AdamW
+    lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
+    load_in_4bit: bool = False  # with LoRA, on CUDA: 4 bits for each frozen weight; needs the package bitsandbytes
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+
+    def __post_init__(self) -> None:
+        check_ranges(self, gae_lambda=(0, 1), gamma=(0, 1))
+        if self.adaptive_kl == 0:
+            raise UsageError("--adaptive-kl 0 can't be reached: take a larger --beta")
+        if self.reward is None:
+            raise UsageError("--reward must say what a reply is worth: FILE.py:function, or a reward model's folder")
+
+
+class Prompt(NamedTuple):
+    """Token ids, and the prompt as it was."""
+
+    ids: list[int]
+    text: Text
+
+
+class Episode(NamedTuple):
+    """A prompt and its reply y_1 ... y_T, with T numbers each; the score is the whole reply's."""
+
+    prompt: list[int]
+    reply: list[int]
+    old_log_prob: list[float]  # log pi_old(y_t|s_t), of the policy that wrote it
+    ref_log_prob: list[float]  # log pi_ref(y_t|s_t)
+    values: list[float]  # V_old(s_t)
+    score: float
+
+
+class ActorCritic(nn.Module):
+    """The policy and V: a causal language model, and a model with one output in place of the next token's logits."""
+
+    def __init__(self, actor: nn.Module, critic: nn.Module, head: nn.Linear, beta: float):
+        super().__init__()
+        self.actor, self.critic, self.critic_head = actor, critic, head
+        self.register_buffer("beta", torch.tensor(beta))  # a checkpoint holds it: [5] changes it
+
+    def values(self, ids: Tensor, targets: Tensor) -> Tensor:  # (B, T), (B, K) -> (N,)
+        states = self.critic(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, -targets.shape[1] :]
+        return self.critic_head(states.to(self.critic_head.weight.dtype)).float().squeeze(-1)[targets != -100]
+
+    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # -> log pi(y_t|s_t); V(s_t); (N,) both
+        return token_log_probs(self.actor, ids, targets), self.values(ids, targets)
+
+    def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
+        """The policy alone, as any program loads it."""
+        weights = {name[6:]: value for name, value in state_dict.items() if name.startswith("actor.")}
+        self.actor.save_pretrained(folder, state_dict=weights)
+
+
+def as_tensors(prompts: list[list[int]], replies: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids, (B, T), and what is to be predicted from the first reply's beginning on, (B, K); elsewhere -100."""
+    first = min(map(len, prompts))
+    ids = pad([prompt + reply for prompt, reply in zip(prompts, replies, strict=True)], 0)
+    masked = [[-100] * len(prompt) + reply for prompt, reply in zip(prompts, replies, strict=True)]
+    return ids.to(device), pad(masked, -100)[:, first:].to(device)
+
+
+def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+    """Of the tokens of all replies, one reply after the other, (N,): behind it, no one can mistake padding for data."""
+    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask
+    logits = model(input_ids=ids[:, :-1], logits_to_keep=targets.shape[1], use_cache=False).logits  # (B, K, vocabulary)
+    replies = targets != -100
+    return -nn.functional.cross_entropy(logits[replies].float(), targets[replies], reduction="none")
+
+
+@torch.no_grad()
+def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: Tensor) -> tuple[list, list]:
+    """A reply to each prompt, to its end, one of ends, and log pi(y_t|s_t) of its tokens. Temperature 1.
+
+    chances: uniform random numbers, (B, most tokens of a reply). Each chooses a token: the first one at which the
+    probabilities, summed up from the first token of the vocabulary on, exceed it.
+    """
+    device, replies = model.device, [[] for _ in prompts]
+    log_probs, going = [[] for _ in prompts], torch.arange(len(prompts), device=device)  # the replies without an end
+    ids, mask = pad(prompts, ends[0], "left").to(device), pad([[1] * len(p) for p in prompts], 0, "left").to(device)
+    chances, ends, cache = chances.to(device), torch.tensor(ends, device=device), None
+    for t in range(chances.shape[1]):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        log_prob, cache = output.logits[:, -1].float().log_softmax(-1), output.past_key_values  # (B', vocabulary)
+        sums = log_prob.double().exp().cumsum(-1)
+        ids = torch.searchsorted(sums, chances[going, t, None] * sums[:, -1:], right=True)  # (B', 1)
+        columns = going, ids[:, 0], log_prob.gather(1, ids)[:, 0]  # (B',) each
+        for row, token, value in zip(*(column.tolist() for column in columns), strict=True):
+            replies[row].append(token)
+            log_probs[row].append(value)
+        goes_on = ~torch.isin(ids[:, 0], ends)
+        if not goes_on.any():
+            break
+        mask = torch.cat((mask, torch.ones_like(ids)), 1)
+        if not goes_on.all():  # what has ended costs no more time
+            rows = goes_on.nonzero()[:, 0]
+            going, ids, mask = going[rows], ids[rows], mask[rows]
+            cache.batch_select_indices(rows)
+    return replies, log_probs
+
+
+def token_rewards(old_log_prob: Tensor, ref_log_prob: Tensor, scores: Tensor, lengths: Tensor, beta: float) -> Tensor:
+    """[1] (B, T), (B, T), (B,), (B,) -> (B, T). Log-probabilities behind the end are 0."""
+    rewards = -beta * (old_log_prob - ref_log_prob)
+    rewards[torch.arange(len(rewards)), lengths - 1] += scores  # at the end token, not at the padding behind it
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation. All are (B, T), and 0 behind the end of a reply: nothing comes after it."""
+    next_values = torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), 1)
+    deltas = rewards + gamma * next_values - values  # [2]
+    advantages, advantage = torch.empty_like(deltas), 0.0
+    for t in reversed(range(deltas.shape[1])):
+        advantages[:, t] = advantage = deltas[:, t] + gamma * gae_lambda * advantage  # [2]
+    return advantages
+
+
+def whitened(x: Tensor, written: Tensor) -> Tensor:
+    """Shifted and scaled to mean 0 and standard deviation 1 of all that is written; what is padding does not count."""
+    return (x - x[written].mean()) / (x[written].std(correction=0) + 1e-8)
+
+
+def adapted(beta: float, kl: float, target: float) -> float:
+    """[5] The price rises while the divergence is above its target, and falls while it is below."""
+    return beta * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
+
+
+def ppo_loss(log_prob, values, old_log_prob, old_values, advantages, returns, args: Args) -> tuple[Tensor, dict]:
+    """The loss and its metrics, of (N,) tensors: two of the networks as they are now, four that the batch fixes."""
+    assert log_prob.shape == values.shape == old_log_prob.shape == old_values.shape == advantages.shape == returns.shape
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [3]; minus: it is minimised
+    value_losses = (values - returns).square()  # [3]
+    if args.clip_coef_vf is not None:
+        clipped_values = old_values + (values - old_values).clamp(-args.clip_coef_vf, args.clip_coef_vf)
+        value_losses = torch.max(value_losses, (clipped_values - returns).square())
+    value_loss = value_losses.mean()
+    loss = policy_loss + args.vf_coef * value_loss
+    metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # k3 of joschu.net/blog/kl-approx.html: never negative
+    metrics["clipfrac"] = (ratio != clipped_ratio).float().mean()  # share of ratios outside of 1 +- epsilon
+    return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}
+
+
+def update(run: "Run", episodes: list[Episode], advantages: list, returns: list, args: Args) -> dict[str, float]:
+    """Several epochs of gradient steps with a batch. Returns the means of all minibatches' metrics."""
+    size, minibatch_size, history = run.micro_batch_size, args.batch_size // args.num_minibatches, []
+    batch = [(*e[:3], e.values, *rest) for e, *rest in zip(episodes, advantages, returns, strict=True)]
+    for epoch in range(args.update_epochs):
+        random.Random(f"{args.seed} {run.global_step} {epoch}").shuffle(batch)
+        for i in range(0, args.batch_size, minibatch_size):
+            # Each process takes its share. Sorted by length, so that a micro-batch needs little padding
+            minibatch = sorted(batch[i : i + minibatch_size], key=lambda row: len(row[0] + row[1]))
+            num_tokens, mine, parts = sum(len(row[1]) for row in minibatch), minibatch[RANK::PROCESSES], []
+            for k in range(0, len(mine), size):
+                prompts, replies, *numbers = zip(*mine[k : k + size], strict=True)
+                ids, targets = as_tensors(prompts, replies, run.accelerator.device)
+                numbers = [torch.tensor([*itertools.chain(*rows)], device=ids.device) for rows in numbers]  # (N,) each
+                with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with all gradients
+                    loss, metrics = ppo_loss(*run.model(ids, targets), *numbers, args)
+                    # The mean over the minibatch's tokens: accelerate takes that over micro-batches of any length
+                    weight = len(numbers[0]) / (num_tokens * size / minibatch_size)
+                    grad_norm = run.step(loss * weight)
+                parts.append({name: value * weight for name, value in metrics.items()})
+            history.append({name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]})
+            history[-1]["losses/grad_norm"] = torch.tensor(grad_norm, device=ids.device)
+    means = {name: torch.stack([step[name] for step in history]).mean() for name in history[0]}
+    return {name: value.item() for name, value in run.accelerator.reduce(means, "mean").items()}
+
+
+@contextlib.contextmanager
+def reference_policy(run: "Run") -> Iterator[nn.Module]:
+    """The policy as it was at the start: a frozen copy of it, or the policy itself without its LoRA matrices."""
+    without_lora = contextlib.nullcontext() if run.reference else run.actor.disable_adapter()
+    with torch.no_grad(), run.accelerator.autocast(), without_lora:
+        yield run.reference or run.actor
+
+
+def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episode]:
+    """An episode for each prompt. The processes share the work; then each has them all."""
+    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    chances = torch.rand(len(prompts), args.max_new_tokens, generator=generator)
+    share, size, written, episodes = math.ceil(len(prompts) / PROCESSES), run.micro_batch_size, [], {}
+    mine = range(RANK * share, min((RANK + 1) * share, len(prompts)))
+    for rows in (mine[i : i + args.write_batch_size] for i in range(0, len(mine), args.write_batch_size)):
+        ids = [prompts[row].ids for row in rows]
+        with torch.no_grad(), run.accelerator.autocast():
+            written += zip(rows, ids, *write(run.actor, ids, run.ends, chances[[*rows]]), strict=True)
+    written.sort(key=lambda row: len(row[1]) + len(row[2]))  # neighbours need little padding
+    for part in (written[i : i + size] for i in range(0, len(written), size)):
+        rows, ids, replies, log_prob = zip(*part, strict=True)
+        tensors = as_tensors(ids, replies, run.accelerator.device)
+        with reference_policy(run) as reference:
+            ref_log_prob = token_log_probs(reference, *tensors)
+            values = run.agent.values(*tensors) if run.agent else ref_log_prob
+        lengths = [len(reply) for reply in replies]
+        split = [[row.tolist() for row in x.cpu().split(lengths)] for x in (ref_log_prob, values)]
+        texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
+        scores = run.judge([prompts[row].text for row in rows], texts)
+        scores = [s - args.missing_eos_penalty * (y[-1] not in run.ends) for s, y in zip(scores, replies, strict=True)]
+        episodes |= zip(rows, map(Episode, ids, replies, log_prob, *split, scores), strict=True)
+    episodes = [episodes[row] for row in mine]
+    return gather_object(episodes) if PROCESSES > 1 else episodes
+
+
+def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
+    """Mean score (less a penalty for a missing end), KL divergence from the reference and length of sampled replies."""
+    asked = [*itertools.islice(itertools.cycle(prompts), args.eval_replies)]
+    episodes = play(run, asked, f"{args.seed} evaluation", args)
+    kl = sum(sum(e.old_log_prob) - sum(e.ref_log_prob) for e in episodes) / len(episodes)
+    reward, length = (sum(x) / len(episodes) for x in ([e.score for e in episodes], [len(e.reply) for e in episodes]))
+    return {"eval/reward": reward, "eval/kl": kl, "eval/rlhf_reward": reward - args.beta * kl, "eval/length": length}
+
+
+def train(args: Args) -> dict[str, float]:
+    """Trains a policy and returns its last evaluation. From below the ruled line it needs Run and load_model."""
+    with contextlib.closing(Run(args)) as run:
+        agent, optimizer = make_agent(run, args)
+        prompts, held_out = training_and_held_out_prompts(run, agent.actor, args)
+        run.start(agent, optimizer)
+        run.agent, run.actor = run.bare, run.bare.actor
+        batches = prompts_from(run.global_step, prompts, args)
+        while run.goes_on(lambda: evaluate(run, held_out, args)):  # evaluates and saves where that is due
+            # 1. Act: a reply to each prompt of the batch
+            rate = min(1, (run.global_step + args.batch_size) / max(args.warmup * args.total_timesteps, 1))
+            rate *= 1 - run.global_step / args.total_timesteps
+            actor_group, critic_group = run.optimizer.param_groups
+            actor_group["lr"], critic_group["lr"] = args.learning_rate * rate, args.critic_learning_rate * rate
+            episodes = play(run, next(batches), f"{args.seed} {run.global_step}", args)
+
+            # 2. Advantages and returns, before the networks change
+            lengths = [len(episode.reply) for episode in episodes]
+            old_log_prob, ref_log_prob, values = (pad([e[i] for e in episodes], 0.0) for i in (2, 3, 4))  # (B, T) each
+            scores, beta = torch.tensor([episode.score for episode in episodes]), run.bare.beta.item()
+            rewards = token_rewards(old_log_prob, ref_log_prob, scores, torch.tensor(lengths), beta)
+            advantages = gae(rewards, values, args.gamma, args.gae_lambda)
+            returns = advantages + values  # [3]
+            written = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T); False: padding
+            explained = 1 - (returns - values)[written].var() / (returns[written].var() + 1e-8)
+            if args.norm_adv:
+                advantages = whitened(advantages, written)
+
+            # 3. Learn
+            flat = ([row[:n] for row, n in zip(x.tolist(), lengths, strict=True)] for x in (advantages, returns))
+            metrics = update(run, episodes, *flat, args)
+            run.global_step += args.batch_size
+            kl = (old_log_prob - ref_log_prob).sum(1).mean().item()
+            if args.adaptive_kl is not None:
+                run.bare.beta.fill_(adapted(beta, kl, args.adaptive_kl))
+
+            # 4. Log; explained_variance: 1 if V foresaw the returns, 0 if a constant would do as well
+            metrics |= {"losses/explained_variance": explained.item(), "objective/kl": kl, "objective/beta": beta}
+            metrics |= {"objective/scores": scores.mean().item(), "objective/rlhf_reward": rewards.sum(1).mean().item()}
+            metrics["objective/entropy"] = -old_log_prob.sum(1).mean().item()  # of the whole reply
+            run.log(metrics | {"charts/learning_rate": actor_group["lr"]})
+        show(run, held_out, args)
+        return run.result
+
+
+def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimizer]:
+    share = args.batch_size // args.num_minibatches // PROCESSES  # of a minibatch, for each process
+    size = run.micro_batch_size = args.micro_batch_size or math.gcd(share, 64) or 1
+    run.accelerator.gradient_accumulation_steps = share // size
+    if args.batch_size % (args.num_minibatches * size * PROCESSES):
+        sizes = f"times --micro-batch-size {size} times {PROCESSES} processes"
+        raise UsageError(f"--batch-size {args.batch_size} must be a multiple of --num-minibatches {sizes}")
+    actor = load(run, args.model_name, args)
+    run.reference = None if args.lora_rank else copy.deepcopy(actor).to(run.accelerator.device)
+    start = args.model_name if ".py:" in args.reward else args.reward  # a reward model knows what makes a reply good
+    if not run.tokenizer.get_vocab().items() <= load_tokenizer(start).get_vocab().items():
+        start = args.model_name  # that one reads other tokens
+    critic = load_model(start, AutoModelForSequenceClassification, args)
+    head = critic.score.float()
+    actor = make_trainable(actor, "CAUSAL_LM", args)
+    critic = make_trainable(critic.base_model, "FEATURE_EXTRACTION", args)
+    agent = ActorCritic(actor, critic, head, args.beta)
+    of_actor = [parameter for parameter in actor.parameters() if parameter.requires_grad]
+    of_critic = [parameter for parameter in [*critic.parameters(), *head.parameters()] if parameter.requires_grad]
+    groups = [{"params": of_actor, "lr": args.learning_rate}, {"params": of_critic, "lr": args.critic_learning_rate}]
+    return agent, torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+
+
+def load(run: "Run", name: str, args: Args) -> nn.Module:
+    run.tokenizer, run.judge = load_tokenizer(name), load_reward(args) if args.reward else None
+    return load_model(name, AutoModelForCausalLM, args)
+
+
+def show(run: "Run", prompts: list[Prompt], args: Args) -> None:
+    """To three prompts the reply of the reference and of the policy, with their scores."""
+    chances = torch.rand(len(prompts[:3]), args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
+    for prompt, row in zip(prompts, chances, strict=False):
+        run.accelerator.print(f"{prompt.text!s:.200}")
+        with reference_policy(run) as reference:
+            before = write(reference, [prompt.ids], run.ends, row[None])[0]
+        with run.accelerator.autocast():
+            after = write(run.actor, [prompt.ids], run.ends, row[None])[0]
+        for word, ids in (("before", before), ("after", after)):
+            reply = run.tokenizer.decode(ids[0], skip_special_tokens=True)
+            run.accelerator.print(f"    {word:>6} {run.judge([prompt.text], [reply])[0]:5.1f}  {reply}")
+
+
+def evaluate_saved(args: Args) -> dict[str, float]:
+    """Evaluates the model in --run-dir as the last evaluation of the run did, or on another --dataset."""
+    with contextlib.closing(Run(args)) as run:
+        run.agent, run.actor = None, load(run, f"{args.run_dir}/model", args).to(run.accelerator.device)
+        run.reference = load_model(args.model_name, AutoModelForCausalLM, args).to(run.accelerator.device)
+        _, held_out = training_and_held_out_prompts(run, run.actor, args)
+        show(run, held_out, args)
+        return evaluate(run, held_out, args)
+
+
+def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts of --dataset that leave room for a reply. Those held out are all different; where few are, all."""
+    rows, usual = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split), args.prompt_column
+    names = [usual] if usual else ["prompt", "question", "instruction", "input", "context", "messages"]
+    column = next((name for name in names if name in rows[0]), None)
+    if column is None:
+        raise UsageError(f"{args.dataset} has the columns {', '.join(rows[0])}: name the prompts with --prompt-column")
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length)
+    limit = min(args.max_length, room) - args.max_new_tokens
+    prompts, ends = [], set()
+    for number, row in enumerate(rows, 1):
+        try:
+            text = as_text(row[column])
+            text = [{"role": "user", "content": text}] if args.chat and isinstance(text, str) else text
+            ids, (*_, end) = encode(run.tokenizer, text, ["a"])  # any reply: it shows how the reply's turn ends
+        except UsageError as error:
+            raise UsageError(f"{args.dataset}, row {number}: {error}") from None
+        prompts.append(Prompt(ids, text))
+        ends.add(end)
+    run.ends = sorted(ends)
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= limit]
+    run.accelerator.print(f"{args.dataset}: {len(fitting)} prompts. Left out: {len(prompts) - len(fitting)}, too long")
+    distinct = [*{str(prompt.text): prompt for prompt in fitting}.values()]
+    if not distinct:
+        raise UsageError(f"{args.dataset} has no prompt of at most {limit} tokens, which would leave room for a reply")
+    if args.evaluate or len(distinct) < 10:
+        return fitting, distinct
+    held_out = random.Random(args.seed).sample(distinct, min(args.eval_replies, len(distinct) // 10))
+    texts = {str(prompt.text) for prompt in held_out}
+    return [prompt for prompt in fitting if str(prompt.text) not in texts], held_out
+
+
+def prompts_from(step: int, prompts: list[Prompt], args: Args) -> Iterator[list[Prompt]]:
+    """Batches without end: epochs of all prompts, each in a random order, one after the other."""
+    size = len(prompts)
+    orders = (random.Random(f"{args.seed} {epoch}").sample(prompts, size) for epoch in itertools.count(step // size))
+    stream = itertools.islice(itertools.chain.from_iterable(orders), step % size, None)
+    while True:
+        yield [*itertools.islice(stream, args.batch_size)]
+
+
+# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
+# What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
+# accelerate knows about GPUs and other processes. train needs no more than Run, load_tokenizer and load_model.
+
+
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
+
+
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in what is None."""
+    ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf)} | ranges
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.load_in_4bit and not args.lora_rank:
+        raise UsageError("--load-in-4bit is for weights that don't change: it needs --lora-rank")
+    if args.reward is None and args.dataset == Args.dataset:  # the default task has a true reward
+        args.reward = f"{REVIEWS}/reward.py:true_reward"
+    args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
+    args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
+
+
+def saved_args(run_dir: str, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
+def parse_args() -> Args:
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            args = tyro.cli(Args)
+            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def load_function(flag: str, value: str) -> Callable:
+    try:
+        path, name = value.rsplit(":", 1)
+        return runpy.run_path(path)[name]
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"{flag} {value} must be FILE.py:function: {error!r}") from None
+
+
+def read_rows(flag: str, source: str, config: str | None = None, split: str | None = None) -> list[dict]:
+    """All that datasets reads: a hub id, files ("pairs-*.json.gz"), their folder, or a folder of save_to_disk."""
+    import datasets  # slow to import
+
+    datasets.disable_progress_bars()
+    files = sorted(path for path in glob.glob(source) if os.path.isfile(path))
+    try:
+        if glob.glob(f"{glob.escape(source)}/dataset_*.json"):
+            data = datasets.load_from_disk(source)
+        elif files:
+            names = [os.path.basename(path) for path in files]
+            data = datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), data_files=names, split=split)
+        else:
+            assert not re.search(r"\.(jsonl?|csv|parquet)(\.|$)", source), "there is no such file"
+            data = datasets.load_dataset(source, config, split=split)
+        if isinstance(data, dict):  # of splits
+            split = split or ("train" if len(data) > 1 else next(iter(data)))
+            assert split in data, f"choose with --dataset-split one of {', '.join(data)}"
+            data = data[split]
+        rows = data.to_list()
+        assert rows, "it is empty"
+        return rows
+    except Exception as error:  # unknown, unreachable, damaged, another split: its message says which
+        cause = error.__cause__ or error
+        raise UsageError(f"{flag} {source} can't be read: {type(cause).__name__}: {cause}") from None
+
+
+def without_none(value: object) -> object:
+    """datasets gives all objects of a column the same keys: those that an object did not have are None, and go."""
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return {k: without_none(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def as_text(value: object) -> Text:
+    """A text, or the messages of a chat, of which each has a role. ShareGPT's from and value are role and content."""
+    if isinstance(value, str):
+        return value
+    messages, roles = without_none(value if isinstance(value, list) else [value]), {"human": "user", "gpt": "assistant"}
+    try:
+        messages = [
+            {"role": roles.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else {"role": m["role"]} | m
+            for m in messages
+        ]
+    except (TypeError, KeyError):
+        messages = []
+    if not messages or not all(len(message) > 1 for message in messages):
+        raise UsageError(f"{value!r:.80} is neither a text nor a list of messages with role and content")
+    return messages
+
+
+def common_length(sequences: list) -> int:
+    """How many items at their beginning all sequences have in common."""
+    columns = itertools.takewhile(lambda items: all(item == items[0] for item in items), zip(*sequences, strict=False))
+    return sum(1 for _ in columns)
+
+
+def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
+    """Token ids of the prompt, then of each reply up to the end of its turn."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if isinstance(prompt, str):
+        # Prompt and reply together, as the model reads them: alone, the reply's first token could be another one
+        texts = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
+        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # one was written in the text
+    else:
+        turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
+        write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
+        try:
+            texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
+        except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
+            raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
+    start = common_length(texts)  # less than the whole prompt where a token spans prompt and reply
+    if start == 0:  # the first token that is predicted must follow something
+        start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
+    encoded, ends = [texts[0][:start]], turn_ends(tokenizer)
+    for ids in texts[1:]:
+        length = len(ids)  # some templates write a line break behind the end of the turn, which no model has to write
+        while length > start and ids[length - 1] not in ends and tokenizer.decode(ids[length - 1]).isspace():
+            length -= 1
+        encoded.append(ids[start:length] if length > start and ids[length - 1] in ends else [*ids[start:], eos])
+    return encoded
+
+
+@functools.cache
+def turn_ends(tokenizer: Tokenizer) -> set[int]:
+    """The special tokens: a turn's text ends in one of them, such as <|im_end|>, <|eot_id|>, <end_of_turn>, </s>."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+
+
+def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:  # -> (B, T)
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    if name.startswith(str(REVIEWS)) and not REVIEWS.exists():
+        raise UsageError("the default task is not beside this script: give it --model-name and --dataset")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # unknown, unreachable, damaged: its message says which
+        raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_model(name: str, kind: type, args: Args) -> nn.Module:
+    """Without dropout (eval): the same text has the same value in every pass, be it the policy's or the reference's."""
+    # Small steps get lost in bfloat16: it is for what LoRA freezes, and not on the CPU
+    half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
+    options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
+    options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    if args.load_in_4bit:
+        quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        options["quantization_config"] = quantised
+    try:
+        if adapter := find_adapter_config_file(name):  # what LoRA learned before becomes part of the weights
+            import peft
+
+            model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
+            model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # what new LoRA is based on
+            return model
+        model, info = kind.from_pretrained(name, **options)
+        missing = sorted(info["missing_keys"])
+        if missing == ["score.weight"]:  # the head that gives rewards is new
+            nn.init.zeros_(model.score.weight)
+            missing = []
+        assert not missing, f"it has no weights for {', '.join(missing[:3])}"
+        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+        states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
+        assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
+    except Exception as error:
+        raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
+    if model.num_parameters() < 10_000_000:
+        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
+    return model
+
+
+def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():  # it needs them in training; what is within them stays without dropout
+            layer.training = isinstance(layer, GradientCheckpointingLayer)
+    if args.lora_rank:
+        import peft  # slow to import
+
+        config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        model = peft.get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the head too
+                parameter.data = parameter.data.float()
+    return model
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: int, seed: tuple) -> list[list[int]]:
+    """A reply to each prompt, drawn from the model as it is (temperature 1), up to one of ends or this length."""
+    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # training draws nothing from there
+    ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
+    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0]}
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    rows = model.generate(ids, attention_mask=mask, synced_gpus=PROCESSES > 1, **plain, **limits)[:, ids.shape[1] :]
+    return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
+
+
+def load_reward(args: Args) -> Callable[[list[Text], list[str]], list[float]]:
+    """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
+    if ".py:" in args.reward:
+        function = load_function("--reward", args.reward)
+        return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
+    tokenizer, model = load_tokenizer(args.reward), load_model(args.reward, AutoModelForSequenceClassification, args)
+
+    @torch.no_grad()
+    def judge(prompts: list[Text], replies: list[str]) -> list[float]:
+        encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
+        ids = pad([p + r for p, r in encoded], tokenizer.pad_token_id)  # (B, T); logits: at the last that is no padding
+        return model(input_ids=ids.to(model.device)).logits.squeeze(-1).tolist()
+
+    return judge
+
+
+class Run:
+    """A run: its processes and their devices (accelerator), its folder, its log."""
+
+    stop_signal = 0  # main sets it when a signal arrives
+
+    def __init__(self, args: Args):
+        name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.bar = self.metrics = self.wandb = None
+        self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
+        if args.batch_size % (self.micro_batch_size * PROCESSES) or args.total_timesteps % args.batch_size:
+            parts = f"--micro-batch-size {self.micro_batch_size} times {PROCESSES} processes"
+            raise UsageError(f"--batch-size {args.batch_size} must divide --total-timesteps; so must {parts} it")
+        try:
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            reason = re.split(r"\. |\n", str(error))[0]
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {reason}") from None
+        if args.device != "auto":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = args.device
+        precision = "bf16" if torch.cuda.is_available() and args.device != "cpu" else "no"
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)  # accelerate launch has set it
+        self.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision)
+        self.accelerator.gradient_accumulation_steps = args.batch_size // self.micro_batch_size // PROCESSES
+        if self.accelerator.distributed_type == "DEEPSPEED":
+            raise UsageError("what DeepSpeed keeps of the optimizer is not in checkpoint.pt: take FSDP instead")
+        torch.manual_seed(args.seed)
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was."""
+        args, path, checkpoint = self.args, self.dir / "config.json", self.dir / "checkpoint.pt"
+        if args.resume:
+            config = json.loads(path.read_text())
+            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
+            changed -= {"run_dir", "resume", "device", "total_timesteps", "micro_batch_size"}
+            if changed or args.total_timesteps < config["args"]["total_timesteps"]:
+                changed = ", ".join(changed or ["total_timesteps"])
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {changed}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            folder = shlex.quote(str(Path(__file__).parent))
+            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            status, commit = subprocess.getstatusoutput(git)
+            config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
+            config["commit"] = None if status else commit
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.bare = self.accelerator.unwrap_model(self.model)  # generates, and can be saved
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0}
+        if args.resume and checkpoint.exists():
+            try:
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # data, never code
+                weights, of_optimizer = {"model_state_dict": state["model"]}, {"optim_state_dict": state["optimizer"]}
+                options = StateDictOptions(full_state_dict=True, strict=False)
+                set_state_dict(self.model, self.optimizer.optimizer, **weights, **of_optimizer, options=options)
+            except Exception as error:  # a damaged file can raise anything
+                reason = type(error).__name__
+                raise UsageError(f"{checkpoint} is missing, damaged or of another script ({reason})") from None
+        self.global_step, self.last_step = state["step"], state["last_step"]
+        self.started -= state["seconds"]
+        if RANK > 0:
+            return
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            try:
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
+            self.wandb.define_metric("*", step_metric="global_step")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.metrics.seek(state["bytes"])
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        print(f"{Path(__file__).name} on {PROCESSES} x {self.accelerator.device}, run folder {self.dir}")
+
+    def goes_on(self, evaluate: Callable[[], dict[str, float]]) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last = self.args, self.global_step, self.last_step
+        stop = self.accelerator.gather(torch.tensor([Run.stop_signal], device=self.accelerator.device)).max().item()
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            self.result = evaluate()
+            self.log(self.result)
+        if step and (step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or stop):
+            self.save()
+        if stop:
+            self.accelerator.print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + stop)
+        if end:
+            self.accelerator.print(f"Done: {self.dir}/model. To evaluate it again:\n    {self.command} --evaluate")
+        return not end
+
+    def step(self, loss: Tensor) -> float:
+        """Adds the loss's gradient; with that of the last micro-batch, steps. Returns the norm before clipping."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm) if self.accelerator.sync_gradients else 0.0
+
+    def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
+        """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
+        size = self.micro_batch_size
+        with torch.no_grad(), self.accelerator.split_between_processes(items, apply_padding=True) as mine:
+            values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
+        return self.accelerator.gather(values)[: len(items)]
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        if RANK > 0:
+            return
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if self.global_step == 50 * self.args.batch_size and abs(row.get("rewards/margins", 1)) < 1e-4:
+            tqdm.write("warning: after 50 updates the margins are still 0: raise --learning-rate", file=sys.stderr)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
+
+    def save(self) -> None:
+        """Writes model/ and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
+        if RANK > 0:
+            return
+        if not all(math.isfinite(values.sum()) for values in weights.values()):
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        state = {"model": weights, "optimizer": of_optimizer, "step": self.global_step, "last_step": self.last_step}
+        state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell()}
+        folder, temporary = self.dir / "model", self.dir / "model.tmp"
+        self.bare.save_pretrained(temporary, state_dict=weights)
+        self.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        torch.save(state, self.dir / "checkpoint.pt.tmp")
+        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
+
+    def close(self) -> None:
+        for part in (self.bar, self.metrics):
+            if part is not None:
+                part.close()
+        if self.wandb:
+            self.wandb.finish()
+        self.accelerator.end_training()  # ends the other processes' group
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    warnings.simplefilter("ignore")  # warnings of libraries would stand around our one line
+    logging.disable()
+    transformers.utils.logging.disable_progress_bar()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
+    try:
+        args = parse_args()
+        if args.evaluate:
+            result = evaluate_saved(args)
+            if RANK == 0:
+                print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
+        else:
+            train(args)
+    except (UsageError, FloatingPointError) as error:
+        if RANK == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+if __name__ == "__main__":
+    main()

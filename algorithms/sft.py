@@ -1,0 +1,782 @@
+"""Supervised fine-tuning (SFT): teach a language model to reply as people do who know how.
+
+The first stage of reinforcement learning from human feedback. People write down what a good reply to a prompt is, a
+demonstration. The model learns to predict each token of the reply from all before it [1], the end token included:
+else it would never stop. The prompt is read, but not learned: the model is to answer prompts, not to write them.
+Then reward_model.py, dpo.py, ppo_rlhf.py or grpo.py go on from here. x is a prompt, y a reply.
+
+A batch's loss is the mean over all reply tokens [2]. A mean of each reply's mean is another loss, in which a token of a
+short reply counts for more. The same happens where all replies of a batch have a similar length, so batches are random.
+
+    [1] log pi(y|x) = sum over the tokens of y, its end included, of log pi(y_t | x, y_<t)
+    [2] L = -(sum over the batch of log pi(y|x)) / (sum over the batch of |y|)
+
+No model of the language can have a lower loss than the entropy of what it is to imitate, on average over replies that
+it has not seen. On the default task the entropy is known: a grammar wrote the demonstrations.
+
+Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, stage 1.
+
+Differs from the paper:
+- No dropout; the paper has 0.2.
+- The learning rate falls to 0 in a straight line, not as a cosine to a tenth.
+- The model that is kept is the last one, not the one that a reward model likes best.
+
+    python algorithms/sft.py
+    torchrun --nproc-per-node 8 algorithms/sft.py --model-name Qwen/Qwen3-0.6B --dataset FILE.jsonl --learning-rate 1e-5
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "accelerate>=1.15", "datasets>=5.2", "numpy>=2", "peft>=0.21", "torch>=2.13", "tqdm>=4.66",
+#     "transformers>=5.23,<6", "tyro>=1", "wandb>=0.31",
+# ]
+# ///
+
+import contextlib
+import functools
+import glob
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+import tyro
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.peft_utils import find_adapter_config_file
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of accelerate or torchrun
+REVIEWS = Path(__file__).parent.parent / "benchmark" / "reviews"  # the default task
+Text = str | list[dict]  # a text, or a chat: messages with role and content
+Tokenizer = transformers.PreTrainedTokenizerBase
+
+
+@dataclass
+class Args:
+    # Run
+    model_name: str = f"{REVIEWS}/model"  # a causal language model or LoRA adapter: hub id or folder
+    from_scratch: bool | None = None  # begin with random weights; None: only where model and data are the default
+    dataset: str = f"{REVIEWS}/demonstrations.parquet"  # a hub id, a folder or files, as the library datasets reads
+    dataset_config: str | None = None  # its configuration, where it has several
+    dataset_split: str | None = None  # None: train, or the only one
+    convert: str | None = None  # FILE.py:function makes other rows of the rows of --dataset, before all else
+    prompt_column: str | None = None  # None: prompt, question, ...
+    reply_column: str | None = None  # None: completion, response, ...; or messages: each reply of a chat is learned
+    chat: bool = False  # texts are turns of a chat: prompts of its user, replies of its assistant
+    max_length: int = 1024  # tokens of prompt and reply together; longer demonstrations are left out
+    seed: int = 1  # all randomness follows from it
+    total_timesteps: int = 64_000  # demonstrations to learn from, summed over all epochs; a step is a demonstration
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "plainrl"  # W&B project
+    run_dir: str | None = None  # folder of the run; None: a new one in runs/
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_dataset: str | None = None  # all of it is for evaluation; None: demonstrations of --dataset are held out
+    eval_split: str | None = None  # of --eval-dataset, or without one, of --dataset
+    eval_demonstrations: int = 1000  # demonstrations held out, at most a tenth of all
+    eval_replies: int = 256  # replies that the model writes in an evaluation
+    max_new_tokens: int = 128  # of such a reply, at most
+    reward: str | None = None  # judges them: FILE.py:function (prompt, reply) -> number, or a reward model's folder
+    evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
+    # Algorithm
+    learning_rate: float = 5e-3  # of AdamW; paper: 1e-5, which suits large models; with LoRA rather 1e-4
+    warmup: float = 0.03  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
+    batch_size: int = 32  # demonstrations of an update, summed over all processes
+    micro_batch_size: int | None = None  # demonstrations of a forward pass of one process; None: all of its update
+    max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
+    weight_decay: float = 0.0  # of AdamW
+    lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
+    load_in_4bit: bool = False  # with LoRA, on CUDA: 4 bits for each frozen weight; needs the package bitsandbytes
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.from_scratch is None:
+            self.from_scratch = (self.model_name, self.dataset) == (Args.model_name, Args.dataset)
+        if self.from_scratch and self.lora_rank:
+            raise UsageError("--lora-rank changes little of a model that can do something: not one --from-scratch")
+
+
+class Demonstration(NamedTuple):
+    """Token ids, those of the reply up to the end of its turn. And the prompt as it was."""
+
+    prompt: list[int]
+    reply: list[int]
+    text: Text
+
+
+def reply_losses(model: nn.Module, batch: list[Demonstration]) -> tuple[Tensor, Tensor]:
+    """-log pi(y_t | x, y_<t) of each token of each reply, and whether it was the likeliest one. (N,): no padding."""
+    first = min(len(row.prompt) for row in batch)  # no reply begins earlier; K = T - first tokens are predicted
+    ids = pad([row.prompt + row.reply for row in batch], 0).to(model.device)  # (B, T)
+    # cross_entropy gives 0 at -100: no gradient comes from a prompt
+    masked = pad([[-100] * len(row.prompt) + row.reply for row in batch], -100).to(model.device)
+    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask
+    targets = masked[:, first:].flatten()  # (B * K,)
+    # (B, K, vocabulary): the last K positions, each of which has read all before its target
+    logits = model(input_ids=ids[:, :-1], logits_to_keep=ids.shape[1] - first, use_cache=False).logits
+    logits = logits.flatten(0, 1).float()
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")  # [1], negated, token by token
+    return losses[targets != -100], (logits.argmax(-1) == targets)[targets != -100]
+
+
+def update(run: "Run", batch: list[Demonstration], args: Args) -> dict[str, float]:
+    """One step. Each process takes its share of the batch, in micro-batches. Returns means over the batch's tokens."""
+    mine, size, sums = batch[RANK::PROCESSES], run.micro_batch_size, []
+    tokens = sum(len(row.reply) for row in batch)  # of all processes
+    parts = len(batch) / size  # accelerate takes the mean of so many losses, micro-batches times processes
+    for i in range(0, len(mine), size):
+        with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with the mean of all gradients
+            losses, hits = reply_losses(run.model, mine[i : i + size])
+            grad_norm = run.step(losses.sum() * parts / tokens)  # [2]
+        sums.append(torch.stack((losses.sum(), hits.sum())).detach())
+    loss, accuracy = (run.accelerator.reduce(torch.stack(sums).sum(0), "sum") / tokens).tolist()
+    return {"losses/loss": loss, "losses/accuracy": accuracy, "losses/grad_norm": grad_norm}
+
+
+def evaluate(run: "Run", rows: list[Demonstration], args: Args) -> dict[str, float]:
+    """Loss and accuracy, means over the tokens of held-out replies; length and --reward of sampled replies."""
+
+    def sums(batch: list[Demonstration]) -> Tensor:  # -> (B, 3)
+        lengths = [len(row.reply) for row in batch]
+        parts = zip(*(values.split(lengths) for values in reply_losses(run.model, batch)), strict=True)
+        return torch.stack([torch.stack((loss.sum(), hit.sum(), torch.ones_like(loss).sum())) for loss, hit in parts])
+
+    by_length = sorted(rows, key=lambda row: len(row.prompt) + len(row.reply))  # neighbours need little padding
+    loss, hits, tokens = run.share(sums, by_length).double().sum(0).tolist()
+    prompts = itertools.cycle({str(row.text): row for row in rows}.values())  # each once, then all of them again
+    ends = sorted({row.reply[-1] for row in rows})
+
+    def judge(batch: list[tuple[int, Demonstration]]) -> Tensor:  # -> (B, 2)
+        prompts = [row.prompt for _, row in batch]
+        replies = sample(run.bare, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
+        decoded = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
+        rewards = run.judge([row.text for _, row in batch], decoded) if run.judge else [0.0] * len(batch)
+        return torch.tensor([[len(reply) for reply in replies], rewards]).T.to(run.accelerator.device)
+
+    length, reward = run.share(judge, [*enumerate(itertools.islice(prompts, args.eval_replies))]).mean(0).tolist()
+    result = {"eval/loss": loss / tokens, "eval/accuracy": hits / tokens, "eval/length": length}
+    return result | ({"eval/reward": reward} if run.judge else {})
+
+
+def train(args: Args) -> dict[str, float]:
+    """Trains a model and returns its last evaluation. From below the ruled line it needs Run and load_model."""
+    with contextlib.closing(Run(args)) as run:
+        model = load(run, args.model_name, args)
+        rows, held_out = training_and_held_out(run.tokenizer, model, args)
+        model = make_trainable(model, "CAUSAL_LM", args)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        options = {"betas": (0.9, 0.98), "weight_decay": args.weight_decay, "fused": True}
+        run.start(model, torch.optim.AdamW(trained, **options))
+        batches = batches_from(run.global_step, rows, args)
+        while run.goes_on(lambda: evaluate(run, held_out, args)):  # evaluates and saves where that is due
+            # 1. Take the next batch, of an epoch's random order
+            batch = next(batches)
+
+            # 2. Learn, at a rate that rises over the warm-up, and falls over the whole run
+            rise = min(1, (run.global_step + len(batch)) / max(args.warmup * args.total_timesteps, 1))
+            rate = args.learning_rate * rise * (1 - run.global_step / args.total_timesteps)
+            run.optimizer.param_groups[0]["lr"] = rate
+            metrics = update(run, batch, args)
+            run.global_step += len(batch)
+
+            # 3. Log
+            run.log(metrics | {"charts/learning_rate": rate})
+        show_replies(run, held_out, args)
+        return run.result
+
+
+def show_replies(run: "Run", rows: list[Demonstration], args: Args) -> None:
+    """To three prompts a reply of the model, with its reward."""
+    rows = [*{str(row.text): row for row in rows}.values()][:3]
+    ends = sorted({row.reply[-1] for row in rows})
+    replies = sample(run.bare, [row.prompt for row in rows], ends, args.max_new_tokens, (args.seed, "shown"))
+    for row, reply in zip(rows, run.tokenizer.batch_decode(replies, skip_special_tokens=True), strict=True):
+        worth = f"{run.judge([row.text], [reply])[0]:5.1f}" if run.judge else ""
+        run.accelerator.print(f"{row.text!s:.200}\n    {worth}  {reply}")
+
+
+def load(run: "Run", name: str, args: Args) -> nn.Module:
+    run.tokenizer, run.judge = load_tokenizer(name), load_reward(args) if args.reward else None
+    if not args.from_scratch or name != args.model_name:
+        return load_model(name, AutoModelForCausalLM, args)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        torch.manual_seed(args.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # without dropout
+    except Exception as error:
+        raise UsageError(f"{name} has no config.json of a causal language model: {error}") from None
+    if model.num_parameters() < 10_000_000:
+        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
+    return model
+
+
+def evaluate_saved(args: Args) -> dict[str, float]:
+    """Evaluates the model in --run-dir as the last evaluation of the run did, or on another --dataset."""
+    with contextlib.closing(Run(args)) as run:
+        run.model = run.bare = load(run, f"{args.run_dir}/model", args).to(run.accelerator.device)
+        _, held_out = training_and_held_out(run.tokenizer, run.model, args)
+        show_replies(run, held_out, args)
+        return evaluate(run, held_out, args)
+
+
+USUAL = {  # names of columns
+    "prompt": ["prompt", "question", "instruction", "query", "problem", "context"],
+    "reply": ["completion", "response", "answer", "output", "solution", "chosen", "messages", "conversations"],
+    "input": ["input"], "system": ["system", "system_prompt"], "tools": ["tools"],
+}  # fmt: skip
+
+
+def prompts_and_replies(row: dict, names: dict[str, str | None], args: Args) -> list[tuple[Text, Text]]:
+    """Prompt and reply: texts, or a chat and what goes on with it. Of a whole chat one for each of its replies."""
+    reply, prompt = as_text(row[names["reply"]]), as_text(row[names["prompt"]]) if names["prompt"] else None
+    if isinstance(prompt, str) and isinstance(reply, str) and names["input"] and row[names["input"]]:
+        prompt = f"{prompt}\n\n{row[names['input']]}"  # Alpaca's instruction, and what it is about
+    if isinstance(prompt, str) and (names["system"] or args.chat or isinstance(reply, list)):
+        prompt = [{"role": "user", "content": prompt}]
+    before = prompt if isinstance(prompt, list) else []
+    if names["system"] and row[names["system"]]:
+        before = [{"role": "system", "content": row[names["system"]]}, *before]
+    if isinstance(reply, str):
+        if prompt is None:
+            raise UsageError("there is a reply without a prompt: name the column with --prompt-column")
+        return [(before or prompt, reply)]
+    if before and reply[0]["role"] != "assistant":
+        before = before[:1] if before[0]["role"] == "system" else []  # the messages begin with the prompt
+    chat = before + reply
+    found = [(chat[:i], chat[i : i + 1]) for i in range(len(before) or 1, len(chat)) if chat[i]["role"] == "assistant"]
+    if not found:
+        raise UsageError("the chat has no message of the role assistant behind another one")
+    return found
+
+
+def read_demonstrations(source: str, split: str | None, tokenizer: Tokenizer, limit: int, args: Args) -> list:
+    """The demonstrations of a data set, but for those that have too many tokens."""
+    rows = read_rows("--dataset", source, args.dataset_config, split)
+    rows = load_function("--convert", args.convert)(rows) if args.convert else rows
+    columns = [*rows[0]]
+    names = {kind: next((name for name in usual if name in columns), None) for kind, usual in USUAL.items()}
+    named = {"prompt": args.prompt_column, "reply": args.reply_column}
+    names |= {kind: name for kind, name in named.items() if name}
+    if names["reply"] is None or {*names.values()} - {None, *columns}:
+        raise UsageError(f"{source} has the columns {', '.join(columns)}: use --prompt-column and --reply-column")
+    found, num_long = [], 0
+    for number, row in enumerate(rows, 1):
+        try:
+            tools = row[names["tools"]] if names["tools"] else None
+            tools = json.loads(tools) if isinstance(tools, str) else without_none(tools)
+            for prompt, reply in prompts_and_replies(row, names, args):
+                demonstration = Demonstration(*encode(tokenizer, prompt, [reply], tools), prompt)
+                is_long = len(demonstration.prompt + demonstration.reply) > limit
+                num_long += is_long
+                found += [] if is_long else [demonstration]
+        except UsageError as error:
+            raise UsageError(f"{source}, row {number}: {error}") from None
+    news = f"{source}: {len(found)} demonstrations. Left out: {num_long} of over {limit} tokens"
+    if RANK == 0:
+        print(f"{news}; not used: the columns {', '.join({*columns} - {*names.values()}) or 'none'}")
+    if not found:
+        raise UsageError(news)
+    return found
+
+
+def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) -> tuple[list, list]:
+    limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
+    read = functools.partial(read_demonstrations, tokenizer=tokenizer, limit=limit, args=args)
+    if args.evaluate and args.dataset != saved_args(args.run_dir).dataset:
+        return [], read(args.dataset, args.dataset_split)  # all of them
+    if args.eval_dataset or args.eval_split:
+        held_out = read(args.eval_dataset or args.dataset, args.eval_split)
+        return [] if args.evaluate else read(args.dataset, args.dataset_split), held_out
+    rows, held_out, groups = read(args.dataset, args.dataset_split), [], {}
+    size = max(min(args.eval_demonstrations, len(rows) // 10), 1)
+    for row in random.Random(args.seed).sample(rows, len(rows)):
+        groups.setdefault(str(row.prompt), []).append(row)
+    for group in groups.values():  # what is held out has no prompt in common with the rest
+        held_out += group if len(held_out) + len(group) <= size else []
+    held_out = held_out or random.Random(args.seed).sample(rows, size)  # there are few prompts
+    ids = {id(row) for row in held_out}
+    rows = [row for row in rows if id(row) not in ids]
+    if len(rows) < args.batch_size and not args.evaluate:
+        raise UsageError(f"{args.dataset}: {len(rows)} demonstrations are less than --batch-size {args.batch_size}")
+    return rows, held_out
+
+
+def batches_from(step: int, rows: list[Demonstration], args: Args) -> Iterator[list[Demonstration]]:
+    """Batches without end: in each epoch all demonstrations once, but for a rest."""
+    size, order, shown = args.batch_size, [], None
+    for number in itertools.count(step // size):
+        epoch, position = divmod(number, len(rows) // size)
+        if epoch != shown:
+            order, shown = random.Random(f"{args.seed} {epoch}").sample(rows, len(rows)), epoch
+        yield order[position * size : (position + 1) * size]
+
+
+# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
+# What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
+# accelerate knows about GPUs and other processes. train needs no more than Run, load_tokenizer and load_model.
+
+
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
+
+
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in what is None."""
+    ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf)} | ranges
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.load_in_4bit and not args.lora_rank:
+        raise UsageError("--load-in-4bit is for weights that don't change: it needs --lora-rank")
+    if args.reward is None and args.dataset == Args.dataset:  # the default task has a true reward
+        args.reward = f"{REVIEWS}/reward.py:true_reward"
+    args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
+    args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
+
+
+def saved_args(run_dir: str, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
+def parse_args() -> Args:
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            args = tyro.cli(Args)
+            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def load_function(flag: str, value: str) -> Callable:
+    try:
+        path, name = value.rsplit(":", 1)
+        return runpy.run_path(path)[name]
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"{flag} {value} must be FILE.py:function: {error!r}") from None
+
+
+def read_rows(flag: str, source: str, config: str | None = None, split: str | None = None) -> list[dict]:
+    """All that datasets reads: a hub id, files ("pairs-*.json.gz"), their folder, or a folder of save_to_disk."""
+    import datasets  # slow to import
+
+    datasets.disable_progress_bars()
+    files = sorted(path for path in glob.glob(source) if os.path.isfile(path))
+    try:
+        if glob.glob(f"{glob.escape(source)}/dataset_*.json"):
+            data = datasets.load_from_disk(source)
+        elif files:
+            names = [os.path.basename(path) for path in files]
+            data = datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), data_files=names, split=split)
+        else:
+            assert not re.search(r"\.(jsonl?|csv|parquet)(\.|$)", source), "there is no such file"
+            data = datasets.load_dataset(source, config, split=split)
+        if isinstance(data, dict):  # of splits
+            split = split or ("train" if len(data) > 1 else next(iter(data)))
+            assert split in data, f"choose with --dataset-split one of {', '.join(data)}"
+            data = data[split]
+        rows = data.to_list()
+        assert rows, "it is empty"
+        return rows
+    except Exception as error:  # unknown, unreachable, damaged, another split: its message says which
+        cause = error.__cause__ or error
+        raise UsageError(f"{flag} {source} can't be read: {type(cause).__name__}: {cause}") from None
+
+
+def without_none(value: object) -> object:
+    """datasets gives all objects of a column the same keys: those that an object did not have are None, and go."""
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return {k: without_none(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def as_text(value: object) -> Text:
+    """A text, or the messages of a chat, of which each has a role. ShareGPT's from and value are role and content."""
+    if isinstance(value, str):
+        return value
+    messages, roles = without_none(value if isinstance(value, list) else [value]), {"human": "user", "gpt": "assistant"}
+    try:
+        messages = [
+            {"role": roles.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else {"role": m["role"]} | m
+            for m in messages
+        ]
+    except (TypeError, KeyError):
+        messages = []
+    if not messages or not all(len(message) > 1 for message in messages):
+        raise UsageError(f"{value!r:.80} is neither a text nor a list of messages with role and content")
+    return messages
+
+
+def common_length(sequences: list) -> int:
+    """How many items at their beginning all sequences have in common."""
+    columns = itertools.takewhile(lambda items: all(item == items[0] for item in items), zip(*sequences, strict=False))
+    return sum(1 for _ in columns)
+
+
+def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
+    """Token ids of the prompt, then of each reply up to the end of its turn."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if isinstance(prompt, str):
+        # Prompt and reply together, as the model reads them: alone, the reply's first token could be another one
+        texts = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
+        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # one was written in the text
+    else:
+        turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
+        write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
+        try:
+            texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
+        except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
+            raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
+    start = common_length(texts)  # less than the whole prompt where a token spans prompt and reply
+    if start == 0:  # the first token that is predicted must follow something
+        start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
+    encoded, ends = [texts[0][:start]], turn_ends(tokenizer)
+    for ids in texts[1:]:
+        length = len(ids)  # some templates write a line break behind the end of the turn, which no model has to write
+        while length > start and ids[length - 1] not in ends and tokenizer.decode(ids[length - 1]).isspace():
+            length -= 1
+        encoded.append(ids[start:length] if length > start and ids[length - 1] in ends else [*ids[start:], eos])
+    return encoded
+
+
+@functools.cache
+def turn_ends(tokenizer: Tokenizer) -> set[int]:
+    """The special tokens: a turn's text ends in one of them, such as <|im_end|>, <|eot_id|>, <end_of_turn>, </s>."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+
+
+def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:  # -> (B, T)
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    if name.startswith(str(REVIEWS)) and not REVIEWS.exists():
+        raise UsageError("the default task is not beside this script: give it --model-name and --dataset")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # unknown, unreachable, damaged: its message says which
+        raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_model(name: str, kind: type, args: Args) -> nn.Module:
+    """Without dropout (eval): the same text has the same value in every pass, be it the policy's or the reference's."""
+    # Small steps get lost in bfloat16: it is for what LoRA freezes, and not on the CPU
+    half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
+    options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
+    options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    if args.load_in_4bit:
+        quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        options["quantization_config"] = quantised
+    try:
+        if adapter := find_adapter_config_file(name):  # what LoRA learned before becomes part of the weights
+            import peft
+
+            model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
+            model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # what new LoRA is based on
+            return model
+        model, info = kind.from_pretrained(name, **options)
+        missing = sorted(info["missing_keys"])
+        if missing == ["score.weight"]:  # the head that gives rewards is new
+            nn.init.zeros_(model.score.weight)
+            missing = []
+        assert not missing, f"it has no weights for {', '.join(missing[:3])}"
+        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+        states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
+        assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
+    except Exception as error:
+        raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
+    if model.num_parameters() < 10_000_000:
+        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
+    return model
+
+
+def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():  # it needs them in training; what is within them stays without dropout
+            layer.training = isinstance(layer, GradientCheckpointingLayer)
+    if args.lora_rank:
+        import peft  # slow to import
+
+        config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        model = peft.get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # the head too
+                parameter.data = parameter.data.float()
+    return model
+
+
+@torch.no_grad()
+def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: int, seed: tuple) -> list[list[int]]:
+    """A reply to each prompt, drawn from the model as it is (temperature 1), up to one of ends or this length."""
+    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # training draws nothing from there
+    ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
+    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0]}
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    rows = model.generate(ids, attention_mask=mask, synced_gpus=PROCESSES > 1, **plain, **limits)[:, ids.shape[1] :]
+    return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
+
+
+def load_reward(args: Args) -> Callable[[list[Text], list[str]], list[float]]:
+    """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
+    if ".py:" in args.reward:
+        function = load_function("--reward", args.reward)
+        return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
+    tokenizer, model = load_tokenizer(args.reward), load_model(args.reward, AutoModelForSequenceClassification, args)
+
+    @torch.no_grad()
+    def judge(prompts: list[Text], replies: list[str]) -> list[float]:
+        encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
+        return [model(input_ids=torch.tensor([p + r], device=model.device)).logits.item() for p, r in encoded]
+
+    return judge
+
+
+class Run:
+    """A run: its processes and their devices (accelerator), its folder, its log."""
+
+    stop_signal = 0  # main sets it when a signal arrives
+
+    def __init__(self, args: Args):
+        name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.bar = self.metrics = self.wandb = None
+        self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
+        if args.batch_size % (self.micro_batch_size * PROCESSES) or args.total_timesteps % args.batch_size:
+            parts = f"--micro-batch-size {self.micro_batch_size} times {PROCESSES} processes"
+            raise UsageError(f"--batch-size {args.batch_size} must divide --total-timesteps; so must {parts} it")
+        try:
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            reason = re.split(r"\. |\n", str(error))[0]
+            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {reason}") from None
+        if args.device != "auto":
+            os.environ["ACCELERATE_TORCH_DEVICE"] = args.device
+        precision = "bf16" if torch.cuda.is_available() and args.device != "cpu" else "no"
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)  # accelerate launch has set it
+        self.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=precision)
+        self.accelerator.gradient_accumulation_steps = args.batch_size // self.micro_batch_size // PROCESSES
+        if self.accelerator.distributed_type == "DEEPSPEED":
+            raise UsageError("what DeepSpeed keeps of the optimizer is not in checkpoint.pt: take FSDP instead")
+        torch.manual_seed(args.seed)
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was."""
+        args, path, checkpoint = self.args, self.dir / "config.json", self.dir / "checkpoint.pt"
+        if args.resume:
+            config = json.loads(path.read_text())
+            changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
+            changed -= {"run_dir", "resume", "device", "total_timesteps", "micro_batch_size"}
+            if changed or args.total_timesteps < config["args"]["total_timesteps"]:
+                changed = ", ".join(changed or ["total_timesteps"])
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {changed}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            folder = shlex.quote(str(Path(__file__).parent))
+            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            status, commit = subprocess.getstatusoutput(git)
+            config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
+            config["commit"] = None if status else commit
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.bare = self.accelerator.unwrap_model(self.model)  # generates, and can be saved
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0}
+        if args.resume and checkpoint.exists():
+            try:
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # data, never code
+                weights, of_optimizer = {"model_state_dict": state["model"]}, {"optim_state_dict": state["optimizer"]}
+                options = StateDictOptions(full_state_dict=True, strict=False)
+                set_state_dict(self.model, self.optimizer.optimizer, **weights, **of_optimizer, options=options)
+            except Exception as error:  # a damaged file can raise anything
+                reason = type(error).__name__
+                raise UsageError(f"{checkpoint} is missing, damaged or of another script ({reason})") from None
+        self.global_step, self.last_step = state["step"], state["last_step"]
+        self.started -= state["seconds"]
+        if RANK > 0:
+            return
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+            try:
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
+                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
+            self.wandb.define_metric("*", step_metric="global_step")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = open(self.dir / "metrics.jsonl", "ab")
+        except OSError as error:
+            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.metrics.seek(state["bytes"])
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        print(f"{Path(__file__).name} on {PROCESSES} x {self.accelerator.device}, run folder {self.dir}")
+
+    def goes_on(self, evaluate: Callable[[], dict[str, float]]) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last = self.args, self.global_step, self.last_step
+        stop = self.accelerator.gather(torch.tensor([Run.stop_signal], device=self.accelerator.device)).max().item()
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            self.result = evaluate()
+            self.log(self.result)
+        if step and (step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or stop):
+            self.save()
+        if stop:
+            self.accelerator.print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + stop)
+        if end:
+            self.accelerator.print(f"Done: {self.dir}/model. To evaluate it again:\n    {self.command} --evaluate")
+        return not end
+
+    def step(self, loss: Tensor) -> float:
+        """Adds the loss's gradient; with that of the last micro-batch, steps. Returns the norm before clipping."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm) if self.accelerator.sync_gradients else 0.0
+
+    def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
+        """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
+        size = self.micro_batch_size
+        with torch.no_grad(), self.accelerator.split_between_processes(items, apply_padding=True) as mine:
+            values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
+        return self.accelerator.gather(values)[: len(items)]
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        if RANK > 0:
+            return
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if self.global_step == 50 * self.args.batch_size and abs(row.get("rewards/margins", 1)) < 1e-4:
+            tqdm.write("warning: after 50 updates the margins are still 0: raise --learning-rate", file=sys.stderr)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
+
+    def save(self) -> None:
+        """Writes model/ and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
+        if RANK > 0:
+            return
+        if not all(math.isfinite(values.sum()) for values in weights.values()):
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        state = {"model": weights, "optimizer": of_optimizer, "step": self.global_step, "last_step": self.last_step}
+        state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell()}
+        folder, temporary = self.dir / "model", self.dir / "model.tmp"
+        self.bare.save_pretrained(temporary, state_dict=weights)
+        self.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        torch.save(state, self.dir / "checkpoint.pt.tmp")
+        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
+
+    def close(self) -> None:
+        for part in (self.bar, self.metrics):
+            if part is not None:
+                part.close()
+        if self.wandb:
+            self.wandb.finish()
+        self.accelerator.end_training()  # ends the other processes' group
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    warnings.simplefilter("ignore")  # warnings of libraries would stand around our one line
+    logging.disable()
+    transformers.utils.logging.disable_progress_bar()
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
+    try:
+        args = parse_args()
+        if args.evaluate:
+            result = evaluate_saved(args)
+            if RANK == 0:
+                print(*(f"{name} {value:.4g}" for name, value in result.items()), sep=", ")
+        else:
+            train(args)
+    except (UsageError, FloatingPointError) as error:
+        if RANK == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+if __name__ == "__main__":
+    main()
