@@ -1,10 +1,16 @@
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-all lint format benchmark clean
+.PHONY: help install train test test-slow test-all lint format benchmark clean
 
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 export OMP_NUM_THREADS ?= 1
+
+# TORCH=cpu: PyTorch without the libraries of CUDA, which take 4 GB. The first is read by uv, the second by pip
+ifeq ($(TORCH),cpu)
+export UV_TORCH_BACKEND := cpu
+export PIP_EXTRA_INDEX_URL := https://download.pytorch.org/whl/cpu
+endif
 
 # $(call environment,REQUIREMENTS): a virtual environment with them, by uv where it is installed, else by venv and pip
 define environment
@@ -28,14 +34,16 @@ $(VENV)/all: requirements.txt benchmark/requirements.txt
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-train: $(VENV)/scripts ## learn to land a spacecraft; more flags in ARGS="--seed 2"
+install: $(VENV)/all ## all packages, also those of the tools in benchmark/, into .venv
+
+train: $(VENV)/scripts ## learn to land a spacecraft; more flags in ARGS="--seed 2"; without CUDA: TORCH=cpu
 	$(VENV)/bin/python algorithms/ppo.py --env-id LunarLander-v3 $(ARGS)
 
 test: $(VENV)/all ## the tests of minutes; some of them in ARGS="-k gae"
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/all ## the others: whole runs of each script, killed and resumed, filmed, learning
-	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+	$(VENV)/bin/python -m pytest -m "slow and not again" $(ARGS)
 
 test-all: $(VENV)/all ## all tests
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -659,8 +659,8 @@ def test_how_long_ez_greedy_holds_an_action_is_said_where_it_differs_from_the_pa
 
 
 def test_what_teams_that_follow_rules_earn_is_one_figure_everywhere():
-    """by_hand.json has it; the report measures runs by it, and the README shows it."""
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    """by_hand.json has it; the report measures runs by it, and the page of results shows it."""
+    readme = " ".join((ROOT / "benchmark" / "README.md").read_text().split())
     kept = json.loads((ROOT / "benchmark" / "results" / "by_hand.json").read_text())["rows"]
     earned = {(row["environment"], row["continuous_actions"], row["team"]): row["episodic_return"] for row in kept}
     for (environment, continuous, team), value in earned.items():
