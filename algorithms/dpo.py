@@ -812,7 +812,7 @@ class Run:
         state = {"model": weights, "optimizer": of_optimizer, "step": self.global_step, "last_step": self.last_step}
         state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell()}
         folder, temporary = self.dir / "model", self.dir / "model.tmp"
-        self.bare.save_pretrained(temporary, state_dict=weights)
+        self.bare.save_pretrained(temporary, state_dict={**weights})  # a copy, for it empties what it is given
         self.tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
