@@ -45,15 +45,22 @@ EACH_ITS_OWN = "killed_and_resumed", "same_seed", "changes_something"  # what de
 COMMON_FLAGS = re.compile(
     r"-(seed|total_timesteps|eval_\w+|checkpoint_frequency|num_envs|capture_video)-"
     r"|\[(reward_model|sft|grpo)-(learning_rate|warmup|batch_size|max_\w+|weight_decay|lora_rank|dataset_split)-"
+    r"|\[(her|sac)-(policy_lr|q_lr|gamma|tau|buffer_size|batch_size|learning_starts|utd|num_critics)-"
 )
+
+
+OF_ALL = re.compile("help_explains|keeps_its_other_arguments|train_returns_its_last")  # of the shared text alone
 
 
 def pytest_collection_modifyitems(items):
     """Marks slow tests of what another script's test covers: `make test-all` runs them, `make test-slow` does not."""
     for item in items:
+        if item.path.stem == "test_contract" and OF_ALL.search(item.name) and COPIES.search(item.name):
+            item.add_marker("slow")
         if item.get_closest_marker("slow") and item.path.stem in ("test_contract", "test_faults"):
             copied = COPIES.search(item.name) and not any(name in item.name for name in EACH_ITS_OWN)
             copied = copied or ("[td3-box" in item.name and not re.search("arrays|replay", item.name))  # as dqn's
+            copied = copied or ("DiceEnd" in item.name and re.search(r"\[(her|maddpg)-", item.name))
             if copied or ("changes_something" in item.name and COMMON_FLAGS.search(item.name)):
                 item.add_marker("again")
 
