@@ -55,6 +55,8 @@ OF_ALL = re.compile("help_explains|keeps_its_other_arguments|train_returns_its_l
 def pytest_collection_modifyitems(items):
     """Marks slow tests of what another script's test covers: `make test-all` runs them, `make test-slow` does not."""
     for item in items:
+        if "commands_of_the_guide" in item.name and not re.search(r"\[(ppo|dqn|dpo)\.py", item.name):
+            item.add_marker("again")  # a quick test reads the flags of all
         if item.path.stem == "test_contract" and OF_ALL.search(item.name) and COPIES.search(item.name):
             item.add_marker("slow")
         if item.get_closest_marker("slow") and item.path.stem in ("test_contract", "test_faults"):
