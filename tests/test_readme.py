@@ -88,7 +88,8 @@ def script_and_flags(command: str) -> tuple[str, list[str]] | None:
 
 def small_flags(script: str) -> str:
     text = (ROOT / "algorithms" / f"{script}.py").read_text()
-    flags = [(name, value) for name, value in SMALL.items() if f"\n    {name}: " in text]
+    small = SMALL | ({"total_timesteps": 512} if script in ("ppo_rlhf", "grpo") else {})  # a whole batch
+    flags = [(name, value) for name, value in small.items() if f"\n    {name}: " in text]
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags)
 
 
