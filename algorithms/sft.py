@@ -365,7 +365,7 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
 
 
-def saved_args(run_dir: str, **changes: object) -> Args:
+def saved_args(run_dir: str | Path, **changes: object) -> Args:
     """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
     try:
         config = json.loads(Path(run_dir, "config.json").read_text())
@@ -381,10 +381,12 @@ def parse_args() -> Args:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
         sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
+    if {"--resume", "--evaluate"} & {*sys.argv}:
+        default = {"default": saved_args(run_dirs[-1])}
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
-            args = tyro.cli(Args)
-            return tyro.cli(Args, default=saved_args(args.run_dir)) if args.resume or args.evaluate else args
+            return tyro.cli(Args, **default)
         except SystemExit:  # tyro draws a box around its message
             raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
 
@@ -588,7 +590,7 @@ class Run:
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"
         self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
-        self.command = shlex.join([sys.executable, sys.argv[0], "--run-dir", str(self.dir)])
+        self.command = shlex.join([sys.executable, __file__, "--run-dir", str(self.dir)])
         self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
         self.bar = self.metrics = self.wandb = None
         self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
@@ -598,8 +600,7 @@ class Run:
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
-            reason = re.split(r"\. |\n", str(error))[0]
-            raise UsageError(f"--device {args.device} can't be used here, --device cpu can: {reason}") from None
+            raise UsageError(f"--device {args.device} can't be used, --device cpu can ({error!s:.99})") from None
         if args.device != "auto":
             os.environ["ACCELERATE_TORCH_DEVICE"] = args.device
         precision = "bf16" if torch.cuda.is_available() and args.device != "cpu" else "no"
@@ -642,8 +643,7 @@ class Run:
                 options = StateDictOptions(full_state_dict=True, strict=False)
                 set_state_dict(self.model, self.optimizer.optimizer, **weights, **of_optimizer, options=options)
             except Exception as error:  # a damaged file can raise anything
-                reason = type(error).__name__
-                raise UsageError(f"{checkpoint} is missing, damaged or of another script ({reason})") from None
+                raise UsageError(f"{checkpoint} is damaged or of another script ({type(error).__name__})") from None
         self.global_step, self.last_step = state["step"], state["last_step"]
         self.started -= state["seconds"]
         if RANK > 0:
