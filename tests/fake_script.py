@@ -41,7 +41,8 @@ if args.resume:
     vars(args).update(json.loads(config.read_text())["args"])
     if checkpoint.exists():
         step = int(checkpoint.read_text())
-        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:step]))
+        rows = metrics.read_text().splitlines(keepends=True) if step else []  # stopped before its first row: no file
+        metrics.write_text("".join(rows[:step]))
     else:
         metrics.unlink(missing_ok=True)
 else:
