@@ -184,7 +184,7 @@ class Goals:
         return rewards, terminated
 
 
-class GoalBuffer:
+class HindsightReplayBuffer:
     """The last transitions of N environments. A row holds one step of all; a new row takes the place of the oldest.
 
     Rows are numbered from the start of the run: row i is in place i % size. first and last are the numbers of the
@@ -255,7 +255,7 @@ def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tenso
 
 
 @torch.no_grad()
-def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     for theta_target, theta in zip(target.parameters(), online.parameters(), strict=True):
         theta_target.lerp_(theta, tau)  # [6]: the share tau of the way from theta' to theta
 
@@ -287,7 +287,7 @@ def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dic
         optimizers["alpha_optimizer"].zero_grad()
         alpha_loss.backward()
         optimizers["alpha_optimizer"].step()
-    move_target(agent.target_critics, agent.critics, args.tau)
+    soft_update(agent.target_critics, agent.critics, args.tau)
     metrics |= {"losses/actor_loss": actor_loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
     return metrics
 
@@ -310,7 +310,7 @@ def train(args: Args) -> dict[str, float]:
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
         goals = Goals(args, run.envs[0].unwrapped)
-        buffer = GoalBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
+        buffer = HindsightReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments

@@ -170,7 +170,7 @@ class MADDPG(nn.Module):
         return -q.mean() + self.args.output_coef * outputs.square().mean()
 
 
-class JointBuffer:
+class ReplayBuffer:
     """The last transitions of all environments, each one row: x, a, r, terminated, x' of all agents."""
 
     def __init__(self, buffer_size: int, widths: list[int], device: str):
@@ -246,7 +246,7 @@ def train(args: Args) -> dict[str, float]:
         optimizers = {"actors": torch.optim.Adam(agent.actor_n.parameters(), **adam)}
         optimizers["critics"] = torch.optim.Adam(agent.critic_n.parameters(), **adam)
         widths = [*run.obs_shape, *run.action_space.shape, n, n, *run.obs_shape]
-        buffer = JointBuffer(min(args.buffer_size, args.total_timesteps), widths, run.device)
+        buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), widths, run.device)
         run.start(model=agent, buffer=buffer, **optimizers)
 
         while run.goes_on():  # it evaluates and saves where that is due

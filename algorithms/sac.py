@@ -141,7 +141,7 @@ def q_values(critics: nn.ModuleList, obs: Tensor, actions: Tensor) -> Tensor:
     return torch.stack([critic(inputs).squeeze(-1) for critic in critics])
 
 
-class TransitionBuffer:
+class ReplayBuffer:
     """The last transitions of N environments. A row holds one step of all; a new row takes the place of the oldest."""
 
     def __init__(self, buffer_size: int, num_envs: int, obs_dim: int, action_dim: int):
@@ -190,7 +190,7 @@ def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tenso
 
 
 @torch.no_grad()
-def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     for theta_target, theta in zip(target.parameters(), online.parameters(), strict=True):
         theta_target.lerp_(theta, tau)  # [6]: the share tau of the way from theta' to theta
 
@@ -222,7 +222,7 @@ def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dic
         optimizers["alpha_optimizer"].zero_grad()
         alpha_loss.backward()
         optimizers["alpha_optimizer"].step()
-    move_target(agent.target_critics, agent.critics, args.tau)
+    soft_update(agent.target_critics, agent.critics, args.tau)
     metrics |= {"losses/actor_loss": actor_loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
     return metrics
 
@@ -244,7 +244,7 @@ def train(args: Args) -> dict[str, float]:
             "alpha_optimizer": torch.optim.Adam([agent.log_alpha], args.q_lr, fused=True),
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
-        buffer = TransitionBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
+        buffer = ReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments

@@ -136,7 +136,7 @@ def q_values(critics: nn.ModuleList, obs: Tensor, actions: Tensor) -> Tensor:
     return torch.stack([critic(inputs).squeeze(-1) for critic in critics])
 
 
-class TransitionBuffer:
+class ReplayBuffer:
     """The last transitions of N environments. A row holds one step of all; a new row takes the place of the oldest."""
 
     def __init__(self, buffer_size: int, num_envs: int, obs_dim: int, action_dim: int):
@@ -183,7 +183,7 @@ def smooth(actions: Tensor, policy_noise: float, noise_clip: float) -> Tensor:
 
 
 @torch.no_grad()
-def move_target(target: nn.Module, online: nn.Module, tau: float) -> None:
+def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     for theta_target, theta in zip(target.parameters(), online.parameters(), strict=True):
         theta_target.lerp_(theta, tau)  # [6]: the share tau of the way from theta' to theta
 
@@ -208,8 +208,8 @@ def update(agent: TD3, optimizers: dict, batch: list[Tensor], number: int, args:
         optimizers["actor_optimizer"].zero_grad()
         actor_loss.backward(inputs=list(agent.actor.parameters()))  # computes no gradient of the critics' weights
         optimizers["actor_optimizer"].step()
-        move_target(agent.target_actor, agent.actor, args.tau)
-        move_target(agent.target_critics, agent.critics, args.tau)
+        soft_update(agent.target_actor, agent.actor, args.tau)
+        soft_update(agent.target_critics, agent.critics, args.tau)
         metrics["losses/actor_loss"] = actor_loss.detach()
     return metrics
 
@@ -230,7 +230,7 @@ def train(args: Args) -> dict[str, float]:
             "critic_optimizer": torch.optim.Adam(agent.critics.parameters(), args.q_lr, fused=True),
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
-        buffer = TransitionBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
+        buffer = ReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments

@@ -39,7 +39,11 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
         "make_env": "states are numbers", "evaluate": "exact returns as well", "Run.__init__": "states are numbers",
         "Run.start": "states have no shape", "Run.step": "one environment; arrays would take most of the time",
     },
-    "maddpg": {"make_env": "several agents in an environment", "evaluate": "a result for each agent"},
+    "dqn": {"ReplayBuffer": "images build on it; it samples n of its arrays"},
+    "maddpg": {
+        "make_env": "several agents in an environment", "evaluate": "a result for each agent",
+        "ReplayBuffer": "the parts of all agents side by side",
+    },
     "dpo": {
         "METRICS": "names of what it logs", "evaluate": "log-probabilities", "evaluate_saved": "replies",
         "load": "the policy",

@@ -47,7 +47,7 @@ def args_of(strategy="future", ratio=4.0):
 
 
 def make_buffer(size=50, num_envs=1):
-    return her.GoalBuffer(size, num_envs, 6, 1)
+    return her.HindsightReplayBuffer(size, num_envs, 6, 1)
 
 
 def sample(buffer, size, env, **args):
@@ -162,9 +162,9 @@ def test_buffer_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(steps, 
 
 def test_a_buffer_may_take_nine_tenths_of_the_memory(monkeypatch):
     monkeypatch.setattr(her.os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 10}.get)
-    assert sum(array.nbytes for array in her.GoalBuffer(25, 1, 1, 1).arrays.values()) == 900
+    assert sum(array.nbytes for array in her.HindsightReplayBuffer(25, 1, 1, 1).arrays.values()) == 900
     with pytest.raises(her.UsageError, match=r"--buffer-size 26 needs .* GB"):
-        her.GoalBuffer(26, 1, 1, 1)
+        her.HindsightReplayBuffer(26, 1, 1, 1)
 
 
 def test_environments_without_goals_are_refused_with_the_script_for_them():
@@ -266,8 +266,10 @@ def test_what_sac_has_too_is_the_same_to_the_letter():
 @pytest.fixture
 def buffers(monkeypatch):
     """Those that train makes. No evaluation takes its time."""
-    made, make = [], her.GoalBuffer.__init__
-    monkeypatch.setattr(her.GoalBuffer, "__init__", lambda self, *args: (made.append(self), make(self, *args))[0])
+    made, make = [], her.HindsightReplayBuffer.__init__
+    monkeypatch.setattr(
+        her.HindsightReplayBuffer, "__init__", lambda self, *args: (made.append(self), make(self, *args))[0]
+    )
     monkeypatch.setattr(her, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
     return made
 

@@ -271,13 +271,13 @@ def evaluate(env_id, act, **flags):
 @pytest.fixture
 def replayed(monkeypatch):
     """The replay buffers that train made."""
-    made, init = [], maddpg.JointBuffer.__init__
+    made, init = [], maddpg.ReplayBuffer.__init__
 
     def spy(self, *args):
         init(self, *args)
         made.append(self)
 
-    monkeypatch.setattr(maddpg.JointBuffer, "__init__", spy)
+    monkeypatch.setattr(maddpg.ReplayBuffer, "__init__", spy)
     return made
 
 
@@ -422,7 +422,7 @@ def test_every_hundredth_gradient_step_is_logged(tmp_path, monkeypatch):
 
 def test_replay_equals_a_list_past_three_times_its_capacity():
     rng, oracle = np.random.default_rng(0), []
-    replay = maddpg.JointBuffer(10, [2, 1], "cpu")
+    replay = maddpg.ReplayBuffer(10, [2, 1], "cpu")
     for n in [3, 3, 3, 3, 4, 1, 3, 10, 3, 4]:
         first, second = rng.normal(size=(n, 2)), rng.normal(size=(n, 1)).astype(np.float32)
         replay.add(first, second)
@@ -440,9 +440,9 @@ def test_replay_equals_a_list_past_three_times_its_capacity():
 
 def test_a_buffer_may_take_nine_tenths_of_the_memory(monkeypatch):
     monkeypatch.setattr(maddpg.os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 10}.get)
-    assert maddpg.JointBuffer(75, [2, 1], "cpu").rows.nbytes == 900
+    assert maddpg.ReplayBuffer(75, [2, 1], "cpu").rows.nbytes == 900
     with pytest.raises(maddpg.UsageError, match="--buffer-size 76 needs"):
-        maddpg.JointBuffer(76, [2, 1], "cpu")
+        maddpg.ReplayBuffer(76, [2, 1], "cpu")
 
 
 @pytest.mark.parametrize("flags", [{"tau": 1.1}, {"buffer_size": 24}, {"learning_starts": -1}, {"train_frequency": 0}])
@@ -454,7 +454,7 @@ def test_numbers_out_of_range_are_refused(flags):
 
 @pytest.mark.parametrize("added", [4, 13])
 def test_replay_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(added, tmp_path):
-    one, other = maddpg.JointBuffer(10, [1], "cpu"), maddpg.JointBuffer(10, [1], "cpu")
+    one, other = maddpg.ReplayBuffer(10, [1], "cpu"), maddpg.ReplayBuffer(10, [1], "cpu")
     for k in range(added):
         one.add(np.full((1, 1), k))
     torch.save(one.state_dict(), tmp_path / "replay.pt")

@@ -151,7 +151,7 @@ def add_number(buffer, number):
 @both
 @pytest.mark.parametrize("num_envs", [1, 2, 3])
 def test_buffer_is_a_list_of_the_last_transitions(script, num_envs):
-    rng, buffer, oracle = np.random.default_rng(0), script.TransitionBuffer(10, num_envs, 2, 3), []
+    rng, buffer, oracle = np.random.default_rng(0), script.ReplayBuffer(10, num_envs, 2, 3), []
     for _ in range(3 * 10 + 4):
         obs, actions, next_obs = (rng.normal(size=(num_envs, n)).astype(np.float32) for n in (2, 3, 2))
         rewards, terminated = rng.normal(size=num_envs), rng.random(num_envs) < 0.3  # float64, as environments give
@@ -171,7 +171,7 @@ def test_buffer_is_a_list_of_the_last_transitions(script, num_envs):
 
 @both
 def test_buffer_samples_all_it_holds_alike(script):
-    buffer = script.TransitionBuffer(100, 2, 1, 1)
+    buffer = script.ReplayBuffer(100, 2, 1, 1)
     for i in range(5):
         number = np.array([[2 * i], [2 * i + 1]])
         add(buffer, number, number, np.zeros(2), np.zeros(2), number)
@@ -185,7 +185,7 @@ def test_buffer_samples_all_it_holds_alike(script):
 @both
 @pytest.mark.parametrize("steps", [4, 10, 23])
 def test_buffer_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(script, steps, tmp_path):
-    buffer, other = script.TransitionBuffer(10, 1, 2, 3), script.TransitionBuffer(10, 1, 2, 3)
+    buffer, other = script.ReplayBuffer(10, 1, 2, 3), script.ReplayBuffer(10, 1, 2, 3)
     for i in range(steps):
         add_number(buffer, i)
     torch.save(buffer.state_dict(), tmp_path / "file")
@@ -205,7 +205,7 @@ def test_buffer_is_saved_as_far_as_it_is_filled_and_goes_on_where_it_was(script,
 
 @both
 def test_a_checkpoint_of_a_big_buffer_is_small(script, tmp_path):
-    buffer = script.TransitionBuffer(100_000, 1, 2, 3)
+    buffer = script.ReplayBuffer(100_000, 1, 2, 3)
     for i in range(5):
         add_number(buffer, i)
     torch.save(buffer.state_dict(), tmp_path / "file")
@@ -215,19 +215,19 @@ def test_a_checkpoint_of_a_big_buffer_is_small(script, tmp_path):
 @both
 def test_a_buffer_larger_than_the_memory_is_refused(script):
     with pytest.raises(script.UsageError, match=r"--buffer-size 1000000000000 needs 168000.0 GB; .* has \d+\.\d GB"):
-        script.TransitionBuffer(10**12, 1, 17, 6)
+        script.ReplayBuffer(10**12, 1, 17, 6)
 
 
 @both
 def test_a_buffer_may_take_nine_tenths_of_the_memory(script, monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 10}.get)
-    assert sum(array.nbytes for array in script.TransitionBuffer(45, 1, 1, 1).arrays.values()) == 900
+    assert sum(array.nbytes for array in script.ReplayBuffer(45, 1, 1, 1).arrays.values()) == 900
     with pytest.raises(script.UsageError):
-        script.TransitionBuffer(46, 1, 1, 1)
+        script.ReplayBuffer(46, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("script", "name"), [(td3, "TransitionBuffer"), (sac, "TransitionBuffer"), (her, "GoalBuffer")]
+    ("script", "name"), [(td3, "ReplayBuffer"), (sac, "ReplayBuffer"), (her, "HindsightReplayBuffer")]
 )
 def test_where_the_memory_can_not_be_asked_for_a_buffer_is_made(script, name, monkeypatch):
     """On Windows."""
@@ -415,7 +415,7 @@ def recorded(monkeypatch):
     """What train hands to the buffer and to the learning steps; the latter learn nothing."""
     seen = {"add": [], "update": []}
     for script in td3, sac:
-        add = script.TransitionBuffer.add
+        add = script.ReplayBuffer.add
 
         def keep(self, add=add, **columns):
             seen["add"].append([np.array(column) for column in columns.values()])
@@ -426,7 +426,7 @@ def recorded(monkeypatch):
             seen["update"].append((*number, len(seen["add"]), batch))
             return {"losses/actor_loss": torch.tensor(float(len(seen["update"])))}
 
-        monkeypatch.setattr(script.TransitionBuffer, "add", keep)
+        monkeypatch.setattr(script.ReplayBuffer, "add", keep)
         monkeypatch.setattr(script, "update", update)
         monkeypatch.setattr(script, "evaluate", lambda *_: {"eval/episodic_return": 0.0, "eval/return_std": 0.0})
     MADE.clear()
