@@ -4,27 +4,27 @@ Where only reaching a goal is rewarded, nearly all early episodes look alike: th
 reached something. HER replays a transition with such a goal in place of the true one, and with the reward that this
 would have paid. The learner does not notice: it is SAC, as sac.py explains it, and observations contain the goal g.
 
-    [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal      SAC, Eq. 6
-    [2] a = tanh(u), u ~ N(mean(s), std(s)^2): log pi(a|s) = log N(u) - sum_j log(1 - tanh(u_j)^2)       SAC, Appendix C
-    [3] temperature: minimise E[-alpha log pi(a|s) - alpha H],  H = -dim(a)                                  SAC, Eq. 18
+    [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal  SAC, cf. Eq. 6
+    [2] a = tanh(u), u = mean(s) + std(s) n, n ~ N(0, 1): log pi(a|s) = log N(u) - sum_j log(1 - a_j^2)  SAC, Appendix C
+    [3] temperature: minimise E[-alpha log pi(a|s) - alpha H],  a ~ pi,  H = -dim(a)                         SAC, Eq. 18
     [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                          SAC, Eq. 5
-    [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                     SAC, Eq. 7
+    [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                 SAC, cf. Eq. 7
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 SAC, Algorithm 1
     [7] with a probability of k / (k + 1), a transition's goal g becomes a goal g' that was achieved in its episode,
         future: in this step or a later one; episode: in any step; final: in the last one      HER, Sections 3.3 and 4.5
-    [8] its reward becomes r' = r(achieved(s'), g'), and g' decides whether s' is terminal              HER, Algorithm 1
+    [8] its reward becomes r' = r(achieved(s'), g')                                                     HER, Algorithm 1
 
 sac.py explains [1] to [6]; diff sac.py her.py shows what HER adds. g' and r' take the place of g and r, and achieved is
 the paper's m. Environments observe a Dict of observation, achieved_goal and desired_goal: see gymnasium-robotics.
 
 Papers: Andrychowicz et al. 2017, arXiv:1707.01495 (HER); Haarnoja et al. 2018, arXiv:1812.05905 (SAC).
 
-Differs from HER's paper:
+Differs from HER's paper (from SAC's: see sac.py):
 - SAC in place of DDPG, two hidden layers of 256 units, not three of 64; one gradient step for each environment step.
 - A transition is replayed from the moment it was made, and with a goal of its episode so far.
-- Goals are drawn anew whenever a transition is replayed, as in the authors' code. final has a k, in the paper it is 1.
-- The networks see the achieved goal too. Observations are not normalised, targets not clipped.
-- A time limit is not a terminal state: the value of the last observation stands for the rest of the episode.
+- Goals are drawn anew at each replay, as in the authors' code. final has a k. The strategy random is left out.
+- g' also decides whether s' is terminal, where the environment can tell.
+- The networks see the achieved goal too. Observations are not normalised, targets not clipped. Time limits: as sac.py.
 
     python algorithms/her.py --env-id gymnasium_robotics:FetchReach-v4
 """
@@ -87,15 +87,15 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
-    policy_lr: float = 1e-3  # learning rate of the actor; paper: 3e-4
-    q_lr: float = 1e-3  # learning rate of the critics and of the temperature; paper: 3e-4
+    policy_lr: float = 1e-3  # learning rate of the actor; SAC's paper: 3e-4
+    q_lr: float = 1e-3  # learning rate of the critics and of the temperature; SAC's paper: 3e-4
     gamma: float = 0.95  # discount; HER's paper: 0.98
     tau: float = 0.005  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step
     learning_starts: int | None = None  # steps of uniform random actions, without learning; None: min(run / 10, 10,000)
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
-    num_critics: int = 2  # [1] number of critics
+    num_critics: int = 2  # [1] number of critics, all in the minimum
     alpha: float = 0.2  # [1] temperature: at the start, and with --no-autotune always
     autotune: bool = True  # [3] tune the temperature
     her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals are taken from
@@ -179,7 +179,7 @@ class Goals:
     def outcomes(self, achieved: np.ndarray, goals: np.ndarray, terminated: np.ndarray) -> tuple:
         """[8] of R transitions: (R, goal_dim), (R, goal_dim), (R,) -> rewards (R,), terminated (R,)"""
         rewards = self.env.compute_reward(achieved, goals, {})  # [8]; {}: infos are not kept
-        if self.can_end_episodes:  # it knows no batches
+        if self.can_end_episodes:  # it takes one pair at a time
             terminated = [self.env.compute_terminated(*pair, {}) for pair in zip(achieved, goals, strict=True)]
         return rewards, terminated
 
@@ -196,7 +196,7 @@ class HindsightReplayBuffer:
         memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
             raise UsageError(f"--buffer-size {buffer_size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
-        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0
+        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0  # both in rows
         shapes = {"obs": (obs_dim,), "actions": (action_dim,), "rewards": (), "terminated": (), "next_obs": (obs_dim,)}
         self.arrays = {name: np.zeros((self.size, num_envs, *shape), np.float32) for name, shape in shapes.items()}
         self.arrays |= {name: np.zeros((self.size, num_envs), np.int64) for name in ("first", "last")}
@@ -219,11 +219,11 @@ class HindsightReplayBuffer:
 
         # [7] A goal for each transition: the one achieved in a random row from earliest to last
         earliest = {"future": rows, "episode": np.maximum(first, oldest), "final": last}[args.her_strategy]
-        share = torch.rand(batch_size, dtype=torch.float64).numpy()
+        share = torch.rand(batch_size, dtype=torch.float64).numpy()  # a float32 could round up to last + 1
         chosen = earliest + (share * (last + 1 - earliest)).astype(int)
         new_goals = self.arrays["next_obs"][chosen % self.size, envs][:, goals.achieved]  # (B, goal_dim)
 
-        # R of the B transitions get theirs
+        # Some of them, R of B, take it: each with probability k / (k + 1)
         some = (torch.rand(batch_size) < args.her_ratio / (args.her_ratio + 1)).numpy()  # (B,) bool
         obs[some, goals.desired] = next_obs[some, goals.desired] = new_goals[some]
         achieved = next_obs[some, goals.achieved]
@@ -314,8 +314,8 @@ def train(args: Args) -> dict[str, float]:
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments
-            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first
-            first = [buffer.added - len(past) for past in run.actions]  # the row in which each episode began
+            obs, first_step = run.obs, run.global_step  # before run.step, which changes both
+            first = [buffer.added - len(past) for past in run.actions]  # rows where the episodes began
             with torch.no_grad():
                 if first_step < args.learning_starts:
                     actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
@@ -330,9 +330,9 @@ def train(args: Args) -> dict[str, float]:
                         run.log({"charts/success": infos[i][name]})
 
             # 2. Learn: utd gradient steps for every environment step; with N environments N utd at once
-            done = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
+            made = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
-            for number in range(done + 1, due + 1):
+            for number in range(made + 1, due + 1):
                 batch = [part.to(run.device) for part in buffer.sample(args.batch_size, goals, args)]
                 metrics = update(agent, optimizers, batch, args)
                 if number % 100 == 0:  # 3. Log
@@ -486,7 +486,7 @@ class Run:
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # by one it would draw as PyTorch does
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:

@@ -12,7 +12,7 @@ The four algorithms differ only in this value of s'.
 
 Here a' is the next action, and pi the policy that explores. [2] and [3] learn what pi is worth, missteps included: on
 CliffWalking-v1 they keep away from the edge. [1] learns what the best policy is worth. A maximum of noisy estimates is
-too high: [4] takes the best action by one table, its worth from another. A coin says which is Q_1, the one to update.
+too high on average: [4] takes the best action by one table, its worth from another. A coin picks Q_1, which is updated.
 
 Papers: doi:10.1007/BF00992698; CUED/F-INFENG/TR 166; doi:10.1109/ADPRL.2009.4927542; Double Q-learning, NeurIPS 2010.
 All four: Sutton & Barto 2018, Sections 6.4 to 6.7, incompleteideas.net/book/the-book-2nd.html.
@@ -97,8 +97,8 @@ class Args:
     num_envs, device = 1, "cpu"  # no flags: it learns from one step at a time
 
     def __post_init__(self) -> None:
-        level = (1e-9, math.inf) if self.exploration == "boltzmann" else (0, 1)  # Boltzmann divides by it
-        check_ranges(self, learning_rate=(0, 1), initial_value=(-math.inf, math.inf), start_e=level, end_e=level,
+        range_e = (1e-9, math.inf) if self.exploration == "boltzmann" else (0, 1)  # Boltzmann divides by it
+        check_ranges(self, learning_rate=(0, 1), initial_value=(-math.inf, math.inf), start_e=range_e, end_e=range_e,
                      exploration_fraction=(0, 1))  # fmt: skip
         if self.plot_values and not find_spec("matplotlib"):
             raise UsageError("--plot-values needs matplotlib: pip install matplotlib")
@@ -115,7 +115,7 @@ class Table:
         self.next_action = -1  # to take in the present state; -1: it is not chosen yet
 
     def values(self, state: int) -> list[float]:
-        """Of each action; the mean of the tables, if there are two."""
+        """Q(s, a) of each action; the mean of the tables, if there are two."""
         if len(self.q) == 1:
             return self.q[0][state]
         return [(a + b) / 2 for a, b in zip(self.q[0][state], self.q[1][state], strict=True)]
@@ -123,7 +123,7 @@ class Table:
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The best action for a state, (), or for each of a batch, (B,). Of equal ones, as in new states, the first."""
         states = np.asarray(obs)
-        rows = [self.values(s) if s in self.counts else [0.0] for s in states.flatten().tolist()]
+        rows = [self.values(s) if s in self.counts else [0.0] for s in states.flatten().tolist()]  # [0.0]: a new state
         return np.reshape([row.index(max(row)) for row in rows], states.shape) + self.action_space.start
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -176,21 +176,21 @@ def explore(values: list[float], counts: list[int], epsilon: float, args: Args) 
     return best[0] if len(best) == 1 else random.choice(best)
 
 
-def next_value(q: list[float], other_q: list[float], action: int, probs: list[float], args: Args) -> float:
-    """What s' is worth. q: Q(s', a) of the table that learns, other_q: of the other one, probs: pi(a|s'), (A,) each."""
+def next_value(q: list[float], other_q: list[float], next_action: int, next_probs: list[float], args: Args) -> float:
+    """What s' is worth. q: Q(s', a) of the table that learns, other_q: of the other one; next_probs: pi(a|s')."""
     if args.algorithm == "q-learning":
         return max(q)  # [1]
     if args.algorithm == "sarsa":
-        return q[action]  # [2]; action: a'
+        return q[next_action]  # [2]
     if args.algorithm == "expected-sarsa":
-        return sum(prob * value for prob, value in zip(probs, q, strict=True))  # [3]
+        return sum(prob * value for prob, value in zip(next_probs, q, strict=True))  # [3]
     return other_q[q.index(max(q))]  # [4]
 
 
 def exact_returns(agent: Table, env: gym.Env, args: Args) -> dict[str, float]:
-    """Expected returns, not discounted, of the greedy policy and of value iteration's, where probabilities are known.
+    """Undiscounted returns to expect, from the known probabilities: of the greedy policy and of value iteration's.
 
-    The latter is optimal with a discount and without a time limit, so it can have the smaller return of the two.
+    The latter maximises the discounted return without a time limit, so its return here can be the smaller one.
     """
     start = getattr(env.unwrapped, "initial_state_distrib", None)  # FrozenLake, CliffWalking and Taxi have one
     if start is None or len(start) > 2000:  # more states would take too much memory
@@ -211,9 +211,9 @@ def exact_returns(agent: Table, env: gym.Env, args: Args) -> dict[str, float]:
     results = {}
     for name, actions in {"exact": agent.act(states) - env.action_space.start, "optimal": q.argmax(axis=1)}.items():
         policy_rewards, policy_probs = rewards[states, actions], probs[states, actions]  # (S,), (S, S)
-        here, expected = start, 0.0  # here: the probability of being in each state
+        state_probs, expected = start, 0.0  # state_probs: of being in each state, the episode not over
         for _ in range(env.spec.max_episode_steps):
-            here, expected = here @ policy_probs, expected + here @ policy_rewards
+            state_probs, expected = state_probs @ policy_probs, expected + state_probs @ policy_rewards
         results[f"eval/{name}_return"] = float(expected)
     return results
 
@@ -229,20 +229,20 @@ def train(args: Args) -> dict[str, float]:
     with contextlib.closing(Run(args)) as run:  # closes the environment, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space)
         run.start(model=agent)  # what a checkpoint holds
-        state, first = run.obs[0].item(), int(run.action_space.start)  # actions are counted from 0 here
+        state, first_action = run.obs[0].item(), int(run.action_space.start)  # actions are counted from 0 here
         duration = args.exploration_fraction * args.total_timesteps
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act
             epsilon = linear_schedule(args.start_e, args.end_e, duration, run.global_step)
             action, learning_rate = agent.next_action, args.learning_rate
-            if action < 0:  # an episode begins
+            if action < 0 or not run.actions[0]:  # an episode begins, also where --resume could not replay one
                 action = explore(agent.values(state), agent.counts[state], epsilon, args)
             if args.anneal_lr:
                 learning_rate *= 1 - run.global_step / args.total_timesteps
-            next_state, reward, terminated, truncated, _ = run.step(action + first)
+            next_state, reward, terminated, truncated, _ = run.step(action + first_action)
             agent.counts[state][action] += 1
 
-            # 2. Choose the next action: before the table changes, for [2] learns about it
+            # 2. Choose the next action before the table changes: [2] needs it; in the book the others choose after it
             next_values, next_counts = agent.values(next_state), agent.counts[next_state]
             next_action = explore(next_values, next_counts, epsilon, args)
             next_probs = policy(next_values, next_counts, epsilon, args) if args.algorithm == "expected-sarsa" else []
@@ -455,7 +455,7 @@ class Run:
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # by one it would draw as PyTorch does
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:

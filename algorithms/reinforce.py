@@ -2,8 +2,8 @@
 
 The gradient of the expected return is an average over the policy's own episodes. So a batch of episodes estimates it,
 without a model of the environment, but with much noise. A baseline is a number that does not depend on the action.
-Subtracted from the return, it changes nothing on average and takes noise away: in each batch, losses/gradient_variance_
-measures how much noise is left with each of three baselines, whichever of them is used.
+Subtracted from the return, it changes nothing on average and takes noise away. losses/gradient_variance_* measures in
+each batch how much noise is left with each of three baselines, whichever of them is used.
 
     [1] G_t    = r_t + gamma G_{t+1}                                                  S&B, Eq. 3.9 (R_{t+1} is r_t here)
     [2] grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t)]                            Williams, Th. 2; S&B, Eq. 13.11
@@ -14,11 +14,11 @@ measures how much noise is left with each of three baselines, whichever of them 
 Papers: Williams 1992, doi:10.1007/BF00992696. S&B: Sutton & Barto 2018, incompleteideas.net/book/the-book-2nd.html.
 
 Differs from S&B:
-- The factor gamma^t of the t-th term of [2] is left out, as everywhere today.
-- A batch has several episodes, K of them. K depends on how long they last: a bias of order 1 / K in their mean.
+- The factor gamma^t of the t-th term of [2] is left out, as everywhere today: [2] is exact for gamma = 1 only.
+- A batch is K whole episodes. Short ones make K larger, so their mean has a small bias, of order 1 / K.
 - The optimizer is Adam, and the policy's learning rate falls to 0. V is fitted in several passes over a batch.
 - For V and --baseline value, a time limit is not a terminal state: V of the last observation stands for the rest of
-  the episode. With none and mean, nothing can stand for it, and G_t ends there.
+  the episode. With none and mean nothing can, and G_t ends there: where limits cut, [5] compares different estimates.
 
     python algorithms/reinforce.py --env-id CartPole-v1
 """
@@ -79,7 +79,7 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
-    num_steps: int = 1024  # a batch: the episodes that begin within so many steps, played to their ends
+    num_steps: int = 1024  # a batch: the episodes that begin within so many steps, played to their ends; each must end
     learning_rate: float = 5e-3  # of the policy's Adam
     anneal_lr: bool = True  # let it fall linearly to 0
     value_learning_rate: float = 1e-2  # of the value network's Adam
@@ -155,7 +155,7 @@ class Episode:  # T steps, from a reset to the end
 
 
 class Batch(list):
-    """The steps since the last update: obs, action, reward, next_obs, terminated, ended, each an array of length 1."""
+    """The steps since the last update: obs, action, reward, next_obs, terminated, ended, each of length N = 1."""
 
     def state_dict(self) -> dict:  # for a checkpoint within a batch
         return {"steps": [torch.from_numpy(np.concatenate(part)) for part in zip(*self, strict=True)]}
@@ -187,12 +187,12 @@ def subtract_baselines(episodes: list[Episode], values: list[Tensor], gamma: flo
     returns = [reward_to_go(episode.rewards, 0.0, gamma).to(values[0]) for episode in episodes]
     sums = nn.utils.rnn.pad_sequence(returns).sum(1)  # (longest T,): after its end an episode earns 0
     advantages = []
-    for episode, plain, value in zip(episodes, returns, values, strict=True):
+    for episode, g, value in zip(episodes, returns, values, strict=True):  # g: G_t
         # Of the other episodes: a baseline must not depend on the action, and the episode's own return does
-        mean = (sums[: len(plain)] - plain) / max(len(episodes) - 1, 1)
+        mean = (sums[: len(g)] - g) / max(len(episodes) - 1, 1)  # 0 for a lone episode
         bootstrapped = reward_to_go(episode.rewards, 0.0 if episode.terminated else value[-1].item(), gamma).to(value)
         # r_t + gamma V(s_{t+1}) in the place of G_t would make it the one-step actor-critic, S&B, Section 13.5
-        advantages.append({"none": plain, "mean": plain - mean, "value": bootstrapped - value[:-1]})  # [3]
+        advantages.append({"none": g, "mean": g - mean, "value": bootstrapped - value[:-1]})  # [3]
     return advantages
 
 
@@ -205,11 +205,11 @@ def objective(log_prob: Tensor, advantages: Tensor, num_episodes: int) -> Tensor
 def gradient_variances(agent: PolicyAndValue, episodes: list[Episode], advantages: list[dict]) -> dict[str, float]:
     """[5] under each baseline, as if the K episodes' estimates of [2] were independent."""
     estimates = {name: [] for name in advantages[0]}
-    for episode, of_each in zip(episodes, advantages, strict=True):
+    for episode, by_baseline in zip(episodes, advantages, strict=True):
         log_prob = agent.policy(episode.observations[:-1]).log_prob(episode.actions)  # (T,)
-        for name, advantage in of_each.items():
-            value = objective(log_prob, advantage, num_episodes=1)
-            gradients = torch.autograd.grad(value, list(agent.actor.parameters()), retain_graph=True)
+        for name, advantage in by_baseline.items():
+            surrogate = objective(log_prob, advantage, num_episodes=1)
+            gradients = torch.autograd.grad(surrogate, list(agent.actor.parameters()), retain_graph=True)
             estimates[name].append(torch.cat([gradient.flatten() for gradient in gradients]))
     return {name: (torch.stack(rows).var(0).sum() / len(rows)).item() for name, rows in estimates.items()}  # [5]
 
@@ -227,13 +227,13 @@ def update(
     obs = torch.cat([episode.observations[:-1] for episode in episodes])  # (B, obs_dim): the steps of all episodes
     policy = agent.policy(obs)
     log_prob = policy.log_prob(torch.cat([episode.actions for episode in episodes]))  # (B,)
-    advantage = torch.cat([of_each[args.baseline] for of_each in advantages])  # (B,)
+    advantage = torch.cat([by_baseline[args.baseline] for by_baseline in advantages])  # (B,)
     optimizer.zero_grad()
     (-objective(log_prob, advantage, len(episodes))).backward()  # minus: optimizers minimise
     optimizer.step()
 
     values = torch.cat([value[:-1] for value in values])  # (B,)
-    returns = torch.cat([of_each["value"] for of_each in advantages]) + values  # (B,), bootstrapped
+    returns = torch.cat([by_baseline["value"] for by_baseline in advantages]) + values  # (B,), bootstrapped
     value_losses = []
     for _ in range(args.value_epochs):
         for rows in torch.randperm(len(obs), device=obs.device).split(256):
@@ -277,7 +277,7 @@ def train(args: Args) -> dict[str, float]:
                 continue
 
             # 2. Learn
-            if args.anneal_lr:
+            if args.anneal_lr:  # to 0, by where the batch ends
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
             metrics = update(agent, optimizer, value_optimizer, batch.episodes(run.device), args)
             batch.clear()
@@ -432,7 +432,7 @@ class Run:
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # by one it would draw as PyTorch does
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:

@@ -149,7 +149,7 @@ class ReplayBuffer:
         memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
             raise UsageError(f"--buffer-size {buffer_size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
-        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0
+        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0  # both in rows
         shapes = {"obs": (obs_dim,), "actions": (action_dim,), "rewards": (), "terminated": (), "next_obs": (obs_dim,)}
         self.arrays = {name: np.zeros((self.size, num_envs, *shape), np.float32) for name, shape in shapes.items()}
 
@@ -248,7 +248,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments
-            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first
+            obs, first_step = run.obs, run.global_step  # before run.step, which changes both
             with torch.no_grad():
                 if first_step < args.learning_starts:
                     actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
@@ -258,9 +258,9 @@ def train(args: Args) -> dict[str, float]:
             buffer.add(obs=obs, actions=actions.cpu(), rewards=rewards, terminated=terminated, next_obs=next_obs)
 
             # 2. Learn: utd gradient steps for every environment step; with N environments N utd at once
-            done = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
+            made = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
-            for number in range(done + 1, due + 1):
+            for number in range(made + 1, due + 1):
                 batch = [part.to(run.device) for part in buffer.sample(args.batch_size)]
                 metrics = update(agent, optimizers, batch, args)
                 if number % 100 == 0:  # 3. Log
@@ -414,7 +414,7 @@ class Run:
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # by one it would draw as PyTorch does
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:

@@ -15,13 +15,14 @@ mistake: the actor goes there, and the critics learn from the mistake. TD3 adds 
 network: a slow copy of a network, with weights theta'.
 
 Paper: Fujimoto, van Hoof & Meger 2018, arXiv:1802.09477, where mu is called pi.
-DDPG: Lillicrap et al. 2016, arXiv:1509.02971: --num-critics 1 --policy-frequency 1 --policy-noise 0 --tau 0.001
+DDPG (Lillicrap et al. 2016, arXiv:1509.02971): --num-critics 1 --policy-frequency 1 --policy-noise 0 --tau 0.001
 
 Differs from the paper:
-- As in the authors' present code: two hidden layers of 256 units, not of 400 and 300, and noise for actions in [-1, 1].
-- tau is twice as large, for the targets move in every second step only.
+- As in the authors' present code: two hidden layers of 256 units, not of 400 and 300; sigma and c are in
+  units of half the range of an action; a' of [3] is clipped to the range; a time limit is not a terminal state: the
+  value of the last observation stands for the rest of the episode.
+- tau is 0.01, not 0.005.
 - Actions are random in the first tenth of the run, 10,000 steps at most; learning starts after them.
-- A time limit is not a terminal state: the value of the last observation stands for the rest of the episode.
 
     python algorithms/td3.py --env-id HalfCheetah-v5
 """
@@ -144,7 +145,7 @@ class ReplayBuffer:
         memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
             raise UsageError(f"--buffer-size {buffer_size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
-        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0
+        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0  # both in rows
         shapes = {"obs": (obs_dim,), "actions": (action_dim,), "rewards": (), "terminated": (), "next_obs": (obs_dim,)}
         self.arrays = {name: np.zeros((self.size, num_envs, *shape), np.float32) for name, shape in shapes.items()}
 
@@ -179,7 +180,7 @@ def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
 def smooth(actions: Tensor, policy_noise: float, noise_clip: float) -> Tensor:
     """The actions with clipped noise, still in [-1, 1]. (B, action_dim) -> (B, action_dim)"""
     noise = (policy_noise * torch.randn_like(actions)).clamp(-noise_clip, noise_clip)
-    return (actions + noise).clamp(-1, 1)  # [3]
+    return (actions + noise).clamp(-1, 1)  # [3], and no action beyond the box
 
 
 @torch.no_grad()
@@ -234,7 +235,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due
             # 1. Act: one step in each of N environments
-            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first
+            obs, first_step = run.obs, run.global_step  # before run.step, which changes both
             with torch.no_grad():
                 if first_step < args.learning_starts:
                     actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
@@ -245,12 +246,12 @@ def train(args: Args) -> dict[str, float]:
             buffer.add(obs=obs, actions=actions.cpu(), rewards=rewards, terminated=terminated, next_obs=next_obs)
 
             # 2. Learn: utd gradient steps for every environment step; with N environments N utd at once
-            done = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
+            made = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
-            for number in range(done + 1, due + 1):
+            for number in range(made + 1, due + 1):
                 batch = [part.to(run.device) for part in buffer.sample(args.batch_size)]
                 metrics = update(agent, optimizers, batch, number, args)
-                if number % (50 * args.policy_frequency) == 0:  # 3. Log some of the steps in which the actor moves
+                if number % (50 * args.policy_frequency) == 0:  # 3. Log every 50th step of the actor
                     run.log(metrics | {"charts/learning_rate": args.policy_lr})
         return run.result
 
@@ -401,7 +402,7 @@ class Run:
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4 numbers: not the stream of PyTorch
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # by one it would draw as PyTorch does
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
