@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-all lint format benchmark clean
+.PHONY: help install train rlhf test test-slow test-all lint format benchmark clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,6 +38,19 @@ install: $(VENV)/all ## all packages, also those of the tools in benchmark/, int
 
 train: $(VENV)/scripts ## learn to land a spacecraft; more flags in ARGS="--seed 2"; without CUDA: TORCH=cpu
 	$(VENV)/bin/python algorithms/ppo.py --env-id LunarLander-v3 $(ARGS)
+
+# $(call stage,SCRIPT,FLAGS): a run in $(RLHF)/SCRIPT. One that was begun goes on; one that is done says so
+RLHF ?= runs/rlhf
+stage = $(VENV)/bin/python algorithms/$(1).py --run-dir $(RLHF)/$(1) \
+	$(if $(wildcard $(RLHF)/$(1)/config.json),--resume,$(2)) $(ARGS)
+
+rlhf: $(VENV)/scripts ## from demonstrations to models that people like better: a quarter of an hour, all in runs/rlhf
+	$(call stage,sft)
+	$(call stage,reward_model,--model-name $(RLHF)/sft/model)
+	$(call stage,dpo,--model-name $(RLHF)/sft/model --beta 0.5 --nll-coef 0.2)
+	$(call stage,ppo_rlhf,--model-name $(RLHF)/sft/model --reward $(RLHF)/reward_model/model --beta 0.5)
+	$(call stage,grpo,--model-name $(RLHF)/sft/model --reward $(RLHF)/reward_model/model --beta 0.5)
+	$(VENV)/bin/python benchmark/replies.py $(addprefix $(RLHF)/,sft dpo ppo_rlhf grpo)
 
 test: $(VENV)/all ## the tests of minutes; some of them in ARGS="-k gae"
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)

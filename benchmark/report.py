@@ -39,6 +39,7 @@ from typing import Annotated, Literal, NoReturn
 import matplotlib
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.console import Console
@@ -147,7 +148,8 @@ class Args:
     save_versions: Path | None = None  # write the versions that the runs were made with to this file, for pip
     pictures: bool = True  # draw them; without, it takes a tenth of the time
     only: tuple[str, ...] = ()  # leave out the experiments whose label and environment do not hold all these words
-    table: Literal["short", "long"] | None = None  # only print a table in Markdown; short: one row a script
+    # Only print a table in Markdown; short: one row a script; frontier: policies beside the optimum at their divergence
+    table: Literal["short", "long", "frontier"] | None = None
 
 
 @dataclass
@@ -159,6 +161,8 @@ class Run:
     config: dict = field(default_factory=dict)
     curve: np.ndarray = field(default_factory=lambda: np.empty((0, 3)))  # (evaluations, 3): step, seconds, return
     last: dict[str, float] = field(default_factory=dict)  # all that the last evaluation found, eval/...
+    # Where a reward model taught and the truth is known, (evaluations, 4): step, KL divergence, true reward, its score
+    along: np.ndarray = field(default_factory=lambda: np.empty((0, 4)))
     trouble: str = ""  # why the run does not count
 
     @property
@@ -169,7 +173,9 @@ class Run:
     @property
     def on_frontier(self) -> list[float]:
         """Divergence, true reward, the best one at that divergence, the reference's; NaN is unknown."""
-        found = {"eval/true_reward": self.last.get("eval/reward", math.nan)} | self.last
+        of_a_model = str(self.config.get("args", {}).get("reward")).startswith("model")  # then its score is no truth
+        reward = math.nan if of_a_model else self.last.get("eval/reward", math.nan)
+        found = {"eval/true_reward": self.last.get(truth_among(self.last), reward)} | self.last
         return [found.get(key, math.nan) for key in FRONTIER_KEYS]
 
 
@@ -194,7 +200,7 @@ class Experiment:
 
     @property
     def metric(self) -> str:
-        result = self.done[0].config.get("result") or RETURN_KEYS[1]
+        result = re.sub(r"reward/\d+-", "", self.done[0].config.get("result") or RETURN_KEYS[1])
         name = METRICS.get(result, result.split("/")[-1].replace("_", " "))
         return f"{name}, sum over agents" if self.script == "maddpg" else name
 
@@ -213,7 +219,18 @@ class Experiment:
 
     @property
     def on_frontier(self) -> list[Run]:
-        return [run for run in self.done if np.isfinite(run.on_frontier[:2]).all()]
+        """The runs that learned from the truth itself, or from people's choices."""
+        return [run for run in self.done if np.isfinite(run.on_frontier[:2]).all() and not len(run.along)]
+
+    @property
+    def along(self) -> np.ndarray:  # (evaluations that all seeds have, seeds, 4)
+        steps = [set(run.along[:, 0]) for run in self.done]
+        common = sorted(set.intersection(*steps))
+        return np.stack([run.along[np.isin(run.along[:, 0], common)] for run in self.done], 1)
+
+    @property
+    def beta(self) -> float | None:
+        return self.done[0].config["args"].get("beta")
 
     @property
     def scores(self) -> np.ndarray:  # (seeds,)
@@ -232,7 +249,7 @@ def name_env(env_id: str | None, result: str | None, continuous: bool = False) -
     """
     if env_id:
         return env_id.split(":")[-1] + ", continuous" * continuous
-    return "preferences" + (f", {result.split('/')[-1].replace('_', ' ')}" if result else "")
+    return "preferences" + (f", {re.sub('.*/|[0-9]+-', '', result).replace('_', ' ')}" if result else "")
 
 
 def refuse(message: object) -> NoReturn:
@@ -338,13 +355,38 @@ def series(rows: list[dict], key: str) -> np.ndarray:
     return np.array(list(points.values()), dtype=float).reshape(-1, 3)
 
 
+def truth_among(names: Iterable[str]) -> str | None:
+    """Of several rewards by which replies were judged, such as eval/reward/2-true_reward, the known truth."""
+    return next((name for name in names if re.fullmatch(r"eval/reward/\d+-true_reward", name)), None)
+
+
+def name_rewards(args: dict, folder: Path) -> str:
+    """What taught a policy: true_reward, model_of_1000_pairs. Rewards that are only measured have the weight 0."""
+    rewards, names = args["reward"] if isinstance(args["reward"], list) else [args["reward"]], []
+    for reward, weight in zip(rewards, args.get("reward_weights") or [1.0] * len(rewards), strict=True):
+        if ".py:" in reward:
+            name = reward.split(":")[-1]
+        else:  # a reward model's folder; if runs were moved, it lies beside this run
+            places = [Path(reward).parent, folder.parent / Path(reward).parent.name]
+            made = [json.loads((p / "config.json").read_text()) for p in places if (p / "config.json").exists()]
+            split = re.fullmatch(r"\w+\[:(\d+)\]", str(made[0].get("args", {}).get("dataset_split")) if made else "")
+            name = f"model_of_{split[1]}_pairs" if split else "model"
+        names += [name] * (weight != 0)
+    return "+".join(names)
+
+
 def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     config = read_json(folder / "config.json")
     if not isinstance(config.get("args"), dict) or "script" not in config:
         refuse(f"{folder}/config.json must have script and args")
     args = config["args"]
+    if args.get("reward"):
+        args["reward"] = name_rewards(args, folder)
+    # The files of a task are the same in every copy of the repository
+    args |= {k: re.sub(r"^.*/(?=benchmark/)", "", v) for k, v in args.items() if isinstance(v, str)}
     rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    curves = {key: series(rows, key) for key in ([result] if result else RETURN_KEYS)}
+    truth = truth_among(dict.fromkeys(key for row in rows for key in row))
+    curves = {key: series(rows, key) for key in ([result] if result else [*[truth] * bool(truth), *RETURN_KEYS])}
     key = next((key for key, curve in curves.items() if len(curve)), result)
     curve = curves.get(key, np.empty((0, 3)))
     config["result"] = key
@@ -353,6 +395,9 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     run.curve = curve[np.isfinite(curve[:, 2])]
     newest = {key: value for row in rows for key, value in row.items() if key.startswith("eval/")}
     run.last = {key: value for key, value in newest.items() if value is not None and math.isfinite(value)}
+    if truth and str(args.get("reward")).startswith("model"):
+        columns = [series(rows, key) for key in ("eval/kl", truth, "eval/reward")]
+        run.along = np.column_stack([columns[0][:, 0], *(column[:, 2] for column in columns)])
     total, last = args.get("total_timesteps", 0), rows[-1]["global_step"] if rows else 0
     if not len(curve):
         run.trouble = f"no evaluation, stopped at step {last:,}"
@@ -456,6 +501,7 @@ def read_baseline(path: Path, group: str) -> list[Run]:
                 run.curve = np.array(kept["curve"], dtype=float)  # null becomes NaN
                 run.curve[-1, 2] = kept["return"]  # in full
                 run.last = {key: float(value) for key, value in kept["last"].items()}
+                run.along = np.array(kept.get("along") or np.empty((0, 4)), dtype=float)
                 found.append(run)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         refuse(f"{path} is not what --save-baseline writes ({error!r})")
@@ -495,7 +541,8 @@ def sort_out(runs: list[Run], seeds: tuple[int, ...]) -> list[Experiment]:
         names = [name for name in sorted(names) if len({json.dumps(a[name]) for a in arguments if name in a}) > 1]
         by_label = defaultdict(list)
         for run, args in zip(members, arguments, strict=True):
-            by_label[" ".join([group, *(f"{name}={args[name]}" for name in names if name in args)])].append(run)
+            values = {name: str(args[name]).replace(" ", "") for name in names if name in args}
+            by_label[" ".join([group, *(f"{name}={value}" for name, value in values.items())])].append(run)
         for label, same in by_label.items():
             done = sorted((run for run in same if not run.trouble), key=lambda run: run.seed)
             for one, other in pairwise(done):
@@ -549,7 +596,7 @@ def beside(experiment: Experiment) -> list[dict]:
 
 def command_of(config: dict) -> list[str]:
     """The words of a run's command without its seed and without the folders of the machine that it ran on."""
-    path, *words = [str(word) for word in config.get("command") or [""]]
+    path, *words = [str(word).replace(f"{ROOT}/", "") for word in config.get("command") or [""]]
     return [Path("algorithms", Path(path).name).as_posix()] * bool(path) + without(words, ("seed", "run_dir"))
 
 
@@ -675,6 +722,8 @@ def baseline_entry(experiment: Experiment) -> dict:
     for run in experiment.done:
         curve = [[int(step), *(float(f"{value:.5g}") for value in values)] for step, *values in run.curve]
         runs[str(run.seed)] = {"return": run.curve[-1, 2], "SPS": run.sps, "curve": curve, "last": run.last}
+        if len(run.along):
+            runs[str(run.seed)]["along"] = [[float(f"{value:.5g}") for value in row] for row in run.along]
     return {
         "label": experiment.label,
         "group": experiment.group,
@@ -1007,70 +1056,215 @@ def plot_overview(experiments: list[Experiment]) -> Figure:
     return figure
 
 
-def optimum(runs: list[Run], furthest: float) -> tuple[np.ndarray, np.ndarray] | None:
-    """The best reward at each divergence, (200,) and (200,), densely from 0 to a little beyond the furthest run.
+def read_frontier(runs: list[Run]) -> tuple[Callable, np.ndarray, float] | None:
+    """The best reward as a function of the divergence, where it is known; best-of-n; and where that function ends.
 
     None where the file is not there, or where the runs did not start from the reference model that it is about.
     """
     if not FRONTIER.exists():
         return None
     try:
-        rows = [(row["kl"], row["reward"]) for row in read_json(FRONTIER)["optimum"]]
+        content = read_json(FRONTIER)
+        rows = [(row["kl"], row["reward"]) for row in content["optimum"]]
         kls, rewards = np.array(sorted(rows), dtype=float).T  # the first at 0: the reference
+        best_of_n = np.array([(row["kl"], row["reward"], row["n"]) for row in content.get("best_of_n", [])]).T
         references = [run.on_frontier[3] for run in runs]
         if not all("reviews/" in json.dumps(run.config["args"]) for run in runs) and not np.allclose(
             references, rewards[0], atol=0.01
         ):
             return None
-        # Near 0 the reward rises as the square root of the divergence
-        roots = np.linspace(0, math.sqrt(min(kls[-1], 1.2 * furthest)), 200)
-        return roots**2, interpolate.PchipInterpolator(np.sqrt(kls), rewards)(roots)
+        # Near 0 the reward rises as the square root of the divergence. Behind the last row nothing more can be gained
+        best = interpolate.PchipInterpolator(np.sqrt(kls), rewards)
+        return lambda kl: best(np.sqrt(np.clip(kl, 0, kls[-1]))), best_of_n, kls[-1]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         refuse(f"{FRONTIER} is damaged ({error!r})")
 
 
-def plot_frontier(experiments: list[Experiment]) -> Figure:
-    """Preference learning: reward against divergence from the reference policy, one point a run, a line over beta.
+def optimum(runs: list[Run], furthest: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """The best reward at each divergence, (200,) and (200,), densely from 0 to a little beyond the furthest run."""
+    if found := read_frontier(runs):
+        best, _, end = found
+        kls = np.linspace(0, math.sqrt(min(end, 1.2 * furthest)), 200) ** 2
+        return kls, best(kls)
+    return None
 
-    Above it the best reward at each divergence: a curve where it is known for all of them, else a point for each run.
+
+def against_the_optimum(experiments: list[Experiment]) -> list[dict]:
+    """Of the reward that can be gained at a run's divergence, the share that it has gained."""
+    rows = []
+    for e in experiments:
+        if (runs := e.on_frontier) and (found := read_frontier(runs)):
+            kls, rewards = np.array([run.on_frontier[:2] for run in runs]).T
+            best, start = found[0](kls), found[0](0)
+            shares = (rewards - start) / (best - start)
+            row = {"script": e.label, "beta": e.beta, "n": len(runs), "KL": kls.mean(), "reward": rewards.mean()}
+            row |= {"reward 95 %": interval(np.mean, rewards), "optimum": best.mean(), "share": shares.mean()}
+            rows.append(row | {"share by seed": shares.tolist()})
+    return rows
+
+
+def frontier_rows(experiments: list[Experiment]) -> list[dict]:
+    """The rows of a page: the same, short."""
+    found, rows = against_the_optimum(experiments), []
+    names = names_in_a_legend(list(dict.fromkeys(without_beta(row["script"]) for row in found)))
+    for row in sorted(found, key=lambda row: (names[without_beta(row["script"])], -(row["beta"] or 0))):
+        reward, bounds = f"**{row['reward']:.2f}**", row["reward 95 %"]
+        reward += f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
+        low, high = (f"{100 * bound:.0f}" for bound in (min(row["share by seed"]), max(row["share by seed"])))
+        share = f"**{100 * row['share']:.0f} %**" + f" ({low} to {high})" * (row["n"] > 1)
+        short_row = {
+            "script": names[without_beta(row["script"])],
+            "beta": "-" if row["beta"] is None else f"{row['beta']:g}",
+            "KL": f"{row['KL']:.2f}",
+        }
+        short_row |= {"true reward": reward, "optimum at this KL": f"{row['optimum']:.2f}", "share of the gain": share}
+        rows.append(short_row)
+    return rows
+
+
+def without_beta(label: str) -> str:
+    return re.sub(r" beta=\S+", "", label)
+
+
+def over_optimisation(experiment: Experiment) -> dict:
+    """Where on the way the true reward was highest, on average over the seeds, and how it ended."""
+    _, kls, rewards, scores = np.moveaxis(experiment.along.mean(1), -1, 0)
+    peak = rewards.argmax()
+    row = {"script": experiment.label, "n": len(experiment.done), "highest reward": rewards[peak], "at KL": kls[peak]}
+    row |= {"gain of the score so far": scores[peak] - scores[0]}
+    return row | {"reward at the end": rewards[-1], "KL": kls[-1], "gain of the score": scores[-1] - scores[0]}
+
+
+def names_in_a_legend(labels: list[str]) -> dict[str, str]:
+    """By label the script and the one argument that tells it from the script's others; if none does, all of them."""
+    names = {}
+    for label in labels:
+        script, *words = label.split(" ")
+        others = [other.split(" ")[1:] for other in labels if other.split(" ")[0] == script]
+        alone = [i for i in range(len(words)) if len({other[i] for other in others if i < len(other)}) == len(others)]
+        words = [] if len(others) == 1 else [words[alone[0]]] if alone else words
+        pairs = [word.partition("=")[::2] for word in words]
+        names[label] = ", ".join([script, *(f"{k} {v}".replace("_", " ") for k, v in pairs if v != script)])
+    return names
+
+
+def square_roots(axes: Axes, furthest: float) -> None:
+    """An axis of divergences that shows small ones, too: the optimum begins on it as a straight line."""
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    ticks = [tick for tick in (0, 0.2, 1, 2, 4, 8, 16, 32, 64, 128) if tick < 1.2 * furthest]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(0, 1.2 * furthest)
+    axes.set_xlabel("KL divergence from the reference policy, per reply")
+
+
+def draw_frontier(axes: Axes, experiments: list[Experiment]) -> None:
+    """Reward against divergence, one point a run, a line over beta, below the best reward at each divergence.
+
+    That is a curve where it is known for all of them, else a point for each run.
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
     groups, members = defaultdict(lambda: defaultdict(list)), {}
     for e in experiments:
         for run in e.on_frontier:
-            point = run.on_frontier
-            label = re.sub(r" beta=\S+", "", e.label)
-            groups[label][run.config["args"].get("beta")].append(point)
+            label = without_beta(e.label)
+            groups[label][e.beta].append(run.on_frontier)
             members.setdefault(label, e)
     everything = np.array([point for by_beta in groups.values() for points in by_beta.values() for point in points])
     references = everything[np.isfinite(everything[:, 3]), 3]
-    curve = optimum([run for e in experiments for run in e.on_frontier], everything[:, 0].max())
-    if curve:
+    runs, furthest = [run for e in experiments for run in e.on_frontier], everything[:, 0].max()
+    if curve := optimum(runs, furthest):
         axes.plot(*curve, color=INK, linewidth=1.2, label="the optimum")
+        kls, rewards, counts = best_of_n if len(best_of_n := read_frontier(runs)[1]) else np.empty((3, 0))
+        if (shown := kls <= 1.2 * furthest).any():
+            name = f"the reference's best of n replies, n to {counts[shown].max():,.0f}"
+            axes.plot(kls[shown], rewards[shown], ":", color=GREY, linewidth=1.4, label=name)
     elif np.isfinite(everything[:, 2]).any():
         axes.plot(*everything[:, [0, 2]].T, "_", color=INK, markersize=14, label="the optimum at the same divergence")
-    looks = looks_of(list(members.values()))
-    for (label, by_beta), look in zip(groups.items(), looks, strict=True):
+    names, drawn = names_in_a_legend([*groups]), defaultdict(int)
+    for (label, by_beta), look in zip(groups.items(), looks_of([*members.values()]), strict=True):
         means = sorted((*np.mean(points, axis=0), str(beta)) for beta, points in by_beta.items())  # by divergence
         kls, rewards, _, _, betas = zip(*means, strict=True)
-        axes.plot(kls, rewards, **look, label=re.sub(r", beta \S+", "", members[label].name()))
-        axes.scatter(*np.concatenate(list(by_beta.values()))[:, :2].T, color=look["color"], s=26, linewidth=0, zorder=3)
+        marker = "os^D"[drawn[look["color"]] % 4]
+        drawn[look["color"]] += 1
+        axes.plot(kls, rewards, **look, marker=marker, markersize=6, label=names[label], zorder=3)
+        points = np.concatenate([*by_beta.values()])[:, :2].T
+        axes.scatter(*points, color=look["color"], marker=marker, s=12, linewidth=0, alpha=0.5, zorder=3)
         for kl, reward, beta in zip(kls, rewards, betas, strict=True):
-            place = {"textcoords": "offset points", "fontsize": 9, "color": look["color"]}
-            axes.annotate(f"β = {beta}", (kl, reward), (6, -12), **place)
+            place = {"textcoords": "offset points", "fontsize": 8, "color": look["color"]}
+            axes.annotate(f"β = {beta}", (kl, reward), (6, -11), **place)
+    square_roots(axes, furthest)
     if len(references):
-        axes.plot(0, references.mean(), "s", color=GREY, markersize=6, label="the reference policy")
-    axes.margins(0.1)  # room for the last beta
-    axes.set_xlim(left=-axes.get_xlim()[1] / 40)
-    axes.set_xlabel("KL divergence from the reference policy, per reply")
+        axes.plot(0, references.mean(), "s", color=GREY, markersize=6, label="the reference policy", clip_on=False)
     axes.set_ylabel("true reward of the replies")
-    axes.legend(loc="lower right")
+    axes.set_title("what is reached, for several prices β of the divergence")
+    axes.legend(loc="upper left" if curve else "lower right")
+
+
+def draw_over_optimisation(axes: Axes, experiments: list[Experiment], everything: list[Experiment]) -> None:
+    """While policies learn from reward models: the true reward and the model's score, against the divergence.
+
+    everything: the experiments of all such panels, which have their colours and their axes in common.
+    """
+    models = sorted({rewards_of(e) for e in everything}, key=lambda name: int((re.findall(r"\d+", name) or ["0"])[0]))
+    for e in sorted(experiments, key=lambda e: models.index(rewards_of(e))):
+        # From pale to dark, the more pairs the reward model has seen; in the middle the script's own colour
+        color = np.array(matplotlib.colors.to_rgb(looks_of([e])[0]["color"]))
+        shade = 1.3 * ((models.index(rewards_of(e)) + 0.5) / len(models) - 0.5)
+        color = color * (1 - shade) if shade > 0 else color - (1 - color) * shade
+        points = e.along.copy()  # (evaluations, seeds, 4): step, divergence, true reward, score
+        points[..., 3] += points[0, :, 2] - points[0, :, 3]
+        points[..., 1] = points[..., 1].clip(min=0)  # of samples it can be a little below
+        kls, rewards = points.reshape(-1, 4)[:, 1:3].T
+        # Learning goes to and fro: the line is the mean at about the same divergence, at whatever step that was
+        bins = np.round(2 * np.sqrt(kls))
+        line = np.stack([points.reshape(-1, 4)[bins == number].mean(0) for number in np.unique(bins)], 1)
+        name = re.sub(r"(\d)(?=(\d{3})+\b)", r"\1,", rewards_of(e).replace("_", " ").replace("model", "reward model"))
+        axes.plot(line[1], line[2], color=color, label=name + f", β = {e.beta:g}" * bool(e.beta), zorder=3)
+        axes.plot(line[1], line[3], color=color, linestyle="--", linewidth=1.5, zorder=3)
+        axes.plot(kls, rewards, ".", color=color, markersize=5, markeredgewidth=0, alpha=0.4)
+    furthest = max(e.along[..., 1].max() for e in everything)
+    if curve := optimum([run for e in everything for run in e.done], furthest):
+        axes.plot(*curve, color=INK, linewidth=1.2, label="the optimum")
+    axes.plot([], [], color=GREY, marker=".", label="solid, dots: the true reward")
+    axes.plot([], [], color=GREY, linestyle="--", linewidth=1.5, label="dashed: the reward model's score")
+    square_roots(axes, furthest)
+    axes.set_ylabel("reward")
+    axes.set_title("learning from a reward model, " + ("with a price of the divergence" if e.beta else "β = 0"))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)  # among the lines there is no room
+
+
+def rewards_of(experiment: Experiment) -> str:
+    return experiment.done[0].config["args"]["reward"]
+
+
+def plot_frontier(experiments: list[Experiment]) -> Figure:
+    """Reinforcement learning from preferences: what is gained for which distance from the reference policy.
+
+    Above, from the truth and from people's choices. Below, while learning from reward models: without a price of the
+    distance, and with one.
+    """
+    above, pushed = [e for e in experiments if e.on_frontier], [e for e in experiments if len(e.along)]
+    below = [part for part in ([e for e in pushed if not e.beta], [e for e in pushed if e.beta]) if part]
+    size = (5 * len(below) if below else 6.4, 4.2 * bool(above) + 4.8 * bool(below))
+    figure, axes = Figure(figsize=size, layout="constrained"), None
+    grid = figure.add_gridspec(bool(above) + bool(below), max(len(below), 1))
+    if above:
+        draw_frontier(figure.add_subplot(grid[0, :]), above)
+    for i, part in enumerate(below):
+        axes = figure.add_subplot(grid[-1, i], sharey=axes)
+        draw_over_optimisation(axes, part, pushed)
     return figure
 
 
 def captions(experiments: list[Experiment], threshold: float | None) -> dict[str, str]:
     """What stands under each picture."""
+    frontier = "True reward of the replies against their KL divergence from the reference policy, on an axis of square "
+    frontier += "roots: a point for each run, a line through the means over beta, and the best that any policy can "
+    frontier += "reach at that divergence."
+    if any(len(run.along) for e in experiments for run in e.done):
+        frontier += " Below, policies while they learn from reward models, without and with a price of the divergence: "
+        frontier += "the true reward, and what the reward model believes. Its scores, of which only "
+        frontier += "differences have a meaning, are shifted to begin at the true reward. Dots: evaluations of all "
+        frontier += "seeds; lines: their means at about the same divergence."
     seeds = f"thick the mean over seeds, thin each seed (with more than {FEW} of them, their 95 % interval instead)"
     steps, clock = (f"Evaluation during training{axis}: {seeds}." for axis in ("", ", over the seconds since it began"))
     dotted = " Dotted: the reference by which scores are normalised, where it is near; its steps are its own."
@@ -1085,14 +1279,13 @@ def captions(experiments: list[Experiment], threshold: float | None) -> dict[str
         "overview": "The last evaluation of every experiment that has a reference: a stroke for each seed, a dot for "
         "their mean, a bar for its 95 % bootstrap interval. 0 is a random policy, 1 the reference named at the right."
         + hollow,
-        "frontier": "True reward of the replies against their divergence from the reference policy: a point for each "
-        "run, a line through the means over beta, and the best that any policy can reach at that divergence.",
+        "frontier": frontier,
     }  # fmt: skip
 
 
 def draw(experiments: list[Experiment], headline: list[dict], output: Path, threshold: float | None) -> dict[str, str]:
     """Writes the pictures; returns their names and captions. Of an earlier report in the same place none is left."""
-    frontier = [e for e in experiments if e.on_frontier]
+    frontier = [e for e in experiments if e.on_frontier or len(e.along)]
     timed = [e for e in experiments if all(np.isfinite(run.curve[:, 1]).all() for run in e.done)]
     with_reference = [e for e in experiments if headline and e.env_id in REFERENCES]
     plots = {
@@ -1148,7 +1341,8 @@ def main() -> None:
     if args.table:
         if not whole:
             refuse(f"--table: runs are missing, such as {missing[0][2:]}; --allow-missing makes it all the same")
-        print(table(rows_of(experiments, args.table == "short"), aligned=False))
+        rows = frontier_rows(experiments) if args.table == "frontier" else rows_of(experiments, args.table == "short")
+        print(table(rows, aligned=False) if rows else "no run is known to have started from the task's reference model")
         return
     versions = lock(experiments) if args.save_versions else ""
     headline = aggregate(experiments) if whole else []
@@ -1159,6 +1353,10 @@ def main() -> None:
     sections = {"Results": [summarise(e) for e in all_experiments]}
     if others := [row for e in experiments for row in beside(e)]:
         sections["What the last evaluations found beside the score"] = others
+    if best := against_the_optimum(experiments):
+        sections["Against the optimum at the same KL divergence"] = best
+    if pushed := [over_optimisation(e) for e in experiments if len(e.along)]:
+        sections["Learning from a reward model: the true reward, and what the model believes"] = pushed
     if headline:
         sections["Environments with a reference, normalised"] = headline
     if args.compare and whole:
@@ -1209,7 +1407,9 @@ def main() -> None:
         if args.save_baseline and whole:
             baseline = {"experiments": [baseline_entry(e) for e in experiments]}
             args.save_baseline.parent.mkdir(parents=True, exist_ok=True)
-            args.save_baseline.write_text(json.dumps(baseline, indent=1) + "\n")
+            text = json.dumps(baseline, indent=1)
+            text = re.sub(r"(?<=\[)\n[^][{}]*(?=\])", lambda row: " ".join(row[0].split()), text)  # a list is one line
+            args.save_baseline.write_text(text + "\n")
         if args.save_versions:
             args.save_versions.parent.mkdir(parents=True, exist_ok=True)
             args.save_versions.write_text(versions)

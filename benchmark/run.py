@@ -15,6 +15,9 @@ So nothing is lost with the launcher: killed in the middle, its next call finds 
 for those that still live, and takes the results of the others. Neither the folders nor the ledger need this machine:
 with Ray or Slurm the output folder is on a file system that all nodes share.
 
+A suite may give an entry a name. Where a later entry has that name in braces in a flag, as in
+reward = "{judge}/model", the flag gets the folder of the run with the same seed, and its run begins when that is done.
+
 Exit codes: 0 all runs are done, 1 some are not, 2 a mistake of the user, 130 or 143 stopped by a signal.
 """
 
@@ -39,6 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NoReturn
@@ -95,6 +99,7 @@ class Run:
     seed: int
     result: str  # the metric that must stand at the last step
     script_hash: str
+    needs: dict[str, str] = field(default_factory=dict)  # runs that must be done before it: their entry, their folder
     status: str = "pending"  # running, done, failed, timed out, killed, NaN, no result
     exit_code: int | None = None
     last_lines: list[str] = field(default_factory=list)
@@ -111,11 +116,13 @@ class Run:
     episodic_return: float | None = None  # of the last evaluation, or before it the last episode
     final: float | None = None  # the result at the last step
 
-    @property
-    def command(self) -> list[str]:
+    def command(self, output: Path) -> list[str]:
         """The words that start it; the launcher adds --run-dir."""
+        flags, places = self.flags, {"root": ROOT} | {name: output / folder for name, folder in self.needs.items()}
+        for name, place in places.items():
+            flags = [flag.replace(f"{{{name}}}", str(place)) for flag in flags]
         env_id = [f"--env-id={self.env_id}"] if self.env_id else []
-        return [*self.launch, *self.flags, *env_id, f"--seed={self.seed}"]
+        return [*self.launch, *flags, *env_id, f"--seed={self.seed}"]
 
 
 @dataclass
@@ -205,7 +212,7 @@ def plan_suite(args: Args) -> list[Run]:
         refuse(f"there is no suite {args.suite!r}, but {', '.join(suites)}")
     if args.env_ids:
         refuse("--env-ids goes with --command; a suite names its own environments")
-    runs, missing = [], set()
+    runs, missing, named = [], set(), {}
     try:
         suite = tomllib.loads(path.read_text())
         entries, probe_seconds = suite.pop("run"), float(suite.pop("probe_seconds", PROBE_SECONDS))
@@ -218,12 +225,23 @@ def plan_suite(args: Args) -> list[Run]:
             if not isinstance(env_ids, list):
                 refuse(f"{path}: env_ids = {env_ids!r} must be a list")
             flags = {"total_timesteps": entry.pop("total_timesteps")} | entry.pop("flags", {})
-            flags = [to_flag(name, value) for name, value in flags.items()]
+            each = entry.pop("each", {})  # flags with several values: all combinations of them are run
             entry.setdefault("start_seed", 1)
-            if script.is_file():
-                runs += make_runs(args, [sys.executable, str(script)], flags, env_ids, args.num_seeds or seeds, **entry)
-            else:
+            name = entry.pop("name", None)
+            if not script.is_file():
                 missing.add(script.name)
+                continue
+            launch, made = [sys.executable, str(script)], []
+            for values in product(*each.values()):
+                all_flags = flags | dict(zip(each, values, strict=True))
+                words = [word for flag in all_flags.items() for word in to_words(*flag)]
+                made += make_runs(args, launch, words, env_ids, args.num_seeds or seeds, named=named, **entry)
+            if name is not None:
+                of = {run.seed: run for run in made}
+                if not re.fullmatch(r"[\w-]+", name) or name in (*named, "root") or len(of) < len(made):
+                    refuse(f"{path}: name = {name!r} must be a new word, of a [[run]] with one run a seed")
+                named[name] = of
+            runs += made
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # among the last that it is no TOML
         refuse(f"{path} is not a suite: {error!r}")
     if missing:
@@ -231,26 +249,38 @@ def plan_suite(args: Args) -> list[Run]:
     return runs or refuse(f"{path} names no script that exists")
 
 
-def to_flag(name: str, value: object) -> str:
+def to_words(name: str, value: object) -> list[str]:
+    """A flag as it stands on a command line: --gamma=0.9, --no-anneal-lr, --reward one two"""
     name = name.replace("_", "-")
-    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"]
 
 
 def make_runs(
     args: Args, launch: list[str], flags: list[str], env_ids: list[str], num_seeds: int, result: str = RESULT,
-    start_seed: int = 1,
+    start_seed: int = 1, named: dict[str, dict[int, Run]] | None = None,
 ) -> list[Run]:  # fmt: skip
-    """The runs of one script with the same flags. Another text or another flag, but --track, makes another folder."""
+    """The runs of one script with the same flags. Another text or another flag, but --track, makes another folder.
+
+    named: of the suite's entries that have a name, the runs by seed. A flag with that name in braces needs such a run.
+    """
     script = Path(launch[-1]).stem
     script_hash = hashlib.sha256(Path(launch[-1]).read_bytes()).hexdigest()
     runs, track = [], ["--track"] * args.track
+    needed = {name: of for name, of in (named or {}).items() if any(f"{{{name}}}" in flag for flag in flags)}
+    unlike = [run.group for of in needed.values() for run in [*of.values()][:1]]  # what they are made with counts, too
     for env_id in env_ids:
-        digest = hashlib.sha256(repr([script_hash, flags, env_id, result]).encode()).hexdigest()[:8]
+        words = [script_hash, flags, env_id, result] + [unlike] * bool(unlike)
+        digest = hashlib.sha256(repr(words).encode()).hexdigest()[:8]
         env = re.sub(r"[^\w.-]", "-", env_id or "default")
         first = start_seed if args.start_seed is None else args.start_seed
         for seed in range(first, first + num_seeds):
             name, group = f"{env}__{script}__{seed}__{digest}", f"{env}__{script}__{digest}"
-            runs.append(Run(name, group, launch, [*flags, *track], env_id, seed, result, script_hash))
+            if absent := [entry for entry, of in needed.items() if seed not in of]:
+                refuse(f"the suite has no run of {absent[0]} with seed {seed}, which {script} with that seed needs")
+            needs = {entry: of[seed].name for entry, of in needed.items()}
+            runs.append(Run(name, group, launch, [*flags, *track], env_id, seed, result, script_hash, needs))
     return runs
 
 
@@ -275,7 +305,7 @@ def find(folder: Path) -> list[psutil.Process]:
 def start(run: Run, call: Call) -> None:
     folder = call.output / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*run.launch, "--resume"] if (folder / "config.json").exists() else run.command
+    command = [*run.launch, "--resume"] if (folder / "config.json").exists() else run.command(call.output)
     command = [*command, f"--run-dir={folder}"]
     wandb = {"WANDB_RUN_GROUP": run.group, "WANDB_TAGS": call.commit, "WANDB_JOB_TYPE": Path(run.launch[-1]).stem}
     note = {"attempt": run.attempts + 1, "earlier_s": run.wall_s, "host": socket.gethostname(), "commit": call.commit}
@@ -538,7 +568,8 @@ def clear_probes(output: Path) -> None:
 def probe(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledger) -> None:
     """Tries each script in each environment for some seconds, to know what a whole run takes."""
     clear_probes(call.output)
-    first = {run.group: run for run in todo if ledger.seconds_left(run) is None} if args.probe_seconds else {}
+    unknown = [run for run in todo if ledger.seconds_left(run) is None and not run.needs] if args.probe_seconds else []
+    first = {run.group: run for run in unknown}
     trials = []
     for group, run in first.items():
         flags = [flag for flag in run.flags if flag != "--track"]
@@ -620,6 +651,17 @@ def drive(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledge
     ledger.save()
 
 
+def drive_in_order(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledger) -> None:
+    """First the runs that need no other, then those that need these. What needs a run that has failed never begins."""
+
+    def may_begin(run: Run) -> bool:
+        return all(ledger.runs[name].status == "done" for name in run.needs.values())
+
+    while ready := [run for run in todo if may_begin(run)]:
+        drive(ready, call, submit, args, ledger)
+        todo = [run for run in todo if run not in ready]
+
+
 def take_result(run: Run, job: object, call: Call) -> None:
     try:
         vars(run).update(vars(job.result()))
@@ -663,7 +705,7 @@ def work(runs: list[Run], todo: list[Run], call: Call, submit: Submit, args: Arg
     if seconds is not None:
         print(f"estimate: {ledger.time_left(todo, args.workers)}" + f", and {size}" * bool(size))
     started = time.time()
-    drive(todo, call, submit, args, ledger)
+    drive_in_order(todo, call, submit, args, ledger)
     used = megabytes(sum(size_of(call.output / run.name) for run in todo))
     expected = f" (estimate {clock(seconds)})" * (seconds is not None), f" (estimate {size})" * bool(size)
     print(f"took {clock(time.time() - started)}{expected[0]} and {used}{expected[1]}")
@@ -702,7 +744,7 @@ def main() -> None:
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done; output folder {output}")
     if args.dry_run:
         for run in todo:
-            print(f"{run.status}: {run.name}: {shlex.join(run.command)}")
+            print(f"{run.status}: {run.name}: {shlex.join(run.command(output))}")
         return
 
     git = f"git -C '{Path(runs[0].launch[-1]).parent}' describe --always --abbrev=40 --exclude='*' --dirty"

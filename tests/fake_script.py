@@ -23,6 +23,7 @@ parser.add_argument("--total-timesteps", type=int, default=10)
 parser.add_argument("--delay", type=float, default=0.0)
 parser.add_argument("--learning-rate", type=float, default=0.1)
 parser.add_argument("--norm-obs", action=argparse.BooleanOptionalAction, default=True)
+parser.add_argument("--files", nargs="*", default=[])
 parser.add_argument("--track", action="store_true")
 args = parser.parse_args()
 

@@ -42,6 +42,9 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "python benchmark/run.py --suite multiagent --num-seeds 1 --workers 2": "the same",
     "python benchmark/run.py --suite preference --workers 2": "the same",
     "python benchmark/run.py --suite frontier --workers 2": "the same",
+    "python benchmark/report.py runs/frontier": "test_report.py",
+    "python benchmark/report.py runs/frontier --table frontier": "the same",
+    "make rlhf": "test_make_rlhf_ends_with_replies_and_goes_on",
     "python benchmark/run.py --suite smoke --workers 2": "test_the_smoke_suite_and_its_report",
     "python benchmark/report.py runs/smoke": "the same",
     'python benchmark/run.py --command "python algorithms/ppo.py" --env-ids LunarLander-v3 --num-seeds 5 --workers 5 '
@@ -415,6 +418,31 @@ def test_make_train_and_the_commands_that_follow_it(clone):
         ["git", "ls-files", "--others", "--exclude-standard"], cwd=clone, capture_output=True, text=True
     )
     assert untracked.stdout == "", "a run leaves no clutter in the repository"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_make_rlhf_ends_with_replies_and_goes_on(clone):
+    """Each stage begins with what the one before it made; what is begun is resumed by the next call."""
+    (clone / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    flags = "--total-timesteps 512 --eval-frequency 512 --device cpu"
+    command = ["make", "-o", ".venv/scripts", "rlhf", "RLHF=runs/whole", f"ARGS={flags}"]
+    result = shell(command, clone)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in "sft", "reward_model", "dpo", "ppo_rlhf", "grpo":
+        assert rows(clone / "runs" / "whole" / name)[-1]["global_step"] == 512
+    replies = result.stdout.split("replies.py")[-1]
+    assert re.findall(r"^    (\w+) +-?\d\.\d  \w", replies, re.MULTILINE) == ["sft", "dpo", "ppo_rlhf", "grpo"] * 3
+    assert "true reward, the mean of 512 replies" in replies
+    shutil.rmtree(clone / "runs" / "whole" / "dpo")
+    again = shell([*command, "-n"], clone).stdout
+    stages = re.findall(
+        r"algorithms/(\w+)\.py --run-dir runs/whole/\w+ (--resume|--model-name runs/whole/sft/model)?", again
+    )
+    assert dict(stages) == {
+        "sft": "--resume", "reward_model": "--resume", "dpo": "--model-name runs/whole/sft/model",
+        "ppo_rlhf": "--resume", "grpo": "--resume",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

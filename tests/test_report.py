@@ -710,7 +710,7 @@ def test_a_line_of_the_frontier_is_one_experiment(tmp_path):
         for beta in 0.1, 1.0:
             run = make_run(tmp_path / f"{loss_type}{beta}", "dpo", "", beta=beta, loss_type=loss_type)
             write_rows(run, [{"global_step": 200, "time": 1.0, "eval/true_reward": 1.0, "eval/kl": 1 / beta}])
-    assert [*draw_frontier(tmp_path)[0]] == ["dpo loss type ipo", "dpo loss type sigmoid"]
+    assert [*draw_frontier(tmp_path)[0]] == ["dpo, loss type ipo", "dpo, loss type sigmoid"]
 
 
 def make_frontier_runs(root, betas):
@@ -765,6 +765,155 @@ def test_the_optimum_is_the_whole_curve_whatever_was_run(tmp_path, monkeypatch, 
     (tmp_path / "frontier.json").write_text('{"optimum": [{"kl": 1}]}')
     with pytest.raises(SystemExit, match="2"):
         draw_frontier(tmp_path / "runs")
+
+
+def write_frontier(path):
+    """The best reward is sqrt(KL) - 0.5, until 2.5; the best of n has less."""
+    kls = np.linspace(0, 3, 50) ** 2
+    rows = [{"beta": None if kl == 0 else 1.0, "kl": kl, "reward": kl**0.5 - 0.5} for kl in kls]
+    best = [{"n": n, "kl": n / 4, "reward": 0.75 * (n / 4) ** 0.5} for n in (1, 4, 16, 64)]
+    path.write_text(json.dumps({"optimum": rows, "best_of_n": best}))
+
+
+def test_against_the_optimum_by_hand(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FRONTIER", tmp_path / "frontier.json")
+    write_frontier(tmp_path / "frontier.json")
+    for beta, kl in ("0.5", 4.0), ("0.1", 100.0):  # behind the curve's end there is no more to gain
+        for seed in 1, 2, 3:
+            files = {"model_name": "/a/machine/benchmark/reviews/model", "reward": "/a/b/reward.py:true_reward"}
+            run = make_run(tmp_path / "runs" / f"{beta}-{seed}", "grpo", "", seed, beta=float(beta), **files)
+            write_rows(run, [{"global_step": 200, "time": 1.0, "eval/kl": kl, "eval/reward": 0.25 * seed}])
+    code, result, _ = call(tmp_path / "runs")
+    assert code == 0
+    rows = {row["beta"]: row for row in result["Against the optimum at the same KL divergence"]}
+    assert [rows[0.5][name] for name in ("n", "KL", "reward")] == [3, 4, 0.5]
+    assert rows[0.5]["reward 95 %"] == [0.25, 0.75]
+    assert rows[0.5]["optimum"] == pytest.approx(1.5, abs=1e-3)
+    assert rows[0.5]["share by seed"] == pytest.approx([0.375, 0.5, 0.625], abs=1e-3)  # of the gain, from -0.5 on
+    assert rows[0.5]["share"] == pytest.approx(0.5, abs=1e-3)
+    assert rows[0.1]["optimum"] == pytest.approx(2.5)
+    lines, _ = draw_frontier(tmp_path / "runs")
+    best = [[0.25, 0.375], [1, 0.75], [4, 1.5], [16, 3]]
+    assert lines["the reference's best of n replies, n to 64"].tolist() == best
+    args = experiments(tmp_path / "runs")[0].done[0].config["args"]
+    assert (args["model_name"], args["reward"]) == ("benchmark/reviews/model", "true_reward")
+
+
+def test_the_table_of_the_frontier(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "FRONTIER", tmp_path / "frontier.json")
+    write_frontier(tmp_path / "frontier.json")
+    for beta, kl, seeds in (0.5, 4.0, (1, 2, 3)), (2.0, 1.0, (1,)):
+        for seed in seeds:
+            args = {"beta": beta, "model_name": "benchmark/reviews/model"}
+            run = make_run(tmp_path / "runs" / f"{beta}-{seed}", "dpo", "", seed, **args)
+            write_rows(run, [{"global_step": 200, "time": 1.0, "eval/kl": kl, "eval/reward": 0.25 * seed}])
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "runs"), "--table", "frontier"])
+    report.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "| script | beta | KL | true reward | optimum at this KL | share of the gain |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| dpo | 2 | 1.00 | **0.25** | 0.50 | **75 %** |",
+        "| dpo | 0.5 | 4.00 | **0.50** [0.25, 0.75] | 1.50 | **50 %** (38 to 62) |",
+    ]
+    (tmp_path / "frontier.json").unlink()
+    report.main()
+    assert capsys.readouterr().out.startswith("no run is known")
+
+
+def test_a_legend_says_what_tells_lines_apart():
+    labels = ["dpo", "grpo advantage=rloo kl=reward beta_2=1", "grpo advantage=grpo kl=loss beta_2=1"]
+    names = ["dpo", "grpo, advantage rloo", "grpo"]
+    assert report.names_in_a_legend(labels) == dict(zip(labels, names, strict=True))
+    labels = ["ppo a=1 b=1", "ppo a=1 b=2", "ppo a=2 b=2"]  # none of the two alone would do
+    assert [*report.names_in_a_legend(labels).values()] == ["ppo, a 1, b 1", "ppo, a 1, b 2", "ppo, a 2, b 2"]
+    assert report.names_in_a_legend(["ppo a=1"]) == {"ppo a=1": "ppo"}
+
+
+@pytest.fixture
+def pushed(tmp_path, monkeypatch):
+    """Policies that learn from reward models of 1,000 and 4,000 pairs, without and with a price."""
+    monkeypatch.setattr(report, "FRONTIER", tmp_path / "frontier.json")
+    write_frontier(tmp_path / "frontier.json")
+    for seed in 1, 2, 3:
+        for pairs in 4000, 1000:
+            split = {"dataset_split": f"train[:{pairs}]"}
+            model = make_run(tmp_path / "runs" / f"model-{pairs}-{seed}", "reward_model", None, seed, **split)
+            write_rows(model, [{"global_step": 200, "time": 1.0, "eval/accuracy": 0.7}])
+            for beta in 0.0, 0.5:
+                args = {"beta": beta, "reward": [f"/far/away/{model.name}/model", "/x/reward.py:true_reward"]}
+                args |= {"reward_weights": [1, 0], "dataset": "/x/benchmark/reviews/prompts.parquet"}
+                run = make_run(tmp_path / "runs" / f"{beta}-{pairs}-{seed}", "grpo", None, seed, steps=50, **args)
+                rows = []
+                for step, kl, truth, score in (50, 0.1 * seed, 1.0, 5.0), (75, 1.0, 4.0 + seed, 6.0), (100, 9, 1, 8.0):
+                    row = {"global_step": step, "time": 1.0, "eval/kl": kl, "eval/reward": score}
+                    rows.append(row | {"eval/reward/1-model": score, "eval/reward/2-true_reward": truth})
+                write_rows(run, rows)
+    return tmp_path / "runs"
+
+
+def test_over_optimisation_by_hand(call, pushed, tmp_path):
+    title = "Learning from a reward model: the true reward, and what the model believes"
+    code, result, _ = call(pushed, "--save-baseline", tmp_path / "kept.json")
+    assert code == 0
+    assert "Against the optimum at the same KL divergence" not in result
+    rows = {row["script"]: row for row in result[title]}
+    taught = [f"grpo beta={beta} reward=model_of_{pairs}_pairs" for beta in (0.0, 0.5) for pairs in (1000, 4000)]
+    assert sorted(rows) == taught
+    row = {"script": taught[0], "n": 3, "highest reward": 6, "at KL": 1, "gain of the score so far": 1}
+    assert rows[taught[0]] == row | {"reward at the end": 1, "KL": 9, "gain of the score": 3}
+    scores = {(row["script"], row["environment"]): row["mean"] for row in result["Results"] if row["script"] in taught}
+    assert scores == {(name, "preferences, true reward"): 1 for name in taught}
+    assert call(tmp_path / "kept.json")[1][title] == result[title]
+    figures = [report.plot_frontier(experiments(place)) for place in (pushed, tmp_path / "kept.json")]
+    lines = [[line.get_xydata() for axes in figure.axes for line in axes.lines] for figure in figures]
+    assert all(np.allclose(*pair) for pair in zip(*lines, strict=True))
+    assert "[50.0, 0.1, 1.0, 5.0]" in (tmp_path / "kept.json").read_text()  # an evaluation is one line
+
+
+def test_the_panels_of_over_optimisation(pushed):
+    figure = report.plot_frontier(experiments(pushed))
+    free, priced = figure.axes
+    assert "β = 0" in free.get_title()
+    lines = {line.get_label(): line for line in free.lines if not line.get_label().startswith("_")}
+    assert [*lines][:2] == ["reward model of 1,000 pairs", "reward model of 4,000 pairs"]
+    assert [*lines][2:] == ["the optimum", "solid, dots: the true reward", "dashed: the reward model's score"]
+    means = [[0.2, 1], [1, 6], [9, 1]]
+    assert np.allclose(np.array(lines["reward model of 1,000 pairs"].get_data()).T, means)
+    dashed = [line for line in free.lines if line.get_linestyle() == "--" and line.get_linewidth() == 1.5]
+    assert np.allclose(dashed[0].get_ydata(), [1, 2, 4])  # shifted to the true reward at its beginning
+    dots = [line for line in free.lines if line.get_marker() == "." and line.get_linestyle() == "None"]
+    assert [len(line.get_xdata()) for line in dots] == [9, 9]
+    colors = [lines[f"reward model of {pairs} pairs"].get_color() for pairs in ("1,000", "4,000")]
+    assert sum(colors[0]) > sum(colors[1])  # from pale to dark
+    assert "reward model of 4,000 pairs, β = 0.5" in [line.get_label() for line in priced.lines]
+    assert np.allclose(free.get_ylim(), priced.get_ylim())
+
+
+def test_the_truth_and_a_models_belief_are_not_mixed_up(tmp_path):
+    """A score by a reward model alone stands on no frontier; beside it the truth is the run's score."""
+    alone = make_run(tmp_path / "alone", "ppo_rlhf", None, reward="runs/rm/model", beta=1.0)
+    write_rows(alone, [{"global_step": 200, "time": 1.0, "eval/kl": 1.0, "eval/reward": 9.0}])
+    assert experiments(tmp_path / "alone")[0].on_frontier == []
+    both = make_run(tmp_path / "both", "grpo", None, reward=["r.py:true_reward", "r.py:short"], beta=1.0)
+    found = {"eval/reward": 9.0, "eval/reward/1-true_reward": 2.0, "eval/reward/2-short": 7.0}
+    write_rows(both, [{"global_step": 200, "time": 1.0, "eval/kl": 1.0} | found])
+    (experiment,) = experiments(tmp_path / "both")
+    assert experiment.env_id == "preferences, true reward"
+    assert experiment.metric == "true reward of the replies"
+    assert experiment.scores.tolist() == [2]
+    assert [run.on_frontier[1] for run in experiment.on_frontier] == [2]
+    assert experiment.done[0].config["args"]["reward"] == "true_reward+short"
+
+
+def test_the_folder_of_the_repository_is_not_kept():
+    command = [
+        f"{report.ROOT}/algorithms/grpo.py",
+        "--reward",
+        f"{report.ROOT}/runs/x/model",
+        "--seed=3",
+        "--run-dir=y",
+    ]
+    assert report.command_of({"command": command}) == ["algorithms/grpo.py", "--reward", "runs/x/model"]
 
 
 def test_what_the_last_evaluations_found_beside_the_score(call, tmp_path):

@@ -371,7 +371,7 @@ def test_every_flag_reaches_the_script_and_each_worker_has_its_share_of_the_mach
     assert sorted(configs) == [5, 6, 7, 8]
     for seed, config in configs.items():
         args = {"env_id": "fine-0", "seed": seed, "total_timesteps": 6, "delay": 0.1, "learning_rate": 0.3}
-        assert config["args"] == args | {"norm_obs": False, "track": True}
+        assert config["args"] == args | {"norm_obs": False, "track": True, "files": []}
         environment = config["environment"]
         assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
         assert environment["WANDB_RUN_GROUP"] == next(iter(ledger(output).values()))["group"]
@@ -494,10 +494,23 @@ def test_dry_run_only_speaks(output):
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", sorted(file.stem for file in (ROOT / "benchmark" / "suites").glob("*.toml")))
 def test_each_run_of_a_suite_passes_the_checks_of_its_script(suite, launcher_module, tmp_path):
-    """Its flags and its environment are good: it begins, with its folder's config.json."""
+    """Its flags and its environment are good: it begins, with its folder's config.json.
+
+    In place of the model that another run would have made it gets the task's own. Of runs that differ in numbers alone
+    only the first is tried.
+    """
+    tried = set()
     for planned in launcher_module.plan(launcher_module.Args(suite=suite, num_seeds=1)):
+        without_numbers = re.sub(r"=[\d.e-]+'", "=", str(planned.command(Path()))).replace(planned.name, "")
+        if without_numbers in tried:
+            continue
+        tried.add(without_numbers)
         folder = tmp_path / planned.name
-        script = start(Path(planned.launch[-1]).stem, *planned.command[2:], f"--run-dir={folder}")
+        for needed in planned.needs.values():
+            (tmp_path / needed).mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                (tmp_path / needed / "model").symlink_to(ROOT / "benchmark" / "reviews" / "model")
+        script = start(Path(planned.launch[-1]).stem, *planned.command(tmp_path)[2:], f"--run-dir={folder}")
         deadline = time.time() + 60
         while script.poll() is None and not (folder / "config.json").exists() and time.time() < deadline:
             time.sleep(0.02)
@@ -523,6 +536,78 @@ def test_a_suite_leaves_out_scripts_that_do_not_exist(output):
     assert (config["args"]["norm_obs"], config["args"]["learning_rate"]) == (False, 0.001)
     assert {row["final"] for row in ledger(output).values()} == {1000.0}
     assert "1 runs, 1 of them done" in run(output, "--suite", str(suite), "--num-seeds", "1")
+
+
+NEEDY = """
+[[run]]
+name = "judge"
+script = "{script}"
+env_ids = ["{kind}"]
+total_timesteps = 10
+seeds = 2
+flags = {{ learning_rate = {rate} }}
+
+[[run]]
+script = "{script}"
+env_ids = ["fine-0"]
+total_timesteps = 10
+seeds = {seeds}
+flags = {{ files = ["{{judge}}/checkpoint.pt", "{{root}}/LICENSE", "{{other}}"] }}
+"""
+
+
+def write_needy(output: Path, **words: object) -> tuple[str, str]:
+    suite = output.with_name("needy.toml")
+    suite.write_text(NEEDY.format(**{"script": FAKE, "kind": "fine-1", "rate": 0.1, "seeds": 2} | words))
+    return "--suite", str(suite)
+
+
+def test_a_run_that_needs_another_gets_its_folder_and_waits_for_it(output):
+    text = run(output, *write_needy(output), "--workers", "4", "--probe-seconds", "0.1")
+    rows = {(row["env_id"], row["seed"]): row for row in ledger(output).values()}
+    assert [row["status"] for row in rows.values()] == ["done"] * 4
+    assert "probing 1 kinds of run" in text  # what it needs is not there yet
+    for seed in 1, 2:
+        judge, needy = (output / rows[kind, seed]["name"] for kind in ("fine-1", "fine-0"))
+        files = json.loads((needy / "config.json").read_text())["args"]["files"]
+        assert files == [str(judge / "checkpoint.pt"), str(ROOT / "LICENSE"), "{other}"]
+        ended, began = (
+            (judge / "exit_code").stat().st_mtime,
+            json.loads((needy / "process.json").read_text())["created"],
+        )
+        assert ended < began + 0.01
+        assert rows["fine-0", seed]["flags"] == rows["fine-0", 1]["flags"]  # runs of one kind, for report.py
+    assert shlex.join(["--files", *files])[:30] in run(output.with_name("dry"), *write_needy(output), "--dry-run")
+
+
+def test_another_run_that_is_needed_makes_another_run(output, launcher_module):
+    names = []
+    for rate in 0.1, 0.2:
+        _, suite = write_needy(output, rate=rate)
+        names.append([planned.name for planned in launcher_module.plan(launcher_module.Args(suite=suite))])
+    assert not {*names[0]} & {*names[1]}
+
+
+def test_flags_with_several_values_are_combined(output, launcher_module):
+    suite = output.with_name("each.toml")
+    each = "each = { learning_rate = [0.1, 0.2], norm_obs = [true, false] }"
+    suite.write_text(
+        f'[[run]]\nscript = "{FAKE}"\nenv_ids = ["fine-0"]\ntotal_timesteps = 9\n{each}\nflags = {{ delay = 0 }}\n'
+    )
+    runs = launcher_module.plan(launcher_module.Args(suite=str(suite), num_seeds=2))
+    assert len({planned.name for planned in runs}) == len(runs) == 8
+    flags = [planned.flags for planned in runs if planned.seed == 1]
+    ends = [["0.1", "--norm-obs"], ["0.1", "--no-norm-obs"], ["0.2", "--norm-obs"], ["0.2", "--no-norm-obs"]]
+    start = ["--total-timesteps=9", "--delay=0"]
+    assert flags == [[*start, f"--learning-rate={rate}", norm] for rate, norm in ends]
+
+
+def test_what_needs_a_run_that_failed_never_begins_until_that_is_done(output):
+    words = write_needy(output, kind="crash-1")
+    assert "runs not begun by this call: 2" in run(output, *words, code=1)
+    assert not list(output.glob("fine*"))
+    run(output, *words)
+    assert [row["attempts"] for row in ledger(output).values()] == [2, 2, 1, 1]
 
 
 def test_the_table_in_a_terminal(output):
@@ -556,6 +641,8 @@ MISTAKES = {
     "--suite never.toml": "is not a suite",
     "--suite head.toml": "and nothing else",
     "--suite typo.toml": "unexpected keyword argument 'seed'",
+    "--suite seedless.toml": "no run of judge with seed 3",
+    "--suite twice.toml": "name = 'judge' must be a new word",
     "--suite smoke --env-ids A": "a suite names its own environments",
     "--suite smoke --command x": "give either --command",
     "": "give either --command",
@@ -593,6 +680,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypat
     heads = {"endless": "probe_seconds = inf", "never": "probe_seconds = 'no'", "head": "probe_second = 0"}
     for name, head in heads.items():
         Path(f"{name}.toml").write_text(f'{head}\n[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\n')
+    needy = NEEDY.format(script=FAKE, kind="fine-1", rate=0.1, seeds=3)
+    Path("seedless.toml").write_text(needy)
+    Path("twice.toml").write_text(NEEDY.format(script=FAKE, kind="fine-1", rate=0.1, seeds=2) * 2)
     Path("damaged").mkdir()
     Path("damaged/ledger.json").write_text('{"runs": ')
     argv = words.replace("OK", "--command 'python fake_script.py' --env-ids fine-0 --probe-seconds 0")
