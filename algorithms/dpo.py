@@ -31,7 +31,7 @@ Differs from the papers:
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.15", "datasets>=5.2", "numpy>=2", "peft>=0.21", "torch>=2.13", "tqdm>=4.66",
-#     "transformers>=5.23,<6", "tyro>=1", "wandb>=0.31",
+#     "transformers>=5.24,<6", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
@@ -195,16 +195,8 @@ def dpo_loss(
     return losses - args.nll_coef * chosen / lengths[0], torch.stack(metrics).detach()  # [7], which "loss" is without
 
 
-@contextlib.contextmanager
-def reference_of(run: "Run") -> Iterator[nn.Module]:
-    """The policy as it was at the start: a frozen copy of it, or the policy itself without its LoRA matrices."""
-    without_lora = contextlib.nullcontext() if run.reference else run.bare.disable_adapter()
-    with torch.no_grad(), run.accelerator.autocast(), without_lora:
-        yield run.reference or run.bare
-
-
 def loss_of_pairs(run: "Run", pairs: list[Pair], args: Args) -> tuple[Tensor, Tensor]:
-    with reference_of(run) as reference:
+    with reference_policy(run) as reference:
         references = pair_log_probs(reference, pairs)
     lengths = torch.tensor([[len(pair[i]) for pair in pairs] for i in (1, 2)], device=run.accelerator.device)
     return dpo_loss(*pair_log_probs(run.model, pairs), *references, lengths, args)
@@ -235,7 +227,7 @@ def evaluate(run: "Run", pairs: list[Pair], args: Args) -> dict[str, float]:
         texts, prompts = [pair.text for _, pair in batch], [pair.prompt for _, pair in batch]
         replies = sample(run.bare, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
         kl = log_probs(run.model, prompts, replies)  # log pi(y|x) - log pi_ref(y|x), with y drawn from pi
-        with reference_of(run) as reference:
+        with reference_policy(run) as reference:
             kl -= log_probs(reference, prompts, replies)
         decoded = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
         rewards = run.judge(texts, decoded) if run.judge else [0.0] * len(batch)
@@ -256,7 +248,7 @@ def train(args: Args) -> dict[str, float]:
         model = make_trainable(model, "CAUSAL_LM", args)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         run.start(model, torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True))
-        batches = batches_from(run.global_step, pairs, args)
+        run.actor, batches = run.bare, batches_from(run.global_step, pairs, args)
         while run.goes_on(lambda: evaluate(run, held_out, args)):  # evaluates and saves where that is due
             # 1. Take the next batch, of an epoch's random order
             batch = next(batches)
@@ -279,7 +271,7 @@ def show_replies(run: "Run", pairs: list[Pair], args: Args) -> None:
     pairs = [*{str(pair.text): pair for pair in pairs}.values()][:3]
     ends = sorted({pair.chosen[-1] for pair in pairs})
     asked = [pair.prompt for pair in pairs], ends, args.max_new_tokens, (args.seed,)
-    with reference_of(run) as reference:
+    with reference_policy(run) as reference:
         before = run.tokenizer.batch_decode(sample(reference, *asked), skip_special_tokens=True)
     after = run.tokenizer.batch_decode(sample(run.bare, *asked), skip_special_tokens=True)
     for pair, *replies in zip(pairs, before, after, strict=True):
@@ -290,14 +282,15 @@ def show_replies(run: "Run", pairs: list[Pair], args: Args) -> None:
 
 
 def load(run: "Run", name: str, args: Args) -> nn.Module:
-    run.tokenizer, run.judge = load_tokenizer(name), load_reward(args) if args.reward else None
+    run.tokenizer = load_tokenizer(name)
+    run.judge = load_reward(args.reward, args, run.accelerator.device) if args.reward else None
     return load_model(name, AutoModelForCausalLM, args)
 
 
 def evaluate_saved(args: Args) -> dict[str, float]:
     """Evaluates the model in --run-dir as the last evaluation of the run did, or on another --dataset."""
     with contextlib.closing(Run(args)) as run:
-        run.model = run.bare = load(run, f"{args.run_dir}/model", args).to(run.accelerator.device)
+        run.model = run.bare = run.actor = load(run, f"{args.run_dir}/model", args).to(run.accelerator.device)
         run.reference = load_model(args.model_name, AutoModelForCausalLM, args).to(run.accelerator.device)
         _, held_out = training_and_held_out(run.tokenizer, run.model, args)
         show_replies(run, held_out, args)
@@ -420,7 +413,7 @@ def batches_from(step: int, pairs: list[Pair], args: Args) -> Iterator[list[Pair
 
 # ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
 # What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
-# accelerate knows about GPUs and other processes. train needs no more than Run, load_tokenizer and load_model.
+# accelerate knows about GPUs and other processes. What train needs of it, it says.
 
 
 class UsageError(Exception):
@@ -644,19 +637,33 @@ def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: 
     return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
 
 
-def load_reward(args: Args) -> Callable[[list[Text], list[str]], list[float]]:
+def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[Text], list[str]], list[float]]:
     """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
-    if ".py:" in args.reward:
-        function = load_function("--reward", args.reward)
+    if ".py:" in name:
+        function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
-    tokenizer, model = load_tokenizer(args.reward), load_model(args.reward, AutoModelForSequenceClassification, args)
+    tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
+    pad_id = model.config.get_text_config().pad_token_id  # the reward is at the last token that is another one
+    size = 1 if pad_id is None else 64  # without such a token no reply can stand beside a longer one
 
     @torch.no_grad()
     def judge(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
-        return [model(input_ids=torch.tensor([p + r], device=model.device)).logits.item() for p, r in encoded]
+        rows, rewards = [prompt + reply for prompt, reply in encoded], []
+        for i in range(0, len(rows), size):
+            ids = pad(rows[i : i + size], pad_id or 0).to(device)  # (B, T)
+            rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
+        return rewards
 
     return judge
+
+
+@contextlib.contextmanager
+def reference_policy(run: "Run") -> Iterator[nn.Module]:
+    """The policy as it was at the start: a frozen copy of it, or the policy itself without its LoRA matrices."""
+    without_lora = contextlib.nullcontext() if run.reference else run.actor.disable_adapter()
+    with torch.no_grad(), run.accelerator.autocast(), without_lora:
+        yield run.reference or run.actor
 
 
 class Run:
@@ -775,8 +782,9 @@ class Run:
 
     def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
         """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
-        size = self.micro_batch_size
-        with torch.no_grad(), self.accelerator.split_between_processes(items, apply_padding=True) as mine:
+        size, length = self.micro_batch_size, math.ceil(len(items) / PROCESSES)
+        mine = (items + items[-1:] * PROCESSES)[RANK * length : (RANK + 1) * length]  # all have as many, some again
+        with torch.no_grad():
             values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
         return self.accelerator.gather(values)[: len(items)]
 

@@ -30,7 +30,7 @@ Differs from the papers:
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.15", "datasets>=5.2", "numpy>=2", "peft>=0.21", "torch>=2.13", "tqdm>=4.66",
-#     "transformers>=5.23,<6", "tyro>=1", "wandb>=0.31",
+#     "transformers>=5.24,<6", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
@@ -105,7 +105,7 @@ class Args:
     eval_replies: int = 256  # replies that the policy writes in an evaluation, to prompts held out if there are many
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
-    learning_rate: float = 5e-4  # of AdamW, the policy's; paper: 9.65e-6 (6B), which suits large models
+    learning_rate: float = 1e-3  # of AdamW, the policy's; paper: 9.65e-6 (6B), which suits large models
     critic_learning_rate: float = 3e-3  # the value network's; paper: 9e-6
     warmup: float = 0.1  # share of the run over which learning rates rise; besides, they fall to 0 over all of it
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 512
@@ -173,55 +173,6 @@ class ActorCritic(nn.Module):
         """The policy alone, as any program loads it."""
         weights = {name[6:]: value for name, value in state_dict.items() if name.startswith("actor.")}
         self.actor.save_pretrained(folder, state_dict=weights)
-
-
-def as_tensors(prompts: list[list[int]], replies: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids, (B, T), and what is to be predicted from the first reply's beginning on, (B, K); elsewhere -100."""
-    first = min(map(len, prompts))
-    ids = pad([prompt + reply for prompt, reply in zip(prompts, replies, strict=True)], 0)
-    masked = [[-100] * len(prompt) + reply for prompt, reply in zip(prompts, replies, strict=True)]
-    return ids.to(device), pad(masked, -100)[:, first:].to(device)
-
-
-def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    """Of the tokens of all replies, one reply after the other, (N,): behind it, no one can mistake padding for data."""
-    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask
-    logits = model(input_ids=ids[:, :-1], logits_to_keep=targets.shape[1], use_cache=False).logits  # (B, K, vocabulary)
-    replies = targets != -100
-    return -nn.functional.cross_entropy(logits[replies].float(), targets[replies], reduction="none")
-
-
-@torch.no_grad()
-def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: Tensor) -> tuple[list, list]:
-    """A reply to each prompt, to its end, one of ends, and log pi(y_t|s_t) of its tokens. Temperature 1.
-
-    chances: uniform random numbers, (B, most tokens of a reply). Each chooses a token: the first one at which the
-    probabilities, summed up from the first token of the vocabulary on, exceed it.
-    """
-    device, replies = model.device, [[] for _ in prompts]
-    log_probs, going = [[] for _ in prompts], torch.arange(len(prompts), device=device)  # the replies without an end
-    ids, mask = pad(prompts, ends[0], "left").to(device), pad([[1] * len(p) for p in prompts], 0, "left").to(device)
-    chances, ends, cache = chances.to(device), torch.tensor(ends, device=device), None
-    for t in range(chances.shape[1]):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        output = model(**inputs, use_cache=True, logits_to_keep=1)
-        log_prob, cache = output.logits[:, -1].float().log_softmax(-1), output.past_key_values  # (B', vocabulary)
-        sums = log_prob.double().exp().cumsum(-1)
-        ids = torch.searchsorted(sums, chances[going, t, None] * sums[:, -1:], right=True)  # (B', 1)
-        columns = going, ids[:, 0], log_prob.gather(1, ids)[:, 0]  # (B',) each
-        for row, token, value in zip(*(column.tolist() for column in columns), strict=True):
-            replies[row].append(token)
-            log_probs[row].append(value)
-        goes_on = ~torch.isin(ids[:, 0], ends)
-        if not goes_on.any():
-            break
-        mask = torch.cat((mask, torch.ones_like(ids)), 1)
-        if not goes_on.all():  # what has ended costs no more time
-            rows = goes_on.nonzero()[:, 0]
-            going, ids, mask = going[rows], ids[rows], mask[rows]
-            cache.batch_select_indices(rows)
-    return replies, log_probs
 
 
 def token_rewards(old_log_prob: Tensor, ref_log_prob: Tensor, scores: Tensor, lengths: Tensor, beta: float) -> Tensor:
@@ -296,27 +247,10 @@ def update(run: "Run", episodes: list[Episode], advantages: list, returns: list,
     return {name: value.item() for name, value in run.accelerator.reduce(means, "mean").items()}
 
 
-@contextlib.contextmanager
-def reference_policy(run: "Run") -> Iterator[nn.Module]:
-    """The policy as it was at the start: a frozen copy of it, or the policy itself without its LoRA matrices."""
-    without_lora = contextlib.nullcontext() if run.reference else run.actor.disable_adapter()
-    with torch.no_grad(), run.accelerator.autocast(), without_lora:
-        yield run.reference or run.actor
-
-
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episode]:
     """An episode for each prompt. The processes share the work; then each has them all."""
-    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-    chances = torch.rand(len(prompts), args.max_new_tokens, generator=generator)
-    share, size, written, episodes = math.ceil(len(prompts) / PROCESSES), run.micro_batch_size, [], {}
-    mine = range(RANK * share, min((RANK + 1) * share, len(prompts)))
-    for rows in (mine[i : i + args.write_batch_size] for i in range(0, len(mine), args.write_batch_size)):
-        ids = [prompts[row].ids for row in rows]
-        with torch.no_grad(), run.accelerator.autocast():
-            written += zip(rows, ids, *write(run.actor, ids, run.ends, chances[[*rows]]), strict=True)
-    written.sort(key=lambda row: len(row[1]) + len(row[2]))  # neighbours need little padding
-    for part in (written[i : i + size] for i in range(0, len(written), size)):
-        rows, ids, replies, log_prob = zip(*part, strict=True)
+    episodes = {}
+    for rows, ids, replies, log_prob in written_replies(run, prompts, seed, args):
         tensors = as_tensors(ids, replies, run.accelerator.device)
         with reference_policy(run) as reference:
             ref_log_prob = token_log_probs(reference, *tensors)
@@ -324,11 +258,11 @@ def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episo
         lengths = [len(reply) for reply in replies]
         split = [[row.tolist() for row in x.cpu().split(lengths)] for x in (ref_log_prob, values)]
         texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
-        scores = run.judge([prompts[row].text for row in rows], texts)
+        scores = run.judges[0]([prompts[row].text for row in rows], texts)
         scores = [s - args.missing_eos_penalty * (y[-1] not in run.ends) for s, y in zip(scores, replies, strict=True)]
         episodes |= zip(rows, map(Episode, ids, replies, log_prob, *split, scores), strict=True)
-    episodes = [episodes[row] for row in mine]
-    return gather_object(episodes) if PROCESSES > 1 else episodes
+    episodes = dict(gather_object([*episodes.items()]))
+    return [episodes[row] for row in range(len(prompts))]
 
 
 def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
@@ -341,7 +275,10 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy and returns its last evaluation. From below the ruled line it needs Run and load_model."""
+    """Trains a policy and returns its last evaluation.
+
+    From below the ruled line it needs Run, load_model, and the functions that read prompts and write replies.
+    """
     with contextlib.closing(Run(args)) as run:
         agent, optimizer = make_agent(run, args)
         prompts, held_out = training_and_held_out_prompts(run, agent.actor, args)
@@ -386,6 +323,8 @@ def train(args: Args) -> dict[str, float]:
 
 
 def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimizer]:
+    if run.accelerator.distributed_type == "FSDP":  # it gathers the weights for forward alone, not for actor or values
+        raise UsageError("FSDP can't share out two networks that are also used apart: start it with torchrun alone")
     share = args.batch_size // args.num_minibatches // PROCESSES  # of a minibatch, for each process
     size = run.micro_batch_size = args.micro_batch_size or math.gcd(share, 64) or 1
     run.accelerator.gradient_accumulation_steps = share // size
@@ -409,22 +348,8 @@ def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimiz
 
 
 def load(run: "Run", name: str, args: Args) -> nn.Module:
-    run.tokenizer, run.judge = load_tokenizer(name), load_reward(args) if args.reward else None
+    run.tokenizer, run.judges = load_tokenizer(name), [load_reward(args.reward, args, run.accelerator.device)]
     return load_model(name, AutoModelForCausalLM, args)
-
-
-def show(run: "Run", prompts: list[Prompt], args: Args) -> None:
-    """To three prompts the reply of the reference and of the policy, with their scores."""
-    chances = torch.rand(len(prompts[:3]), args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
-    for prompt, row in zip(prompts, chances, strict=False):
-        run.accelerator.print(f"{prompt.text!s:.200}")
-        with reference_policy(run) as reference:
-            before = write(reference, [prompt.ids], run.ends, row[None])[0]
-        with run.accelerator.autocast():
-            after = write(run.actor, [prompt.ids], run.ends, row[None])[0]
-        for word, ids in (("before", before), ("after", after)):
-            reply = run.tokenizer.decode(ids[0], skip_special_tokens=True)
-            run.accelerator.print(f"    {word:>6} {run.judge([prompt.text], [reply])[0]:5.1f}  {reply}")
 
 
 def evaluate_saved(args: Args) -> dict[str, float]:
@@ -437,50 +362,9 @@ def evaluate_saved(args: Args) -> dict[str, float]:
         return evaluate(run, held_out, args)
 
 
-def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts of --dataset that leave room for a reply. Those held out are all different; where few are, all."""
-    rows, usual = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split), args.prompt_column
-    names = [usual] if usual else ["prompt", "question", "instruction", "input", "context", "messages"]
-    column = next((name for name in names if name in rows[0]), None)
-    if column is None:
-        raise UsageError(f"{args.dataset} has the columns {', '.join(rows[0])}: name the prompts with --prompt-column")
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length)
-    limit = min(args.max_length, room) - args.max_new_tokens
-    prompts, ends = [], set()
-    for number, row in enumerate(rows, 1):
-        try:
-            text = as_text(row[column])
-            text = [{"role": "user", "content": text}] if args.chat and isinstance(text, str) else text
-            ids, (*_, end) = encode(run.tokenizer, text, ["a"])  # any reply: it shows how the reply's turn ends
-        except UsageError as error:
-            raise UsageError(f"{args.dataset}, row {number}: {error}") from None
-        prompts.append(Prompt(ids, text))
-        ends.add(end)
-    run.ends = sorted(ends)
-    fitting = [prompt for prompt in prompts if len(prompt.ids) <= limit]
-    run.accelerator.print(f"{args.dataset}: {len(fitting)} prompts. Left out: {len(prompts) - len(fitting)}, too long")
-    distinct = [*{str(prompt.text): prompt for prompt in fitting}.values()]
-    if not distinct:
-        raise UsageError(f"{args.dataset} has no prompt of at most {limit} tokens, which would leave room for a reply")
-    if args.evaluate or len(distinct) < 10:
-        return fitting, distinct
-    held_out = random.Random(args.seed).sample(distinct, min(args.eval_replies, len(distinct) // 10))
-    texts = {str(prompt.text) for prompt in held_out}
-    return [prompt for prompt in fitting if str(prompt.text) not in texts], held_out
-
-
-def prompts_from(step: int, prompts: list[Prompt], args: Args) -> Iterator[list[Prompt]]:
-    """Batches without end: epochs of all prompts, each in a random order, one after the other."""
-    size = len(prompts)
-    orders = (random.Random(f"{args.seed} {epoch}").sample(prompts, size) for epoch in itertools.count(step // size))
-    stream = itertools.islice(itertools.chain.from_iterable(orders), step % size, None)
-    while True:
-        yield [*itertools.islice(stream, args.batch_size)]
-
-
 # ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
 # What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
-# accelerate knows about GPUs and other processes. train needs no more than Run, load_tokenizer and load_model.
+# accelerate knows about GPUs and other processes. What train needs of it, it says.
 
 
 class UsageError(Exception):
@@ -691,33 +575,158 @@ def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: int, seed: tuple) -> list[list[int]]:
-    """A reply to each prompt, drawn from the model as it is (temperature 1), up to one of ends or this length."""
-    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # training draws nothing from there
-    ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
-    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0]}
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    rows = model.generate(ids, attention_mask=mask, synced_gpus=PROCESSES > 1, **plain, **limits)[:, ids.shape[1] :]
-    return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
-
-
-def load_reward(args: Args) -> Callable[[list[Text], list[str]], list[float]]:
+def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[Text], list[str]], list[float]]:
     """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
-    if ".py:" in args.reward:
-        function = load_function("--reward", args.reward)
+    if ".py:" in name:
+        function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
-    tokenizer, model = load_tokenizer(args.reward), load_model(args.reward, AutoModelForSequenceClassification, args)
+    tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
+    pad_id = model.config.get_text_config().pad_token_id  # the reward is at the last token that is another one
+    size = 1 if pad_id is None else 64  # without such a token no reply can stand beside a longer one
 
     @torch.no_grad()
     def judge(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
-        ids = pad([p + r for p, r in encoded], tokenizer.pad_token_id)  # (B, T); logits: at the last that is no padding
-        return model(input_ids=ids.to(model.device)).logits.squeeze(-1).tolist()
+        rows, rewards = [prompt + reply for prompt, reply in encoded], []
+        for i in range(0, len(rows), size):
+            ids = pad(rows[i : i + size], pad_id or 0).to(device)  # (B, T)
+            rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
+        return rewards
 
     return judge
+
+
+def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts of --dataset that leave room for a reply. Those held out are all different; where few are, all."""
+    rows, usual = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split), args.prompt_column
+    names = [usual] if usual else ["prompt", "question", "instruction", "input", "context", "messages"]
+    column = next((name for name in names if name in rows[0]), None)
+    if column is None:
+        raise UsageError(f"{args.dataset} has the columns {', '.join(rows[0])}: name the prompts with --prompt-column")
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length)
+    limit = min(args.max_length, room) - args.max_new_tokens
+    prompts, ends = [], set()
+    for number, row in enumerate(rows, 1):
+        try:
+            text = as_text(row[column])
+            text = [{"role": "user", "content": text}] if args.chat and isinstance(text, str) else text
+            ids, (*_, end) = encode(run.tokenizer, text, ["a"])  # any reply: it shows how the reply's turn ends
+        except UsageError as error:
+            raise UsageError(f"{args.dataset}, row {number}: {error}") from None
+        prompts.append(Prompt(ids, text))
+        ends.add(end)
+    run.ends = sorted(ends)
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= limit]
+    run.accelerator.print(f"{args.dataset}: {len(fitting)} prompts. Left out: {len(prompts) - len(fitting)}, too long")
+    distinct = [*{str(prompt.text): prompt for prompt in fitting}.values()]
+    if not distinct:
+        raise UsageError(f"{args.dataset} has no prompt of at most {limit} tokens, which would leave room for a reply")
+    if args.evaluate or len(distinct) < 10:
+        return fitting, distinct
+    held_out = random.Random(args.seed).sample(distinct, min(args.eval_replies, len(distinct) // 10))
+    texts = {str(prompt.text) for prompt in held_out}
+    return [prompt for prompt in fitting if str(prompt.text) not in texts], held_out
+
+
+def prompts_from(step: int, prompts: list[Prompt], args: Args, copies: int = 1) -> Iterator[list[Prompt]]:
+    """Batches without end, each prompt so many times: epochs of all prompts, each in a random order."""
+    size, first = len(prompts), step // copies
+    orders = (random.Random(f"{args.seed} {epoch}").sample(prompts, size) for epoch in itertools.count(first // size))
+    stream = itertools.islice(itertools.chain.from_iterable(orders), first % size, None)
+    while True:
+        chosen = itertools.islice(stream, args.batch_size // copies)
+        yield [prompt for prompt in chosen for _ in range(copies)]
+
+
+def as_tensors(prompts: list[list[int]], replies: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids, (B, T), and what is to be predicted from the first reply's beginning on, (B, K); elsewhere -100."""
+    first = min(map(len, prompts))
+    ids = pad([prompt + reply for prompt, reply in zip(prompts, replies, strict=True)], 0)
+    masked = [[-100] * len(prompt) + reply for prompt, reply in zip(prompts, replies, strict=True)]
+    return ids.to(device), pad(masked, -100)[:, first:].to(device)
+
+
+def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+    """Of the tokens of all replies, one reply after the other, (N,): behind it, no one can mistake padding for data."""
+    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask
+    logits = model(input_ids=ids[:, :-1], logits_to_keep=targets.shape[1], use_cache=False).logits  # (B, K, vocabulary)
+    replies = targets != -100
+    return -nn.functional.cross_entropy(logits[replies].float(), targets[replies], reduction="none")
+
+
+@torch.no_grad()
+def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: Tensor) -> tuple[list, list]:
+    """A reply to each prompt, up to one of ends, and log pi(y_t|s_t) of its tokens. Temperature 1.
+
+    chances: uniform random numbers, (B, most tokens of a reply). Each chooses a token: the first one at which the
+    probabilities, summed up from the first token of the vocabulary on, exceed it.
+    """
+    device, replies = model.device, [[] for _ in prompts]
+    log_probs, going = [[] for _ in prompts], torch.arange(len(prompts), device=device)  # the replies without an end
+    ids, mask = pad(prompts, ends[0], "left").to(device), pad([[1] * len(p) for p in prompts], 0, "left").to(device)
+    chances, ends, cache = chances.to(device), torch.tensor(ends, device=device), None
+    for t in itertools.count():
+        busy = len(going) > 0 and t < chances.shape[1]
+        if not any(gather_object([busy])):  # of all processes
+            break
+        if not busy:  # with FSDP each has a part of the model: the others can't go on without this one
+            model(input_ids=ends[None], use_cache=False)
+            continue
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "cache": cache}
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        log_prob, cache = output.logits[:, -1].float().log_softmax(-1), output.cache  # (B', vocabulary)
+        sums = log_prob.double().exp().cumsum(-1)
+        ids = torch.searchsorted(sums, chances[going, t, None] * sums[:, -1:], right=True)  # (B', 1)
+        columns = going, ids[:, 0], log_prob.gather(1, ids)[:, 0]  # (B',) each
+        for row, token, value in zip(*(column.tolist() for column in columns), strict=True):
+            replies[row].append(token)
+            log_probs[row].append(value)
+        mask = torch.cat((mask, torch.ones_like(ids)), 1)
+        rows = (~torch.isin(ids[:, 0], ends)).nonzero()[:, 0]
+        if len(rows) < len(going):  # what has ended costs no more time
+            going, ids, mask = going[rows], ids[rows], mask[rows]
+            cache.batch_select_indices(rows)
+    return replies, log_probs
+
+
+@contextlib.contextmanager
+def reference_policy(run: "Run") -> Iterator[nn.Module]:
+    """The policy as it was at the start: a frozen copy of it, or the policy itself without its LoRA matrices."""
+    without_lora = contextlib.nullcontext() if run.reference else run.actor.disable_adapter()
+    with torch.no_grad(), run.accelerator.autocast(), without_lora:
+        yield run.reference or run.actor
+
+
+def written_replies(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> Iterator[tuple]:
+    """In micro-batches, this process's part: numbers and ids of prompts, replies, and their log pi_old(y_t|s_t)."""
+    generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    chances = torch.rand(len(prompts), args.max_new_tokens, generator=generator)
+    share, rows, written = math.ceil(len(prompts) / PROCESSES), [*range(len(prompts))], []
+    mine = (rows + rows[-1:] * PROCESSES)[RANK * share : (RANK + 1) * share]  # all have as many, some one twice
+    for i in range(0, share, args.write_batch_size):
+        rows = mine[i : i + args.write_batch_size]
+        ids = [prompts[row].ids for row in rows]
+        with run.accelerator.autocast():
+            written += zip(rows, ids, *write(run.actor, ids, run.ends, chances[rows]), strict=True)
+    written.sort(key=lambda row: len(row[1]) + len(row[2]))  # neighbours need little padding
+    for i in range(0, share, run.micro_batch_size):
+        yield zip(*written[i : i + run.micro_batch_size], strict=True)
+
+
+def show(run: "Run", prompts: list[Prompt], args: Args) -> None:
+    """To three prompts the reply of the reference and of the policy, with their scores."""
+    ids = [prompt.ids for prompt in prompts[:3]]
+    chances = torch.rand(len(ids), args.max_new_tokens, generator=torch.Generator().manual_seed(args.seed))
+    with reference_policy(run) as reference:
+        before = run.tokenizer.batch_decode(write(reference, ids, run.ends, chances)[0], skip_special_tokens=True)
+    with run.accelerator.autocast():
+        after = run.tokenizer.batch_decode(write(run.actor, ids, run.ends, chances)[0], skip_special_tokens=True)
+    for prompt, *replies in zip(prompts, before, after, strict=False):
+        run.accelerator.print(f"{prompt.text!s:.200}")
+        for word, reply in zip(("before", "after"), replies, strict=True):
+            scores = " ".join(f"{judge([prompt.text], [reply])[0]:5.1f}" for judge in run.judges)
+            run.accelerator.print(f"    {word:>6} {scores}  {reply}")
 
 
 class Run:
@@ -836,8 +845,9 @@ class Run:
 
     def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
         """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
-        size = self.micro_batch_size
-        with torch.no_grad(), self.accelerator.split_between_processes(items, apply_padding=True) as mine:
+        size, length = self.micro_batch_size, math.ceil(len(items) / PROCESSES)
+        mine = (items + items[-1:] * PROCESSES)[RANK * length : (RANK + 1) * length]  # all have as many, some again
+        with torch.no_grad():
             values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
         return self.accelerator.gather(values)[: len(items)]
 

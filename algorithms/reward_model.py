@@ -27,7 +27,7 @@ Differs from the papers:
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.15", "datasets>=5.2", "numpy>=2", "peft>=0.21", "torch>=2.13", "tqdm>=4.66",
-#     "transformers>=5.23,<6", "tyro>=1", "wandb>=0.31",
+#     "transformers>=5.24,<6", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
@@ -220,7 +220,7 @@ def train(args: Args) -> dict[str, float]:
 def load(run: "Run", name: str, args: Args) -> nn.Module:
     """[2] is read at the last token that is no padding: padding must not be the end token, wherever it is loaded."""
     tokenizer = run.tokenizer = load_tokenizer(name)
-    run.judge = load_reward(args) if args.reward else None
+    run.judge = load_reward(args.reward, args, run.accelerator.device) if args.reward else None
     model = load_model(name, AutoModelForSequenceClassification, args)
     special = sorted(turn_ends(tokenizer) - {tokenizer.eos_token_id, tokenizer.bos_token_id})
     names = [tokenizer.pad_token, tokenizer.unk_token, *tokenizer.convert_ids_to_tokens(special), "<|padding|>"]
@@ -368,7 +368,7 @@ def batches_from(step: int, pairs: list[Pair], args: Args) -> Iterator[list[Pair
 
 # ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
 # What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
-# accelerate knows about GPUs and other processes. train needs no more than Run, load_tokenizer and load_model.
+# accelerate knows about GPUs and other processes. What train needs of it, it says.
 
 
 class UsageError(Exception):
@@ -579,30 +579,23 @@ def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: int, seed: tuple) -> list[list[int]]:
-    """A reply to each prompt, drawn from the model as it is (temperature 1), up to one of ends or this length."""
-    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # training draws nothing from there
-    ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
-    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0]}
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    rows = model.generate(ids, attention_mask=mask, synced_gpus=PROCESSES > 1, **plain, **limits)[:, ids.shape[1] :]
-    return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
-
-
-def load_reward(args: Args) -> Callable[[list[Text], list[str]], list[float]]:
+def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[Text], list[str]], list[float]]:
     """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
-    if ".py:" in args.reward:
-        function = load_function("--reward", args.reward)
+    if ".py:" in name:
+        function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
-    tokenizer, model = load_tokenizer(args.reward), load_model(args.reward, AutoModelForSequenceClassification, args)
+    tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
+    pad_id = model.config.get_text_config().pad_token_id  # the reward is at the last token that is another one
+    size = 1 if pad_id is None else 64  # without such a token no reply can stand beside a longer one
 
     @torch.no_grad()
     def judge(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
-        return [model(input_ids=torch.tensor([p + r], device=model.device)).logits.item() for p, r in encoded]
+        rows, rewards = [prompt + reply for prompt, reply in encoded], []
+        for i in range(0, len(rows), size):
+            ids = pad(rows[i : i + size], pad_id or 0).to(device)  # (B, T)
+            rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
+        return rewards
 
     return judge
 
@@ -723,8 +716,9 @@ class Run:
 
     def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
         """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
-        size = self.micro_batch_size
-        with torch.no_grad(), self.accelerator.split_between_processes(items, apply_padding=True) as mine:
+        size, length = self.micro_batch_size, math.ceil(len(items) / PROCESSES)
+        mine = (items + items[-1:] * PROCESSES)[RANK * length : (RANK + 1) * length]  # all have as many, some again
+        with torch.no_grad():
             values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
         return self.accelerator.gather(values)[: len(items)]
 

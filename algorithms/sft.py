@@ -29,7 +29,7 @@ Differs from the paper:
 # requires-python = ">=3.11"
 # dependencies = [
 #     "accelerate>=1.15", "datasets>=5.2", "numpy>=2", "peft>=0.21", "torch>=2.13", "tqdm>=4.66",
-#     "transformers>=5.23,<6", "tyro>=1", "wandb>=0.31",
+#     "transformers>=5.24,<6", "tyro>=1", "wandb>=0.31",
 # ]
 # ///
 
@@ -226,7 +226,8 @@ def show_replies(run: "Run", rows: list[Demonstration], args: Args) -> None:
 
 
 def load(run: "Run", name: str, args: Args) -> nn.Module:
-    run.tokenizer, run.judge = load_tokenizer(name), load_reward(args) if args.reward else None
+    run.tokenizer = load_tokenizer(name)
+    run.judge = load_reward(args.reward, args, run.accelerator.device) if args.reward else None
     if not args.from_scratch or name != args.model_name:
         return load_model(name, AutoModelForCausalLM, args)
     try:
@@ -343,7 +344,7 @@ def batches_from(step: int, rows: list[Demonstration], args: Args) -> Iterator[l
 
 # ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
 # What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
-# accelerate knows about GPUs and other processes. train needs no more than Run, load_tokenizer and load_model.
+# accelerate knows about GPUs and other processes. What train needs of it, it says.
 
 
 class UsageError(Exception):
@@ -567,17 +568,23 @@ def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: 
     return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
 
 
-def load_reward(args: Args) -> Callable[[list[Text], list[str]], list[float]]:
+def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[Text], list[str]], list[float]]:
     """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
-    if ".py:" in args.reward:
-        function = load_function("--reward", args.reward)
+    if ".py:" in name:
+        function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
-    tokenizer, model = load_tokenizer(args.reward), load_model(args.reward, AutoModelForSequenceClassification, args)
+    tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
+    pad_id = model.config.get_text_config().pad_token_id  # the reward is at the last token that is another one
+    size = 1 if pad_id is None else 64  # without such a token no reply can stand beside a longer one
 
     @torch.no_grad()
     def judge(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
-        return [model(input_ids=torch.tensor([p + r], device=model.device)).logits.item() for p, r in encoded]
+        rows, rewards = [prompt + reply for prompt, reply in encoded], []
+        for i in range(0, len(rows), size):
+            ids = pad(rows[i : i + size], pad_id or 0).to(device)  # (B, T)
+            rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
+        return rewards
 
     return judge
 
@@ -698,8 +705,9 @@ class Run:
 
     def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
         """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
-        size = self.micro_batch_size
-        with torch.no_grad(), self.accelerator.split_between_processes(items, apply_padding=True) as mine:
+        size, length = self.micro_batch_size, math.ceil(len(items) / PROCESSES)
+        mine = (items + items[-1:] * PROCESSES)[RANK * length : (RANK + 1) * length]  # all have as many, some again
+        with torch.no_grad():
             values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
         return self.accelerator.gather(values)[: len(items)]
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -751,7 +752,7 @@ def test_the_kl_divergence_is_that_of_an_average_over_the_policys_replies(folder
 def test_a_reward_models_folder_judges(tmp_path):
     """As plain transformers does, of prompts that are texts and of chats."""
     folder = str(save_model(tmp_path / "scores", "llama", "qwen3", AutoModelForSequenceClassification, num_labels=1))
-    scores = dpo.load_reward(dpo.Args(reward=folder))([[USER], "hi "], ["yes", "no"])
+    scores = dpo.load_reward(folder, dpo.Args(), torch.device("cpu"))([[USER], "hi "], ["yes", "no"])
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = [ASKED + YES, "hi no<|im_end|>"]
     expected = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
@@ -759,6 +760,17 @@ def test_a_reward_models_folder_judges(tmp_path):
 
 
 # ---- Several processes
+
+
+@pytest.mark.parametrize("count", [8, 9, 2])
+def test_processes_share_the_work_in_its_order_and_all_have_as_much(count, monkeypatch):
+    monkeypatch.setattr(dpo, "PROCESSES", 4)
+    run, parts = types.SimpleNamespace(micro_batch_size=2, accelerator=types.SimpleNamespace(gather=lambda x: x)), []
+    for rank in range(4):
+        monkeypatch.setattr(dpo, "RANK", rank)
+        parts.append(dpo.Run.share(run, torch.tensor, [*range(count)]))
+    assert {len(part) for part in parts} == {math.ceil(count / 4)}
+    assert torch.cat(parts)[:count].tolist() == [*range(count)]
 
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

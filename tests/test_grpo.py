@@ -27,6 +27,7 @@ SIZES = {
                          intermediate_size=32, max_position_embeddings=64, initializer_range=0.3),
 }  # fmt: skip
 ADVANTAGES = ["grpo", "dr-grpo", "rloo"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +411,7 @@ def test_micro_batches_of_unequal_lengths_have_the_batchs_gradient(folders, kind
 def test_the_first_step_has_ratio_1_and_divergence_0_and_a_high_price_keeps_the_policy_at_the_reference(
     folders, tmp_path
 ):
-    flags = {"num_minibatches": 1, "total_timesteps": 640, "eval_frequency": 640}
+    flags = {"num_minibatches": 1, "update_epochs": 1, "total_timesteps": 640, "eval_frequency": 640}
     for beta, folder in (0.0, "free"), (1e4, "dear"):
         grpo.train(arguments(folders, beta=beta, run_dir=str(tmp_path / folder), **flags))
     free, dear = ([row for row in rows(tmp_path / name) if "losses/approx_kl" in row] for name in ("free", "dear"))
@@ -437,14 +438,14 @@ def test_several_rewards_are_added_up_with_their_weights(folders, tmp_path):
 def test_every_prompt_comes_once_an_epoch_with_its_whole_group(folders):
     prompts = [grpo.Prompt([i], str(i)) for i in range(12)]
     args = arguments(folders, batch_size=32, group_size=4)
-    batches = grpo.groups_from(0, prompts, args)
+    batches = grpo.prompts_from(0, prompts, args, args.group_size)
     seen = [next(batches) for _ in range(3)]  # 24 groups: two epochs
     groups = [batch[i : i + 4] for batch in seen for i in range(0, 32, 4)]
     assert all(len({prompt.text for prompt in group}) == 1 for group in groups)
     first, second = ([group[0].text for group in groups[i : i + 12]] for i in (0, 12))
     assert sorted(first) == sorted(second) == sorted(prompt.text for prompt in prompts)
     assert first != second
-    assert next(grpo.groups_from(64, prompts, args)) == seen[2]
+    assert next(grpo.prompts_from(64, prompts, args, args.group_size)) == seen[2]
 
 
 def test_killed_and_resumed_equals_unbroken(folders, tmp_path):
@@ -464,13 +465,48 @@ def test_killed_and_resumed_equals_unbroken(folders, tmp_path):
 
 
 def test_two_processes_have_the_losses_of_one(folders, tmp_path):
-    grpo.train(arguments(folders, run_dir=str(tmp_path / "one"), total_timesteps=64))
-    args = dataclasses.asdict(arguments(folders, run_dir=str(tmp_path / "two"), total_timesteps=64, micro_batch_size=8))
+    """Seven replies are evaluated: one process has fewer of them."""
+    flags = {"total_timesteps": 64, "eval_replies": 7}
+    grpo.train(arguments(folders, run_dir=str(tmp_path / "one"), **flags))
+    args = dataclasses.asdict(arguments(folders, run_dir=str(tmp_path / "two"), micro_batch_size=8, **flags))
     (tmp_path / "program.py").write_text(f"from algorithms import grpo; grpo.train(grpo.Args(**{args!r}))")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, str(tmp_path / "program.py")], check=True, env=grpo.os.environ | {"PYTHONPATH": str(ROOT)})
+    subprocess.run([*TWO, str(tmp_path / "program.py")], check=True, env=grpo.os.environ | {"PYTHONPATH": str(ROOT)})
     for one, two in zip(timeless(tmp_path / "one"), timeless(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+WRITES = """
+import json, sys, torch
+from torch.distributed.fsdp import fully_shard
+from algorithms import grpo
+
+accelerator = grpo.Accelerator(cpu=True)
+model = grpo.load_model(sys.argv[1], grpo.AutoModelForCausalLM, grpo.Args(device="cpu"))
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+chances = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))[grpo.RANK :: 2]
+replies, _ = grpo.write(model, [[3, 4, 5]] * 3, [*range(grpo.RANK, 24, 2)] if grpo.RANK else [48], chances)
+json.dump(replies, open(f"{sys.argv[2]}/{grpo.RANK}", "w"))
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_with_fsdp_a_process_goes_on_until_all_have_written(folders, tmp_path):
+    """Each has a part of the weights, so that each pass needs both. The second one's replies end much earlier."""
+    (tmp_path / "program.py").write_text(WRITES)
+    command = [*TWO, str(tmp_path / "program.py"), str(folders / "llama"), str(tmp_path)]
+    # What counts is what they wrote: in one of ten runs gloo aborts a process that has finished
+    subprocess.run(command, check=False, env=grpo.os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    model = grpo.load_model(str(folders / "llama"), AutoModelForCausalLM, arguments(folders))
+    chances, lengths = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)), []
+    for rank, ends in enumerate(([48], [*range(1, 24, 2)])):
+        expected, _ = grpo.write(model, [[3, 4, 5]] * 3, ends, chances[rank::2])
+        assert json.loads((tmp_path / str(rank)).read_text()) == expected
+        lengths.append(max(map(len, expected)))
+    assert lengths[0] > lengths[1]
 
 
 def test_lora_and_the_evaluation_of_a_finished_run(folders, tmp_path):
@@ -530,7 +566,8 @@ def test_the_verifier_and_the_base_model_of_the_additions():
 def test_additions_are_learned_from_the_verifier_alone(tmp_path):
     files = {"model_name": f"{ARITHMETIC}/model", "dataset": f"{ARITHMETIC}/prompts.parquet",
              "reward": [f"{ARITHMETIC}/reward.py:correct"]}  # fmt: skip
-    args = grpo.Args(**files, kl="none", max_new_tokens=4, device="cpu", run_dir=str(tmp_path / "run"))
+    flags = {"kl": "none", "max_new_tokens": 4, "learning_rate": 1e-3, "update_epochs": 1}
+    args = grpo.Args(**files, **flags, device="cpu", run_dir=str(tmp_path / "run"))
     result = grpo.train(args)
     first = next(row for row in rows(tmp_path / "run") if "objective/scores" in row)
     assert first["objective/scores"] < 0.2

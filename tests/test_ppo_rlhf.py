@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -362,15 +363,19 @@ def test_the_critic_starts_from_the_reward_model_or_from_the_policy_and_both_are
         assert policy.transformer.h[0].mlp.c_fc.weight.equal(saved["actor.transformer.h.0.mlp.c_fc.weight"])
 
 
-def test_scores_of_a_reward_model_are_those_of_single_replies(folder):
-    args = arguments(folder, reward=str(folder / "gpt2-reward"))
-    judge = ppo_rlhf.load_reward(args)
-    texts = [("a b ", "c d"), ("c ", "a a a a"), ("d e f ", "")]
+@pytest.mark.parametrize("pad_id", [10, None])
+def test_scores_of_a_reward_model_are_those_of_single_replies(folder, tmp_path, pad_id):
+    """More of them than a batch, and also if nothing tells padding from what was written."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "gpt2-reward", pad_token_id=pad_id).eval()
+    model.save_pretrained(tmp_path / "scores")
+    AutoTokenizer.from_pretrained(folder / "gpt2").save_pretrained(tmp_path / "scores")
+    judge = ppo_rlhf.load_reward(str(tmp_path / "scores"), arguments(folder), torch.device("cpu"))
+    texts = [("a b ", "c d"), ("c ", "a a a a"), ("d e f ", "")] * 30
     together = judge(*map(list, zip(*texts, strict=True)))
-    assert together == pytest.approx([judge([x], [y])[0] for x, y in texts], abs=1e-5)
-    model = AutoModelForSequenceClassification.from_pretrained(args.reward).eval()
-    with torch.no_grad():
-        assert together[0] == pytest.approx(model(input_ids=torch.tensor([[2, 3, 4, 5, 1]])).logits.item(), abs=1e-5)
+    for i, ids in enumerate(([2, 3, 4, 5, 1], [4, 2, 2, 2, 2, 1], [5, 6, 7, 1])):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).logits.item()
+        assert together[i::3] == pytest.approx([expected] * 30, abs=1e-5)
 
 
 @pytest.mark.parametrize("flags", [{}, {"adaptive_kl": 0.5}, {"lora_rank": 2}], ids=str)
@@ -439,6 +444,12 @@ def test_every_prompt_comes_once_in_each_epoch_and_a_resumed_run_goes_on_with_th
 def test_mistakes_are_one_line(folder, flags, word):
     with pytest.raises(ppo_rlhf.UsageError, match=word):
         ppo_rlhf.train(arguments(folder, **flags))
+
+
+def test_fsdp_is_refused_before_it_fails(folder, monkeypatch):
+    monkeypatch.setattr(ppo_rlhf.Accelerator, "distributed_type", "FSDP")
+    with pytest.raises(ppo_rlhf.UsageError, match="torchrun"):
+        ppo_rlhf.train(arguments(folder))
 
 
 @pytest.mark.slow

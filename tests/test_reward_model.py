@@ -254,7 +254,7 @@ def test_the_accuracy_of_a_known_reward_stands_beside(folders):
     assert reward_model.evaluate(run, held_out)["eval/bayes_accuracy"] == pytest.approx(sum(wins) / len(wins))
     for wrong in "judge.py:nothing", "nowhere.py:f":
         with pytest.raises(reward_model.UsageError, match="--reward"):
-            reward_model.load_reward(arguments(folders, reward=wrong))
+            reward_model.load_reward(wrong, arguments(folders), torch.device("cpu"))
 
 
 def test_a_model_whose_attention_looks_ahead_is_refused(folders, tmp_path):
