@@ -384,6 +384,57 @@ FACTS = {
         task="simple_spread_v3",
         env_class=None,
     ),
+    "alphazero": Facts(
+        task="tic_tac_toe", env_class=None,
+        tiny=flags(
+            "--env-id tic_tac_toe --num-envs 8 --num-simulations 4 --learning-starts 64 --train-frequency 4"
+            " --batch-size 16 --hidden-size 16 --eval-simulations 4 --eval-positions 50"
+        ) + EVALUATED,
+        resumed=[
+            flags("--total-timesteps 8192 --buffer-size 1000 --checkpoint-frequency 500 --eval-frequency 4096"),
+            flags("--env-id connect_four(rows=4,columns=5) --num-blocks 1 --opponent-simulations 5 --num-envs 16"),
+        ],
+        changes={
+            "env_id": "connect_four(rows=3,columns=3,x_in_row=3)", "seed": 2, "total_timesteps": 1024, "num_envs": 4,
+            "eval_frequency": 512, "eval_episodes": 3, "checkpoint_frequency": 512, "capture_video": True,
+            "num_simulations": 5, "c_init": 3.0, "c_base": 1.0, "dirichlet_alpha": 0.1, "noise_fraction": 0.9,
+            "temperature": 0.5, "temperature_moves": 2, "random_moves": 2, "num_blocks": 1, "hidden_size": 8,
+            "learning_rate": 0.1, "anneal_lr": False, "weight_decay": 1.0, "buffer_size": 64, "batch_size": 8,
+            "learning_starts": 128, "train_frequency": 16, "eval_simulations": 5, "eval_positions": 60,
+            # tested in test_alphazero.py
+            "num_channels": None, "opponent_simulations": None, "play": None,
+        },
+        mistakes={
+            "--env-id LunarLander-v3": "registered_names",
+            "--env-id connect_four(rows=4": "bracket",
+            "--env-id tic_tac_toe(size=4)": "size",
+            "--env-id kuhn_poker": "dice or cards",
+            "--env-id catch": "two players",
+            "--env-id phantom_ttt": "nothing hidden",
+            "--env-id matrix_pd": "in turn",
+            "--num-simulations 0": "--num-simulations",
+            "--eval-simulations 0": "--eval-simulations",
+            "--c-init -1": "--c-init",
+            "--c-base 0": "--c-base",
+            "--dirichlet-alpha 0": "--dirichlet-alpha",
+            "--noise-fraction 1.1": "--noise-fraction",
+            "--temperature -1": "--temperature",
+            "--temperature-moves -1": "--temperature-moves",
+            "--random-moves -1": "--random-moves",
+            "--num-blocks -1": "--num-blocks",
+            "--hidden-size 0": "--hidden-size",
+            "--num-channels 0": "--num-channels",
+            "--weight-decay -1": "--weight-decay",
+            "--buffer-size 0": "--buffer-size",
+            "--buffer-size 1000000000000 --total-timesteps 1000000000000": "GB",
+            "--batch-size 0": "--batch-size",
+            "--learning-starts -1": "--learning-starts",
+            "--train-frequency 0": "--train-frequency",
+            "--eval-positions 0": "--eval-positions",
+            "--opponent-simulations 0": "--opponent-simulations",
+            "--play": "--evaluate",
+        },
+    ),
     "td3": Facts(
         task="Pendulum-v1", env_class="gymnasium.envs.classic_control.PendulumEnv", rate="q-lr",
         tiny=flags(

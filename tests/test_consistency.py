@@ -44,6 +44,7 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
         "make_env": "several agents in an environment", "evaluate": "a result for each agent",
         "ReplayBuffer": "the parts of all agents side by side",
     },
+    "alphazero": {"make_env": "a game of OpenSpiel", "evaluate": "both sides of a game, and its exact solution"},
     "dpo": {
         "METRICS": "names of what it logs", "evaluate": "log-probabilities", "evaluate_saved": "replies",
         "load": "the policy",
@@ -69,12 +70,13 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
 HEADINGS = ["Run", "Evaluation", "Algorithm"]  # of the flags
 MISSING_FLAGS = {"q_learning": {"num_envs", "device"}, "reinforce": {"num_envs"}}
 OWN_WORDS = {  # common flags with another comment
-    "maddpg": {"env_id"},  # Gymnasium has none of its environments
+    "maddpg": {"env_id"}, "alphazero": {"env_id"},  # Gymnasium has none of their environments
     "q_learning": {"total_timesteps"}, "reinforce": {"total_timesteps"},  # of one environment
 }  # fmt: skip
 OWN_FLAGS_OF_PREFERENCES = {"model_name", "total_timesteps", "eval_replies", "max_new_tokens", "reward", "replies"}
 LENGTHS = {  # lines at most above the ruled line, where the algorithm is
     "q_learning": 290, "reinforce": 290, "td3": 270, "sac": 270, "her": 350, "maddpg": 400,
+    "alphazero": 540,  # the aim is 350: the game, its exact solution, its picture and a game against you take 155
     "ppo": 356, "dqn": 355,  # the aim is 350: they also take images
     "sft": 344,  # the aim is 300: reading the columns of people's data sets takes 100
     "grpo": 340, "ppo_rlhf": 365,
@@ -88,7 +90,7 @@ SHARED_LENGTH = 363
 # learn from replies of their own have what writes these, and what reads prompts: 130 more
 SHARED_LENGTH_OF_TEXT = {"reward_model": 433, "sft": 446, "dpo": 454, "grpo": 566, "ppo_rlhf": 566}
 BROUGHT_BY_OTHERS = {"ale_py", "matplotlib", "peft"}  # an extra of Gymnasium; and what only some flags need
-PACKAGES = {"cv2": "opencv-python-headless"}  # of modules with another name
+PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "pyspiel": "open-spiel"}  # of modules with another name
 
 
 def test_there_are_scripts():

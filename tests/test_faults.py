@@ -522,6 +522,7 @@ ONE_LINE = {  # a script and flags: a word of the one line, round which nothing 
     "dqn --env-id MountainCar-v7": "v0",
     "q_learning --env-id Taxi-v3": "Taxi-v4",
     "maddpg --env-id simple_spred_v3": "mpe2",
+    "alphazero --env-id tic_tac_toe(size=4)": "size",
 }
 
 
@@ -559,6 +560,7 @@ OTHERS = {
     "q_learning": ["Taxi-v4", "CliffWalking-v1"],
     "her": ["fault_envs:Plain-goal-v0"],
     "maddpg": ["simple_tag_v3", "fault_envs:PlainTeam"],
+    "alphazero": ["connect_four(rows=4,columns=4,x_in_row=3)", "othello"],
 }
 
 

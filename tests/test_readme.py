@@ -24,7 +24,7 @@ PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "algorithms/R
 README, GUIDE, BENCHMARK = PAGES.values()
 SMALL = {  # flags of a run of seconds, for the scripts that have them
     "total_timesteps": 800, "eval_episodes": 1, "eval_max_steps": 100, "num_steps": 32, "num_minibatches": 2,
-    "learning_starts": 64, "num_pairs": 200, "eval_pairs": 8, "eval_replies": 8,
+    "learning_starts": 64, "num_pairs": 200, "eval_pairs": 8, "eval_replies": 8, "eval_positions": 8,
 }  # fmt: skip
 ELSEWHERE = {  # commands that are not run here as they stand, and what is in their place
     "make train": "test_make_train_and_the_commands_that_follow_it",

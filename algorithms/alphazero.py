@@ -1,0 +1,890 @@
+"""AlphaZero: a network and a tree search teach each other, by games against themselves.
+
+The network sees a position s and gives a probability p_a for each move a, and v, a guess of how the game will end for
+the player to move: 1 is a win, -1 a loss. The search looks ahead along likely and good moves, so its choice is better
+than the network's. The network learns the search's choices and the results of the games, and a better network searches
+better. Nothing but the rules is given.
+
+    [1] in the tree:   a = argmax_a Q(s, a) + C(s) P(s, a) sqrt(N(s)) / (1 + N(s, a))         AlphaZero, pseudocode
+        C(s) = log((1 + N(s) + c_base) / c_base) + c_init
+    [2] backup:        N(s, a) <- N(s, a) + 1,  W(s, a) <- W(s, a) + v,  Q(s, a) = W(s, a) / N(s, a)    AlphaGo Zero
+    [3] at the root:   P(s, a) = (1 - epsilon) p_a + epsilon eta_a,  eta ~ Dirichlet(alpha)             AlphaGo Zero
+    [4] policy target: pi_a = N(s, a) / sum_b N(s, b) at the root                                       AlphaGo Zero
+    [5] loss:          l = (z - v)^2 - pi^T log p + c ||theta||^2                                       AlphaZero
+
+N counts how often the search went through a position or took a move. P is the network's p. In [2] the v of the new
+position goes up the path; its sign is the one for the player who moves in s. z is the result of the game: -1, 0 or 1.
+
+Papers: Silver et al. 2018, arXiv:1712.01815 (AlphaZero), doi:10.1126/science.aar6404; AlphaGo Zero: Nature 550, 354.
+
+Differs from the paper:
+- Games run side by side in one process, and the network learns between their moves. The paper's programs run apart.
+- Each move begins a new tree. The network sees OpenSpiel's board, without earlier positions, and who is to move.
+- Games of self-play begin with a few random moves, so that the network also learns positions that follow mistakes.
+- The optimiser is AdamW, with c as its decay. The residual blocks have no batch normalisation.
+
+    python algorithms/alphazero.py --env-id tic_tac_toe
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2", "numpy>=2", "open-spiel>=2",
+#     "pillow>=11", "torch>=2.13", "tqdm>=4.66", "tyro>=1", "wandb>=0.31",
+# ]
+# ///
+
+import contextlib
+import functools
+import inspect
+import io
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
+import pyspiel
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Run
+    env_id: str = "tic_tac_toe"  # a game of OpenSpiel, also with its parameters: connect_four(rows=4,columns=4)
+    seed: int = 1  # all randomness follows from it
+    total_timesteps: int = 80_000  # environment steps, summed over all environments
+    num_envs: int = 100  # environments stepped together
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "plainrl"  # W&B project
+    run_dir: str | None = None  # folder of the run; None: a new one in runs/
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_episodes: int = 100  # episodes of an evaluation
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    capture_video: bool = False  # film the first episode of each evaluation
+    evaluate: bool = False  # only evaluate the model in --run-dir
+    # Algorithm
+    num_simulations: int = 50  # walks through the tree for each move of self-play; paper: 800
+    eval_simulations: int = 200  # the same in evaluations
+    c_init: float = 1.25  # [1] how much the search follows P and tries what it has not tried
+    c_base: float = 19_652.0  # [1] number of visits from which on it tries more
+    dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer moves get most of the noise; paper: 0.3 chess, 0.03 Go
+    noise_fraction: float = 0.25  # [3] epsilon
+    temperature: float = 1.0  # self-play draws moves from N ** (1 / temperature); 0: the move with the most visits
+    temperature_moves: int = 30  # moves of a game that are drawn; later ones have the most visits
+    random_moves: int = 6  # a game of self-play begins with 0 to so many random moves; paper: 0
+    num_blocks: int | None = None  # residual blocks; 0: no convolutions; None: 0 up to 4 x 4 cells, else 4; paper: 19
+    num_channels: int = 64  # of a convolution; paper: 256
+    hidden_size: int = 256  # units of a layer
+    learning_rate: float = 1e-3  # of AdamW; paper: 0.2 to 0.0002, of SGD
+    anneal_lr: bool = True  # let it fall linearly to 0
+    weight_decay: float = 1e-4  # [5] c
+    buffer_size: int = 50_000  # positions in the replay buffer; paper: all of the last games
+    batch_size: int = 256  # positions in a gradient step; paper: 4096
+    learning_starts: int = 5_000  # environment steps before the first gradient step
+    train_frequency: int = 8  # environment steps, summed over all environments, per gradient step
+    eval_positions: int = 5_000  # positions in which an evaluation judges moves, where the game can be solved
+    opponent_simulations: int = 1_000  # of OpenSpiel's search, the opponent in games that can't be solved
+    play: bool = False  # with --evaluate: you play one game against the model, in the terminal
+
+    def __post_init__(self) -> None:
+        counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "num_blocks": (0, 1e12)}
+        limits = {"noise_fraction": (0, 1), "learning_starts": (0, 1e12), "buffer_size": (self.num_envs, 1e12)}
+        check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), **counts, **limits)
+        if self.play and not self.evaluate:
+            raise UsageError("--play needs --evaluate and --run-dir")
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions learn what to add to their input: (B, channels, H, W) -> the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.second(torch.relu(self.first(x))))
+
+
+class Network(nn.Module):
+    """(p, v) = f(s). An observation is a row (O,) of three parts: legal moves (A,), who is to move (1,), the board."""
+
+    def __init__(self, args: Args, obs_shape: tuple[int, ...], action_space: gym.Space, board: list[int]):
+        super().__init__()
+        self.obs_shape, self.action_space, self.board = obs_shape, action_space, board  # board: (C, H, W), or another
+        size, channels, num_cells = args.hidden_size, args.num_channels, math.prod(board[1:])
+        self.widths, self.num_blocks = [int(action_space.n), 1, math.prod(board)], args.num_blocks
+        if self.num_blocks is None:
+            self.num_blocks = 0 if num_cells <= 16 else 4
+        if len(board) != 3:  # no rows and columns
+            self.num_blocks = 0
+        if self.num_blocks == 0:
+            layers = [nn.Linear(1 + math.prod(board), size), nn.ReLU(), nn.Linear(size, size), nn.ReLU()]
+        else:  # the player to move is one more plane
+            layers = [nn.Conv2d(board[0] + 1, channels, 3, padding=1), nn.ReLU()]
+            layers += [ResidualBlock(channels) for _ in range(self.num_blocks)]
+            layers += [nn.Conv2d(channels, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * num_cells, size), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.policy_head = nn.Linear(size, int(action_space.n))
+        self.value_head = nn.Sequential(nn.Linear(size, 1), nn.Tanh())
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, O) -> (B, A) logits of p, (B,) v
+        legal, player, board = obs.split(self.widths, dim=1)
+        if self.num_blocks:
+            board = board.unflatten(1, self.board)  # (B, C, H, W)
+            player = player[..., None, None].expand(-1, 1, *self.board[1:])  # (B, 1, H, W)
+        features = self.body(torch.cat([board, player], dim=1))  # (B, hidden_size)
+        logits = self.policy_head(features).masked_fill(legal <= 0, -1e9)  # an illegal move has probability 0
+        return logits, self.value_head(features).squeeze(1)
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """The move that the network itself finds best, without a search: (O,) -> (), or for a batch (B, O) -> (B,)"""
+        obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
+        return self(obs.reshape(-1, obs.shape[-1]))[0].argmax(-1).reshape(obs.shape[:-1]).cpu().numpy()
+
+    @torch.inference_mode()
+    def judge(self, states: list[pyspiel.State]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What the search has to know of B positions: legal moves (B, A), P (B, A), value (B,) and player (B,).
+
+        The value is the first player's: of a finished game its result, else the network's guess.
+        """
+        obs = np.stack([observe(state) for state in states])
+        logits, v = self(torch.from_numpy(obs).to(next(self.parameters()).device))
+        player = np.array([player_of(state) for state in states])
+        value = player * v.cpu().numpy()  # v is that of the player to move
+        for i in np.flatnonzero(player == 0):
+            value[i] = result_of(states[i])
+        return obs[:, : self.widths[0]] > 0, logits.softmax(-1).cpu().numpy(), value, player
+
+
+def observe(state: pyspiel.State) -> np.ndarray:  # (O,)
+    if state.is_terminal():  # nobody can move, and nobody asks the network
+        return np.array([0] * (state.num_distinct_actions() + 1) + state.observation_tensor(0), np.float32)
+    return np.array([*state.legal_actions_mask(), state.current_player(), *state.observation_tensor()], np.float32)
+
+
+def player_of(state: pyspiel.State) -> int:
+    """1 where the first player is to move, -1 where the second is, 0 where the game is over."""
+    return 0 if state.is_terminal() else 1 - 2 * state.current_player()
+
+
+def result_of(state: pyspiel.State) -> float:
+    """The first player's result of a finished game, from -1 to 1."""
+    return state.returns()[0] / state.get_game().max_utility()
+
+
+class Tree:
+    """Searches of B games side by side: the same row of each array is the same game.
+
+    A node is a position. Node 0 is the root, where the game stands, and simulation k adds node k.
+    """
+
+    def __init__(self, num_games: int, num_nodes: int, num_moves: int):
+        nodes, moves = (num_games, num_nodes), (num_games, num_nodes, num_moves)
+        self.visits, self.total, self.prior = np.zeros(moves), np.zeros(moves), np.zeros(moves)  # N, W, P of (s, a)
+        self.legal = np.zeros(moves, bool)
+        self.child = np.full(moves, -1)  # the node to which a move leads; -1: none yet
+        self.value, self.player = np.zeros(nodes), np.zeros(nodes)  # as judge gives them
+
+    def add(self, games: np.ndarray, node: int, judged: tuple[np.ndarray, ...]) -> None:
+        """Fills in node number node of these games."""
+        self.legal[games, node], self.prior[games, node], self.value[games, node], self.player[games, node] = judged
+
+    def select(self, args: Args) -> tuple[list[tuple], np.ndarray, np.ndarray, np.ndarray]:
+        """Walks down each tree, by [1], to a move that leads to no node yet, or to the end of the game.
+
+        Returns the path: for each depth the games whose walks came so far, their nodes and moves. And the last step of
+        each walk, (B,) each: from which node, by which move, and to which node; -1: to none yet.
+        """
+        games, nodes, path = np.arange(len(self.visits)), np.zeros(len(self.visits), int), []
+        parent, last_move, leaf = nodes.copy(), nodes.copy(), nodes.copy()
+        while len(games):
+            scores = puct(self.visits[games, nodes], self.total[games, nodes], self.prior[games, nodes], args)
+            moves = np.where(self.legal[games, nodes], scores, -np.inf).argmax(-1)
+            path.append((games, nodes, moves))
+            reached = self.child[games, nodes, moves]
+            parent[games], last_move[games], leaf[games] = nodes, moves, reached
+            goes_on = (reached >= 0) & (self.player[games, reached] != 0)
+            games, nodes = games[goes_on], reached[goes_on]
+        return path, parent, last_move, leaf
+
+    def backup(self, path: list[tuple], value: np.ndarray) -> None:
+        """value: (B,), what the position at the end of each game's path is worth to the first player."""
+        for games, nodes, moves in path:
+            self.visits[games, nodes, moves] += 1  # [2]
+            self.total[games, nodes, moves] += self.player[games, nodes] * value[games]  # [2] v: of who moves here
+
+
+def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
+    """What is maximised in [1], for each move: (B, A) each -> (B, A). Q of a move that was never taken is 0, a draw."""
+    n = 1 + visits.sum(-1, keepdims=True)  # N(s): it was visited once when its node was made
+    c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
+    q = total / np.maximum(visits, 1)  # [2]
+    return q + c * prior * np.sqrt(n) / (1 + visits)  # [1]
+
+
+def add_noise(prior: np.ndarray, legal: np.ndarray, args: Args) -> np.ndarray:  # (B, A), (B, A) -> (B, A)
+    eta = legal * (np.random.gamma(args.dirichlet_alpha, size=legal.shape) + 1e-99)  # never 0 for all moves
+    eta /= eta.sum(-1, keepdims=True)  # gamma draws, divided by their sum, are a draw of the Dirichlet distribution
+    return (1 - args.noise_fraction) * prior + args.noise_fraction * eta  # [3]
+
+
+def search(judge: Callable, states: list[pyspiel.State], args: Args, noise: bool = False) -> np.ndarray:
+    """Searches from each of the B positions: N(s, a) at the roots, (B, A). judge is Network.judge, or acts like it."""
+    everyone, positions = np.arange(len(states)), {(game, 0): state for game, state in enumerate(states)}
+    tree = Tree(len(states), args.num_simulations + 1, states[0].num_distinct_actions())
+    tree.add(everyone, 0, judge(states))
+    if noise:
+        tree.prior[:, 0] = add_noise(tree.prior[:, 0], tree.legal[:, 0], args)
+    for node in range(1, args.num_simulations + 1):
+        path, parent, move, leaf = tree.select(args)
+        # Expand: the network judges the new positions of all games at once. Where the game was over there is none
+        new = np.flatnonzero(leaf < 0)
+        for game in new.tolist():
+            positions[game, node] = positions[game, int(parent[game])].child(int(move[game]))
+        if len(new):
+            tree.add(new, node, judge([positions[game, node] for game in new.tolist()]))
+            tree.child[new, parent[new], move[new]] = node
+            leaf[new] = node
+        tree.backup(path, tree.value[everyone, leaf])
+    return tree.visits[:, 0]
+
+
+def draw_moves(pi: np.ndarray, ages: np.ndarray, args: Args) -> np.ndarray:
+    """The moves of self-play: (B, A) -> (B,). ages: (B,), how many moves each game has had."""
+    if args.temperature == 0:
+        return pi.argmax(-1)
+    weights = (pi / pi.max(-1, keepdims=True)) ** (1 / args.temperature)
+    shares = weights.cumsum(-1) / weights.sum(-1, keepdims=True)  # (B, A), rising to 1
+    drawn = (shares > np.random.random((len(pi), 1))).argmax(-1)  # the first that is above the random number
+    return np.where(ages < args.temperature_moves, drawn, pi.argmax(-1))
+
+
+class GameBuffer:
+    """The last positions of finished games, each one row: observation, pi, z. Positions of other games wait for z."""
+
+    def __init__(self, buffer_size: int, widths: list[int], num_envs: int, device: str):
+        needed = 4e-9 * buffer_size * sum(widths)  # GB: a float32 has four bytes
+        memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        if needed > 0.9 * memory:
+            raise UsageError(f"--buffer-size {buffer_size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
+        self.rows = torch.empty(buffer_size, sum(widths), device=device)  # on a CPU it takes memory as it fills
+        self.widths, self.num_added, self.waiting = widths, 0, [[] for _ in range(num_envs)]
+
+    def add(self, obs: np.ndarray, pi: np.ndarray, player: np.ndarray) -> None:  # (N, O), (N, A), (N,): 1 or -1
+        rows = np.concatenate([obs, pi, player[:, None]], axis=1, dtype=np.float32)
+        for waiting, row in zip(self.waiting, rows, strict=True):
+            waiting.append(row)
+
+    def finish(self, game: int, result: float) -> None:
+        """result: the first player's. z is that of the player who was to move, whose sign stands in z's place."""
+        new = torch.from_numpy(np.stack(self.waiting[game])).to(self.rows.device)
+        new[:, -1] *= result
+        self.rows[(self.num_added + torch.arange(len(new))) % len(self.rows)] = new
+        self.num_added += len(new)
+        self.waiting[game] = []
+
+    def sample(self, batch_size: int) -> tuple[Tensor, ...]:  # (B, O), (B, A), (B, 1)
+        filled = min(self.num_added, len(self.rows))
+        return self.rows[torch.randint(filled, (batch_size,), device=self.rows.device)].split(self.widths, dim=1)
+
+    def state_dict(self) -> dict:  # clone: torch.save would write all the memory behind a slice
+        waiting = [torch.from_numpy(np.array(rows)) for rows in self.waiting]
+        return {"rows": self.rows[: self.num_added].clone(), "num_added": self.num_added, "waiting": waiting}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.num_added, self.waiting = state["num_added"], [list(rows.numpy()) for rows in state["waiting"]]
+        self.rows[: self.num_added] = state["rows"].to(self.rows.device)
+
+
+def alphazero_loss(agent: Network, obs: Tensor, pi: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """[5] without its last term, which the optimiser adds: (B, O), (B, A), (B, 1) -> the loss, and metrics to log."""
+    logits, v = agent(obs)
+    policy_loss = -(pi * logits.log_softmax(-1)).sum(-1).mean()  # [5]
+    value_loss = (z.squeeze(1) - v).square().mean()  # [5]
+    entropy = torch.special.entr(pi).sum(-1).mean()  # of pi: the smallest policy loss that is possible
+    metrics = {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/target_entropy": entropy}
+    return value_loss + policy_loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> Network:
+    return Network(args, obs_shape, action_space, load_game(args.env_id).observation_tensor_shape())
+
+
+def train(args: Args) -> dict[str, float]:
+    """Trains a network and returns its last evaluation. From below the ruled line it needs only Run."""
+    with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
+        agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
+        adam = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
+        optimizer = torch.optim.AdamW(agent.parameters(), **adam)
+        widths = [*run.obs_shape, int(run.action_space.n), 1]
+        buffer = GameBuffer(args.buffer_size, widths, args.num_envs, run.device)
+        run.start(model=agent, optimizer=optimizer, buffer=buffer)
+
+        while run.goes_on():  # it evaluates and saves where that is due
+            # 1. Play: a search and a move in each of the games
+            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next game's first
+            states = [env.unwrapped.state for env in run.envs]
+            visits = search(agent.judge, states, args, noise=True)
+            pi = visits / visits.sum(-1, keepdims=True)  # [4]
+            player = np.array([player_of(state) for state in states])
+            actions = draw_moves(pi, np.array([state.move_number() for state in states]), args)
+            _, rewards, terminated, _, _ = run.step(actions)
+
+            # 2. Keep: a finished game's result is the target of all its positions
+            buffer.add(obs, pi, player)
+            for game in np.flatnonzero(terminated):
+                buffer.finish(game, rewards[game])
+
+            # 3. Learn: a gradient step per train_frequency environment steps; N environments can make several due
+            if run.global_step < args.learning_starts or buffer.num_added == 0:
+                continue
+            rate = args.learning_rate * ((1 - first_step / args.total_timesteps) if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = rate
+            for number in range(first_step // args.train_frequency + 1, run.global_step // args.train_frequency + 1):
+                loss, metrics = alphazero_loss(agent, *buffer.sample(args.batch_size))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if number % 100 == 0:  # 4. Log
+                    run.log(metrics | {"charts/learning_rate": rate})
+        return run.result
+
+
+# From here to the ruled line: the game, its truth, and opponents
+@functools.cache
+def load_game(name: str) -> pyspiel.Game:
+    """Refuses other games than those of two players who see everything, in turn, for a result at the end."""
+    if name.partition("(")[0] not in pyspiel.registered_names():
+        raise UsageError(f"--env-id {name} is no game of OpenSpiel; pyspiel.registered_names() lists them")
+    stderr = os.dup(2)  # OpenSpiel's own program writes there before it raises
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        game = pyspiel.load_game(name)
+        game.new_initial_state()
+    except pyspiel.SpielError as error:
+        raise UsageError(f"--env-id {name}: {error!s:.200}") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    kind, wanted = game.get_type(), pyspiel.GameType
+    for what, fits in {
+        "two players": game.num_players() == 2,
+        "moves in turn": kind.dynamics == wanted.Dynamics.SEQUENTIAL,
+        "no dice or cards": kind.chance_mode == wanted.ChanceMode.DETERMINISTIC,
+        "nothing hidden": kind.information == wanted.Information.PERFECT_INFORMATION,
+        "one player's gain as the other's loss": kind.utility == wanted.Utility.ZERO_SUM,
+        "a result at the end only": kind.reward_model == wanted.RewardModel.TERMINAL,
+        "a board as numbers": kind.provides_observation_tensor and game.num_distinct_actions() > 0,
+    }.items():
+        if not fits:
+            raise UsageError(f"--env-id {name}: alphazero.py needs a game with {what}, which this one has not")
+    return game
+
+
+class Board(gym.Env):
+    """A game of OpenSpiel as an environment of Gymnasium. Whoever is to move acts; rewards are the first player's."""
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 1}
+
+    def __init__(self, args: Args, render_mode: str | None, random_moves: int):
+        self.game, self.render_mode, self.random_moves = load_game(args.env_id), render_mode, random_moves
+        self.judge = None  # render shows what it thinks
+        self.action_space = gym.spaces.Discrete(self.game.num_distinct_actions())
+        width = int(self.action_space.n) + 1 + self.game.observation_tensor_size()
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.state = self.game.new_initial_state()
+        for _ in range(self.np_random.integers(self.random_moves + 1)):
+            state = self.state.child(int(self.np_random.choice(self.state.legal_actions())))
+            self.state = self.state if state.is_terminal() else state
+        return observe(self.state), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.state = self.state.child(int(action))
+        over = self.state.is_terminal()
+        return observe(self.state), result_of(self.state) if over else 0.0, over, False, {}
+
+    def render(self) -> np.ndarray:  # (400, 640, 3)
+        """The position. Where judge is given: the result that it expects, and its moves with their probabilities p."""
+        image, font, p = Image.new("RGB", (640, 400), "white"), ImageFont.load_default(18), {}
+        draw, shape = ImageDraw.Draw(image), self.game.observation_tensor_shape()
+        if self.judge and not self.state.is_terminal():
+            _, (prior,), (value,), _ = self.judge([self.state])
+            p = {move: prior[move] for move in self.state.legal_actions()}
+            moves = [f"{self.state.action_to_string(m)}  {p[m]:.2f}" for m in sorted(p, key=p.get, reverse=True)]
+            draw.multiline_text((420, 10), "\n".join([f"result {value:+.2f}", *moves[:14]]), "black", font)
+        if len(shape) != 3:  # no board with rows and columns
+            draw.text((10, 10), str(self.state), "black", font)
+            return np.asarray(image)
+        _, height, width = shape
+        size, falls = 380 / max(height, width), self.action_space.n == width  # falls: moves are columns, row 0 is below
+        on_cells = self.action_space.n - height * width in (0, 1)  # moves are cells; one more is to pass
+        begin = np.reshape(self.game.new_initial_state().observation_tensor(0), shape)
+        empty = begin.sum((1, 2)).argmax()  # each kind of stone has a plane, and so have empty cells
+        kinds = np.reshape(self.state.observation_tensor(0), shape).argmax(0)  # (H, W)
+        for row, column in np.ndindex(height, width):
+            x, y = 10 + size * column, 10 + size * (height - 1 - row if falls else row)
+            draw.rectangle((x, y, x + size, y + size), outline="grey")
+            move = column if falls else row * width + column
+            if kinds[row, column] != empty:
+                colour = ("#1a8f4a", "#2563eb", "#d92d20")[kinds[row, column] % 3]
+                draw.ellipse((x + 0.1 * size, y + 0.1 * size, x + 0.9 * size, y + 0.9 * size), fill=colour)
+            elif move in p and (on_cells or (falls and row == height - 1)):
+                draw.text((x + size / 2, y + size / 2), f"{p[move]:.2f}", "black", font, "mm")
+        return np.asarray(image)
+
+
+@functools.cache
+def solve(name: str) -> dict[tuple[str, int], tuple[pyspiel.State, float, np.ndarray]] | None:
+    """Minimax over the whole game. Each position in which somebody is to move, the first player's result from there if
+    both play well, and the best moves, (A,) of True and False. None for a game of more than 50,000 such positions.
+
+    Positions of the same text, with the same player to move, count as one.
+    """
+    solution = {}
+
+    def result_from(state: pyspiel.State) -> float:
+        if state.is_terminal():
+            return result_of(state)
+        if key_of(state) not in solution:
+            sign, results = player_of(state), np.full(state.num_distinct_actions(), -np.inf)
+            for move in state.legal_actions():
+                results[move] = sign * result_from(state.child(move))  # for the player to move
+            solution[key_of(state)] = state, sign * results.max(), results == results.max()
+            if len(solution) > 50_000:
+                raise OverflowError
+        return solution[key_of(state)][1]
+
+    try:
+        result_from(load_game(name).new_initial_state())
+        return solution
+    except (OverflowError, RecursionError):  # too many positions, or games of too many moves
+        return None
+
+
+def key_of(state: pyspiel.State) -> tuple[str, int]:
+    return str(state), state.current_player()
+
+
+def optimal_moves(agent: Network, solution: dict, args: Args) -> np.ndarray:
+    """In which positions the network's move, and the search's, is as good as the best: (2, positions)"""
+    chosen = np.random.default_rng(args.seed).permutation(len(solution))[: args.eval_positions]
+    positions, right = [*solution.values()], []
+    for part in np.array_split(chosen, math.ceil(len(chosen) / 1000)):
+        states, _, best = zip(*(positions[i] for i in part), strict=True)
+        moves = agent.act(np.stack([observe(state) for state in states])), search(agent.judge, states, args).argmax(-1)
+        right.append([np.stack(best)[np.arange(len(part)), move] for move in moves])
+        if Run.stop_signal:
+            break
+    return np.concatenate(right, axis=1)
+
+
+def play(agent: Network, args: Args) -> dict[str, float]:
+    """You against the model, one game. Beside each move: how often the search took it, and the network's p."""
+    state = load_game(args.env_id).new_initial_state()
+    try:
+        you = 0 if input("Do you begin? y or n: ").lower().startswith("y") else 1
+        while not state.is_terminal():
+            visits, (_, (prior,), (value,), _) = search(agent.judge, [state], args)[0], agent.judge([state])
+            names = {state.action_to_string(move): move for move in state.legal_actions()}
+            print(f"\n{state}\nThe network expects {value:+.2f} for the first player.")
+            for name, move in sorted(names.items(), key=lambda item: -visits[item[1]]):
+                print(f"    {move:>4}  {name:<12} visits {visits[move]:>5.0f}  p {prior[move]:.3f}")
+            move = visits.argmax().item()
+            if state.current_player() == you:
+                answers = names | {str(move): move for move in names.values()}
+                while (answer := input("Your move, as number or name: ").strip()) not in answers:
+                    print("That is no move here.")
+                move = answers[answer]
+            else:
+                print("The model plays", state.action_to_string(move))
+            state.apply_action(move)
+    except EOFError:
+        raise UsageError("--play needs a terminal in which you can type") from None
+    print(f"\n{state}")
+    return {"eval/episodic_return": result_of(state) * (2 * you - 1)}
+
+
+# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
+# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
+
+
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
+
+
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
+    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.total_timesteps % getattr(args, "num_envs", 1):
+        raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
+    args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
+    args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
+
+
+def saved_args(run_dir: str | Path, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
+def parse_args() -> Args:
+    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
+    if {"--resume", "--evaluate"} & {*sys.argv}:
+        default = {"default": saved_args(run_dirs[-1])}
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            return tyro.cli(Args, **default)
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def make_env(args: Args, film: Path | None = None, random_moves: int | None = None) -> gym.Env:
+    env = Board(args, "rgb_array" if film else None, args.random_moves if random_moves is None else random_moves)
+    return gym.wrappers.RecordVideo(env, str(film.parent), lambda i: i == 0, name_prefix=film.name) if film else env
+
+
+def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
+    """Plays eval_episodes games, with the search and without noise. The agent begins every second one. Films the first.
+
+    The opponent is a perfect player where the game can be solved, else OpenSpiel's search, which rates positions by
+    random play.
+    """
+    searching = replace(args, num_simulations=args.eval_simulations)
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes) // 2  # training has 0
+    rng, solution, game = np.random.default_rng(seeds), solve(args.env_id), load_game(args.env_id)
+    with contextlib.ExitStack() as stack:
+        films = [film if args.capture_video else None] + [None] * (len(seeds) - 1)
+        envs = [stack.enter_context(contextlib.closing(make_env(args, film, 0))) for film in films]
+        here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
+        if here != there:
+            raise UsageError(f"--env-id {args.env_id} observes and acts in {here}, the trained agent in {there}")
+        if args.play:
+            args.eval_episodes = 1  # main prints it
+            return play(agent, searching)
+        envs[0].unwrapped.judge, bots = agent.judge, []
+        for env, seed in zip(envs, seeds.tolist(), strict=True):
+            env.reset(seed=seed)
+            rollouts = pyspiel.RandomRolloutEvaluator(1, seed)  # one random game for each position that it rates
+            # 2.0: how much it explores; 1000: MB of memory at most; True: it proves wins where it can
+            bots.append(pyspiel.MCTSBot(game, rollouts, 2.0, args.opponent_simulations, 1000, True, seed, False))
+        sides = 1 - 2 * (np.arange(len(seeds)) % 2)  # 1 where the agent begins, else -1
+        returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), [*range(len(seeds))]
+        while playing:
+            states = {i: envs[i].unwrapped.state for i in playing}
+            ours = [i for i in playing if player_of(states[i]) == sides[i]]
+            moves = search(agent.judge, [states[i] for i in ours], searching).argmax(-1) if ours else []
+            chosen = dict(zip(ours, moves, strict=True))
+            for i in playing.copy():
+                if i not in chosen and solution:
+                    chosen[i] = rng.choice(np.flatnonzero(solution[key_of(states[i])][2]))
+                elif i not in chosen:
+                    chosen[i] = bots[i].step(states[i])
+                _, reward, over, _, _ = envs[i].step(chosen[i])
+                returns[i] += sides[i] * reward
+                lengths[i] += 1
+                if over or lengths[i] == args.eval_max_steps:
+                    playing.remove(i)
+                    if not over:
+                        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
+                if Run.stop_signal:
+                    return {}
+    result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
+    result["eval/episodic_length"] = lengths.mean()
+    if not solution:
+        return result
+    deserved = sides * solution[key_of(game.new_initial_state())][1]  # what perfect play earns
+    result["eval/losses_to_perfect"] = np.sum(returns < deserved)
+    right = optimal_moves(agent, solution, searching)  # (2, positions)
+    if Run.stop_signal:
+        return {}
+    return result | {"eval/network_optimal": right[0].mean(), "eval/search_optimal": right[1].mean()}
+
+
+def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state
+    except Exception as error:  # a damaged file can raise anything
+        raise UsageError(f"{path} is missing, damaged or of another script ({type(error).__name__})") from None
+
+
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+
+
+def load(run_dir: str) -> nn.Module:
+    """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
+    state = load_file(Path(run_dir, "model.pt"))
+    kind, dtype, values = state["action_space"]
+    values = {name: value.numpy()[()] for name, value in values.items()}
+    space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
+    agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
+    load_file(Path(run_dir, "model.pt"), model=agent)
+    return agent
+
+
+class Run:
+    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
+
+    stop_signal = 0  # main sets it when a signal arrives
+
+    def __init__(self, args: Args):
+        name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, __file__, "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        try:
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(f"--device {args.device} can't be used, --device cpu can ({error!s:.99})") from None
+        if args.capture_video:
+            make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        with contextlib.ExitStack() as stack:
+            self.envs = [stack.enter_context(contextlib.closing(make_env(args))) for _ in range(args.num_envs)]
+            self.opened = stack.pop_all()  # what close will close; start adds to it
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
+        self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
+        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
+        torch.set_num_threads(1 if small else torch.get_num_threads())
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # by one it would draw as PyTorch does
+        torch.manual_seed(args.seed)
+
+    def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
+
+        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
+        """
+        args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
+        if args.resume:
+            saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
+            changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device"}
+            if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            folder = shlex.quote(str(Path(__file__).parent))
+            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            status, commit = subprocess.getstatusoutput(git)
+            config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
+            config["commit"] = None if status else commit
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.wandb = None
+            if args.track:
+                import wandb
+
+                names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+                self.opened.callback(self.wandb.finish)
+                self.wandb.define_metric("*", step_metric="global_step")
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = self.opened.enter_context(open(self.dir / "metrics.jsonl", "ab"))
+        except Exception as error:  # W&B's have many kinds: no key, no network
+            hint = "--run-dir must be writable" if isinstance(error, OSError) else "WANDB_MODE=offline needs no account"
+            raise UsageError(f"{error}: {hint}") from None
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": self.actions, "streams": []}
+        if args.resume and checkpoint.exists():
+            state = load_file(checkpoint, **parts)
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.metrics.seek(state["bytes"])
+        self.global_step, self.last_step = state["step"], state["last_step"]
+        self.started -= state["seconds"]
+        for i, actions in enumerate(state["actions"]):
+            whole = self.begin_episode(i, np.array(actions))
+            if not whole or ("obs" in state and (self.obs[i] != state["obs"][i].numpy()).any()):
+                tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
+                self.begin_episode(i)
+        setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for setter, stream in zip(setters, state["streams"], strict=False):
+            setter(stream)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        self.opened.callback(self.bar.close)
+        kind = "vectors" if len(self.obs_shape) == 1 else "images"
+        print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
+
+    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
+        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again.
+
+        False if it ended on the way, which it had not when its actions were taken.
+        """
+        began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
+        seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
+        obs, _ = self.envs[i].reset(seed=seed)
+        self.returns[i], self.actions[i] = 0.0, list(actions)
+        for action in actions:
+            obs, reward, terminated, truncated, _ = self.envs[i].step(action)
+            self.returns[i : i + 1] += reward
+            if terminated or truncated:
+                return False
+        assert np.shape(obs) == self.obs[i].shape, f"{self.args.env_id} shows {obs}, of another shape than its space's"
+        if not np.isfinite(obs).all():
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {obs}")
+        self.obs[i] = obs
+        return True
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
+
+        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        """
+        next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
+        terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+            self.actions[i].append(action)
+            next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
+            infos.append(info)
+        if not math.isfinite(next_obs.sum() + rewards.sum()):
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: rewards {rewards}, {next_obs}")
+        self.obs = next_obs.copy()
+        self.global_step += len(self.envs)
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.log({"charts/episodic_return": self.returns[i], "charts/episodic_length": len(self.actions[i])})
+            self.begin_episode(i)
+        return next_obs, rewards, terminated, truncated, infos
+
+    def goes_on(self) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last = self.args, self.global_step, self.last_step
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            if result := evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}"):
+                self.log(result)
+                self.result = result
+            else:  # a signal has stopped it: after --resume it is due again
+                self.last_step = last
+        if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
+            self.save()
+        if Run.stop_signal:
+            print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + Run.stop_signal)
+        if end:
+            print(f"Done: {self.dir}/model.pt. To watch it:\n    {self.command} --evaluate --capture-video")
+        return not end
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
+
+    def save(self) -> None:
+        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        space, (_, keys, *rest) = self.action_space, np.random.get_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(math.isfinite(values.sum()) for values in state["model"].values()):
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape}
+        model["action_space"] = type(space).__name__, str(space.dtype), values
+        state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
+
+    def close(self) -> None:
+        self.opened.close()
+        if self.last_step and isinstance(sys.exc_info()[1], Exception):
+            print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
+    gym.logger.min_level = gym.logger.ERROR  # warnings of libraries would stand around our one line
+    warnings.simplefilter("ignore")
+    try:
+        args = parse_args()
+        if args.evaluate:
+            film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
+            result = evaluate(load(args.run_dir), args, film)
+            if Run.stop_signal:
+                sys.exit(128 + Run.stop_signal)
+            print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
+            print(*film.parent.glob(f"{film.name}*.mp4"))
+        else:
+            train(args)
+    except (UsageError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+if __name__ == "__main__":
+    main()
