@@ -854,8 +854,11 @@ def digits(value: float) -> str:
 
 
 def seeds_of(experiment: Experiment) -> str:
-    count = len(experiment.done)
-    return {1: "one seed", 2: "two seeds"}.get(count, f"{count} seeds")
+    """11 to 20, or, where some between are missing, all of them"""
+    seeds = sorted(run.seed for run in experiment.done)
+    if seeds == [*range(seeds[0], seeds[-1] + 1)] and len(seeds) > 1:
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
 
 
 def rows_of(experiments: list[Experiment], brief: bool) -> list[dict]:
@@ -872,10 +875,9 @@ def rows_of(experiments: list[Experiment], brief: bool) -> list[dict]:
             experiments.append(max(named, key=lambda e: (min(len(e.done), FEW), e.budget)))
     for e in experiments:
         bounds, notes = interval(np.mean, e.scores), e.name().split(", ")[1:]
-        if len(e.done) != FEW:
-            notes.append(seeds_of(e))
         row = {"script": e.script, "environment": ", ".join([e.env_id, *notes])}
         row["steps"] = short(e.budget) + f" {e.unit}" * (e.script in UNITS)
+        row["seeds"] = seeds_of(e)
         row["return"] = f"**{digits(e.scores.mean())}**"
         row["return"] += f" [{', '.join(map(digits, bounds))}]" if bounds else ""
         rows.append(row | {"worst seed": digits(e.scores.min())})
@@ -965,7 +967,8 @@ def plot_curves(experiments: list[Experiment], seconds: bool, threshold: float |
             grid, values = on_one_grid([run.curve for run in e.done], seconds)  # (G,), (G, seeds)
             name = e.name(steps=len({other.budget for other in same if other.script == e.script}) > 1)
             dot = "o" if len(grid) == 1 else None
-            axes.plot(grid, values.mean(-1), **look, marker=dot, label=f"{name} ({seeds_of(e)})", zorder=3)
+            seeds = f"{len(e.done)} seeds" if len(e.done) > 1 else "one seed"
+            axes.plot(grid, values.mean(-1), **look, marker=dot, label=f"{name} ({seeds})", zorder=3)
             if 1 < len(e.done) <= FEW:
                 for run in e.done:
                     axes.plot(run.curve[:, int(seconds)], run.curve[:, 2], color=look["color"], lw=0.8, alpha=0.4)

@@ -1167,19 +1167,22 @@ def test_tables_for_pages(tmp_path, monkeypatch, capsys):
     long, brief = lines("long"), lines("short")
     assert [line.split(" | ")[0] for line in long[2:]] == ["| q_learning", "| ppo", "| ppo", "| td3", "| td3", "| dpo"]
     assert brief == [line for line in long if "Acrobot" not in line and "| 1M |" not in line]  # more seeds go first
-    assert long[:2] == ["| script | environment | steps | return | worst seed | beside it |", "|" + " --- |" * 6]
-    assert long[2] == "| q_learning | Taxi-v4, one seed | 200k | **7.500** | 7.500 | 7.930 (optimum) |"
+    assert long[:2] == [
+        "| script | environment | steps | seeds | return | worst seed | beside it |",
+        "|" + " --- |" * 7,
+    ]
+    assert long[2] == "| q_learning | Taxi-v4 | 200k | 1 | **7.500** | 7.500 | 7.930 (optimum) |"
     assert long[3].startswith(
-        "| ppo | Acrobot-v1, two seeds | 500k | **-80.5** | -81.0 | -81.8 (CleanRL, training return)"
+        "| ppo | Acrobot-v1 | 500k | 1 to 2 | **-80.5** | -81.0 | -81.8 (CleanRL, training return)"
     )
     (lander,) = [line for line in long if "LunarLander" in line]
-    assert lander.startswith("| ppo | LunarLander-v3 | 500k | **240.0** [")
+    assert lander.startswith("| ppo | LunarLander-v3 | 500k | 1 to 5 | **240.0** [")
     assert "242.1 at 1M (RL Zoo, tuned, on v2)" in lander
     (cheetah,) = [line for line in brief if "HalfCheetah" in line]
     assert re.search(r"\*\*7000\*\* \[\d{4}, \d{4}\] \| 5000 \| ", cheetah)
     assert "5242 (Spinning Up, on v3); 5514 (the authors, on v1)" in cheetah
     assert long[-1] == (
-        "| dpo | preferences, true reward, one seed | 100 pairs | **0.500** | 0.500 | "
+        "| dpo | preferences, true reward | 100 pairs | 1 | **0.500** | 0.500 | "
         "the optimum at this divergence 0.750; where it began -0.250 |"
     )
     assert not (tmp_path / "runs" / "report").exists()
@@ -1190,8 +1193,8 @@ def test_a_baseline_within_a_script_is_not_set_beside_what_others_report_of_the_
         folder = tmp_path / algorithm
         make_run(folder, script="maddpg", env_id="simple_spread_v3", algorithm=algorithm, steps=300_000)
     beside = {row["environment"]: row["beside it"] for row in report.rows_of(experiments(tmp_path), False)}
-    assert "EPyMARL" in beside["simple_spread_v3, one seed"]
-    assert "EPyMARL" not in beside["simple_spread_v3, algorithm ddpg, one seed"]
+    assert "EPyMARL" in beside["simple_spread_v3"]
+    assert "EPyMARL" not in beside["simple_spread_v3, algorithm ddpg"]
 
 
 def test_only_some_experiments(call, tmp_path):
