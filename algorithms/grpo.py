@@ -11,16 +11,18 @@ reference, the model at the start, has a price, in the reward r or in the loss (
     [2] L_i = -min(ratio A_i, clip(ratio, 1 - low, 1 + high) A_i), ratio = pi / pi_old     PPO, Eq. 7; DAPO: high > low
         grpo: mean over y_i's tokens. dr-grpo: their sum / --max-new-tokens. rloo: y_i is one action, with one ratio
     [3] d = log pi - log pi_ref:   k1 = d,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d          Schulman 2020; GRPO, Eq. 4
+        of a token, but in rloo's loss of the whole reply
     [4] maximise E[r] - beta KL(pi, pi_ref): pi* is proportional to pi_ref exp(r / beta)   DPO, Eq. 3, 4
 
-Which of these aims at [4]? The defaults do: on average, rloo follows the gradient of [4]'s objective if k1 is in the
-reward, or k2 in the loss. So does dr-grpo with k1 in the reward, on a smaller scale. grpo's division by std changes the
-weight of the reward, hence beta, if the price is in the loss; if k1 is in the reward, pi* is a fixed point, as its
-advantages are 0. As values, k1 and k3 are right on average. As losses they are not: k1's gradient is 0 on average, k3's
+Which settings aim at [4]? The defaults do: at pi = pi_old, rloo's steps are on average [4]'s gradient if k1 is in the
+reward, or k2 in the loss. So are dr-grpo's with k1 in the reward, on a smaller scale. grpo's std changes the weight
+of the reward, hence beta, if the price is in the loss; if k1 is in the reward, pi* is a fixed point, as its
+advantages are 0. As values, k1 and k3 are unbiased. As losses they are not: k1's gradient is 0 on average, k3's
 that of KL(pi_ref, pi). GRPO's paper has grpo with k3 in the loss, which aims at another policy.
 
 Paper: Shao et al. 2024, arXiv:2402.03300. Dr. GRPO: arXiv:2503.20783. RLOO: arXiv:2402.14740. DAPO: arXiv:2503.14476.
-Differs from them: AdamW, whose rate rises, then falls to 0; the reference stays; no scores for parts of a reply.
+Differs from them: AdamW, whose rate rises, then falls to 0; the reference stays; no scores for parts of a reply; 0.0001
+in [1]; RLOO has one step for each batch, so no ratio.
 
     python algorithms/grpo.py
     python algorithms/grpo.py --model-name runs/SFT/model --dataset FILE.jsonl --reward FILE.py:function --kl none
@@ -117,7 +119,7 @@ class Args:
     advantage: Literal["grpo", "dr-grpo", "rloo"] = "rloo"  # [1] and how a reply's loss is normalised [2]
     clip_low: float = 0.2  # [2] low
     clip_high: float = 0.2  # [2] high; DAPO: 0.28
-    kl: Literal["reward", "loss", "none"] = "reward"  # where the KL divergence has its price; paper: loss
+    kl: Literal["reward", "loss", "none"] = "reward"  # where the KL divergence has its price; paper: loss; DAPO: none
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # [3]; paper: k3
     beta: float = 1.0  # [4] the price of a unit of KL divergence; paper: 0.04
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
@@ -165,7 +167,7 @@ def group_advantages(rewards: Tensor, kind: str) -> Tensor:
     """[1] (groups, n) -> (groups, n)"""
     centred = rewards - rewards.mean(1, keepdim=True)
     if kind == "rloo":
-        return centred * rewards.shape[1] / (rewards.shape[1] - 1)  # the same as less the mean of the others
+        return centred * rewards.shape[1] / (rewards.shape[1] - 1)  # = r_i less the mean of the others' r
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if kind == "grpo" else centred
 
 
@@ -176,7 +178,7 @@ def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: str) -> Tensor:
 
 
 def sum_of_each(values: Tensor, lengths: list[int]) -> Tensor:
-    """Of each reply's tokens, (N,) -> (B,)"""
+    """The sum over each reply's tokens, (N,) -> (B,)"""
     return torch.stack([part.sum() for part in values.split(lengths)])
 
 
@@ -203,9 +205,9 @@ def grpo_loss(
     approx_kl = ratio - 1 - log_ratio  # from pi_old, of which these are samples: k3, never negative
     parts = policy_losses, kl, approx_kl, (ratio != clipped).float()
     parts = [sum_of_each(part, lengths) for part in parts]  # (B,) each
-    sizes = torch.full_like(sizes, args.max_new_tokens) if args.advantage == "dr-grpo" else sizes
+    scale = args.max_new_tokens if args.advantage == "dr-grpo" else sizes
     losses = parts[0] + args.beta * parts[1] if args.kl == "loss" else parts[0]
-    return losses / sizes, torch.stack(parts).detach() / sizes
+    return losses / scale, torch.stack(parts).detach() / sizes
 
 
 def update(run: "Run", batch: list[tuple[Reply, float]], args: Args) -> dict[str, float]:
@@ -228,7 +230,7 @@ def update(run: "Run", batch: list[tuple[Reply, float]], args: Args) -> dict[str
                 with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with all gradients
                     log_prob = token_log_probs(run.model, *tensors)
                     losses, values = grpo_loss(log_prob, old, ref, [len(r.reply) for r in replies], advantages, args)
-                    grad_norm = run.step(losses.mean())  # as many replies in each micro-batch
+                    grad_norm = run.step(losses.mean())  # all micro-batches have as many replies
                 metrics.append(values)
             means = run.accelerator.reduce(torch.cat(metrics, 1).mean(1), "mean").tolist()
             history.append(dict(zip(METRICS, means, strict=True)) | {"losses/grad_norm": grad_norm})
@@ -638,6 +640,7 @@ def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: 
     log_probs, going = [[] for _ in prompts], torch.arange(len(prompts), device=device)  # the replies without an end
     ids, mask = pad(prompts, ends[0], "left").to(device), pad([[1] * len(p) for p in prompts], 0, "left").to(device)
     chances, ends, cache = chances.to(device), torch.tensor(ends, device=device), None
+    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     for t in itertools.count():
         busy = len(going) > 0 and t < chances.shape[1]
         if not any(gather_object([busy])):  # of all processes
@@ -649,7 +652,7 @@ def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: 
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "cache": cache}
         output = model(**inputs, use_cache=True, logits_to_keep=1)
         log_prob, cache = output.logits[:, -1].float().log_softmax(-1), output.cache  # (B', vocabulary)
-        sums = log_prob.double().exp().cumsum(-1)
+        sums = log_prob.to(precise).exp().cumsum(-1)
         ids = torch.searchsorted(sums, chances[going, t, None] * sums[:, -1:], right=True)  # (B', 1)
         columns = going, ids[:, 0], log_prob.gather(1, ids)[:, 0]  # (B',) each
         for row, token, value in zip(*(column.tolist() for column in columns), strict=True):

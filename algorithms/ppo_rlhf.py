@@ -5,7 +5,7 @@ writes replies to a batch of prompts. A reward model, or a function, scores each
 distance from the reference, the model at the start [1]. Without that price the policy soon writes what only pleases the
 reward model. PPO then learns as in ppo.py: a value network V foresees what is still to come, GAE gives the advantages
 [2], the ratio is clipped [3]. The optimum is known [4]; DPO has the same. x is a prompt, y its reply, y_t a token, the
-last one, T, is the end token; s_t is x and y_1 ... y_{t-1}, which is what V(s_t) has read.
+last one, T, is the end token, if there is one; s_t is x and y_1 ... y_{t-1}, which is what V(s_t) has read.
 
     [1] r_t = -beta (log pi(y_t|s_t) - log pi_ref(y_t|s_t)), and + score(x, y) at t = T         Ziegler et al., Sec. 2
     [2] delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lambda A_{t+1}        PPO, Eq. 11 and 12
@@ -19,9 +19,9 @@ Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, the third step. Its E
 data. Ziegler et al. 2019, arXiv:1909.08593. Huang et al. 2024, arXiv:2403.17031. PPO: arXiv:1707.06347.
 
 Differs from the papers:
-- Left out: InstructGPT's pretraining data (its PPO-ptx), and the shift of scores to a mean of 0.
+- Left out: InstructGPT's pretraining data (its PPO-ptx), its average of past weights, and scores shifted to mean 0.
 - AdamW; learning rates fall to 0. V starts as the policy with a new head, but if --reward is a model, as that model.
-- A reply without an end is scored as it is, less --missing-eos-penalty; in Huang et al. it gets -1.
+- A reply without an end is scored as if it ended there, less --missing-eos-penalty; in Huang et al. it gets -1.
 
     python algorithms/ppo_rlhf.py [--model-name MODEL --dataset PROMPTS --reward REWARD_MODEL --beta 0.05]
 """
@@ -105,7 +105,7 @@ class Args:
     eval_replies: int = 256  # replies that the policy writes in an evaluation, to prompts held out if there are many
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
-    learning_rate: float = 1e-3  # of AdamW, the policy's; paper: 9.65e-6 (6B), which suits large models
+    learning_rate: float = 1e-3  # of AdamW, the policy's; large models need 1e-6 to 1e-5
     critic_learning_rate: float = 3e-3  # the value network's; paper: 9e-6
     warmup: float = 0.1  # share of the run over which learning rates rise; besides, they fall to 0 over all of it
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 512
@@ -119,8 +119,8 @@ class Args:
     adaptive_kl: float | None = None  # [5] the target of the KL divergence; --beta is the start; None: beta is fixed
     missing_eos_penalty: float = 0.0  # taken off the score of a reply that has not ended after --max-new-tokens
     clip_coef: float = 0.2  # [3] epsilon
-    clip_coef_vf: float | None = None  # V may move so far from V_old within a batch; paper: 0.2; None: any far
-    vf_coef: float = 0.5  # weight of L_value [3]
+    clip_coef_vf: float | None = None  # V may move so far from V_old within a batch; Huang et al.: 0.2; None: any far
+    vf_coef: float = 0.5  # weight of L_value [3]; V has its own weights: it matters for --max-grad-norm alone
     norm_adv: bool = True  # normalise the advantages of each batch
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
     weight_decay: float = 0.0  # of AdamW
@@ -178,7 +178,7 @@ class ActorCritic(nn.Module):
 def token_rewards(old_log_prob: Tensor, ref_log_prob: Tensor, scores: Tensor, lengths: Tensor, beta: float) -> Tensor:
     """[1] (B, T), (B, T), (B,), (B,) -> (B, T). Log-probabilities behind the end are 0."""
     rewards = -beta * (old_log_prob - ref_log_prob)
-    rewards[torch.arange(len(rewards)), lengths - 1] += scores  # at the end token, not at the padding behind it
+    rewards[torch.arange(len(rewards)), lengths - 1] += scores  # at the last token, not at the padding behind it
     return rewards
 
 
@@ -192,12 +192,12 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Ten
     return advantages
 
 
-def whitened(x: Tensor, written: Tensor) -> Tensor:
-    """Shifted and scaled to mean 0 and standard deviation 1 of all that is written; what is padding does not count."""
-    return (x - x[written].mean()) / (x[written].std(correction=0) + 1e-8)
+def whitened(x: Tensor, is_token: Tensor) -> Tensor:
+    """Shifted and scaled to mean 0 and standard deviation 1 of all tokens; what is padding does not count."""
+    return (x - x[is_token].mean()) / (x[is_token].std(correction=0) + 1e-8)
 
 
-def adapted(beta: float, kl: float, target: float) -> float:
+def adapted_beta(beta: float, kl: float, target: float) -> float:
     """[5] The price rises while the divergence is above its target, and falls while it is below."""
     return beta * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
@@ -224,7 +224,8 @@ def ppo_loss(log_prob, values, old_log_prob, old_values, advantages, returns, ar
 def update(run: "Run", episodes: list[Episode], advantages: list, returns: list, args: Args) -> dict[str, float]:
     """Several epochs of gradient steps with a batch. Returns the means of all minibatches' metrics."""
     size, minibatch_size, history = run.micro_batch_size, args.batch_size // args.num_minibatches, []
-    batch = [(*e[:3], e.values, *rest) for e, *rest in zip(episodes, advantages, returns, strict=True)]
+    rows = zip(episodes, advantages, returns, strict=True)
+    batch = [(e.prompt, e.reply, e.old_log_prob, e.values, *rest) for e, *rest in rows]
     for epoch in range(args.update_epochs):
         random.Random(f"{args.seed} {run.global_step} {epoch}").shuffle(batch)
         for i in range(0, args.batch_size, minibatch_size):
@@ -254,7 +255,7 @@ def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episo
         tensors = as_tensors(ids, replies, run.accelerator.device)
         with reference_policy(run) as reference:
             ref_log_prob = token_log_probs(reference, *tensors)
-            values = run.agent.values(*tensors) if run.agent else ref_log_prob
+            values = run.agent.values(*tensors) if run.agent else ref_log_prob  # --evaluate: no V, and nothing reads it
         lengths = [len(reply) for reply in replies]
         split = [[row.tolist() for row in x.cpu().split(lengths)] for x in (ref_log_prob, values)]
         texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
@@ -287,31 +288,31 @@ def train(args: Args) -> dict[str, float]:
         batches = prompts_from(run.global_step, prompts, args)
         while run.goes_on(lambda: evaluate(run, held_out, args)):  # evaluates and saves where that is due
             # 1. Act: a reply to each prompt of the batch
-            rate = min(1, (run.global_step + args.batch_size) / max(args.warmup * args.total_timesteps, 1))
-            rate *= 1 - run.global_step / args.total_timesteps
-            actor_group, critic_group = run.optimizer.param_groups
-            actor_group["lr"], critic_group["lr"] = args.learning_rate * rate, args.critic_learning_rate * rate
             episodes = play(run, next(batches), f"{args.seed} {run.global_step}", args)
 
             # 2. Advantages and returns, before the networks change
             lengths = [len(episode.reply) for episode in episodes]
-            old_log_prob, ref_log_prob, values = (pad([e[i] for e in episodes], 0.0) for i in (2, 3, 4))  # (B, T) each
+            old_log_prob, ref_log_prob, values = (pad([e[i] for e in episodes], 0.0) for i in (2, 3, 4))  # (B, T)
             scores, beta = torch.tensor([episode.score for episode in episodes]), run.bare.beta.item()
             rewards = token_rewards(old_log_prob, ref_log_prob, scores, torch.tensor(lengths), beta)
             advantages = gae(rewards, values, args.gamma, args.gae_lambda)
             returns = advantages + values  # [3]
-            written = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T); False: padding
-            explained = 1 - (returns - values)[written].var() / (returns[written].var() + 1e-8)
+            is_token = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T); False: padding
+            explained = 1 - (returns - values)[is_token].var() / (returns[is_token].var() + 1e-8)
             if args.norm_adv:
-                advantages = whitened(advantages, written)
+                advantages = whitened(advantages, is_token)
 
-            # 3. Learn
-            flat = ([row[:n] for row, n in zip(x.tolist(), lengths, strict=True)] for x in (advantages, returns))
-            metrics = update(run, episodes, *flat, args)
+            # 3. Learn, at rates that rise over the warm-up, and fall over the whole run
+            share = min(1, (run.global_step + args.batch_size) / max(args.warmup * args.total_timesteps, 1))
+            share *= 1 - run.global_step / args.total_timesteps
+            actor_group, critic_group = run.optimizer.param_groups
+            actor_group["lr"], critic_group["lr"] = args.learning_rate * share, args.critic_learning_rate * share
+            unpadded = ([row[:n] for row, n in zip(x.tolist(), lengths, strict=True)] for x in (advantages, returns))
+            metrics = update(run, episodes, *unpadded, args)
             run.global_step += args.batch_size
             kl = (old_log_prob - ref_log_prob).sum(1).mean().item()
             if args.adaptive_kl is not None:
-                run.bare.beta.fill_(adapted(beta, kl, args.adaptive_kl))
+                run.bare.beta.fill_(adapted_beta(beta, kl, args.adaptive_kl))
 
             # 4. Log; explained_variance: 1 if V foresaw the returns, 0 if a constant would do as well
             metrics |= {"losses/explained_variance": explained.item(), "objective/kl": kl, "objective/beta": beta}
@@ -326,7 +327,7 @@ def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimiz
     if run.accelerator.distributed_type == "FSDP":  # it gathers the weights for forward alone, not for actor or values
         raise UsageError("FSDP can't share out two networks that are also used apart: start it with torchrun alone")
     share = args.batch_size // args.num_minibatches // PROCESSES  # of a minibatch, for each process
-    size = run.micro_batch_size = args.micro_batch_size or math.gcd(share, 64) or 1
+    size = run.micro_batch_size = args.micro_batch_size or math.gcd(share or 1, 64)
     run.accelerator.gradient_accumulation_steps = share // size
     if args.batch_size % (args.num_minibatches * size * PROCESSES):
         sizes = f"times --micro-batch-size {size} times {PROCESSES} processes"
@@ -665,6 +666,7 @@ def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: 
     log_probs, going = [[] for _ in prompts], torch.arange(len(prompts), device=device)  # the replies without an end
     ids, mask = pad(prompts, ends[0], "left").to(device), pad([[1] * len(p) for p in prompts], 0, "left").to(device)
     chances, ends, cache = chances.to(device), torch.tensor(ends, device=device), None
+    precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     for t in itertools.count():
         busy = len(going) > 0 and t < chances.shape[1]
         if not any(gather_object([busy])):  # of all processes
@@ -676,7 +678,7 @@ def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: 
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "cache": cache}
         output = model(**inputs, use_cache=True, logits_to_keep=1)
         log_prob, cache = output.logits[:, -1].float().log_softmax(-1), output.cache  # (B', vocabulary)
-        sums = log_prob.double().exp().cumsum(-1)
+        sums = log_prob.to(precise).exp().cumsum(-1)
         ids = torch.searchsorted(sums, chances[going, t, None] * sums[:, -1:], right=True)  # (B', 1)
         columns = going, ids[:, 0], log_prob.gather(1, ids)[:, 0]  # (B',) each
         for row, token, value in zip(*(column.tolist() for column in columns), strict=True):

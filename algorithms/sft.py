@@ -6,7 +6,7 @@ else it would never stop. The prompt is read, but not learned: the model is to a
 Then reward_model.py, dpo.py, ppo_rlhf.py or grpo.py go on from here. x is a prompt, y a reply.
 
 A batch's loss is the mean over all reply tokens [2]. A mean of each reply's mean is another loss, in which a token of a
-short reply counts for more. The same happens where all replies of a batch have a similar length, so batches are random.
+short reply counts for more. Batches sorted by length would do that too, as each batch counts the same: ours are random.
 
     [1] log pi(y|x) = sum over the tokens of y, its end included, of log pi(y_t | x, y_<t)
     [2] L = -(sum over the batch of log pi(y|x)) / (sum over the batch of |y|)
@@ -17,8 +17,8 @@ it has not seen. On the default task the entropy is known: a grammar wrote the d
 Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, stage 1.
 
 Differs from the paper:
-- No dropout; the paper has 0.2.
-- The learning rate falls to 0 in a straight line, not as a cosine to a tenth.
+- No dropout; the paper has 0.2. Adam's beta2 is 0.98, not 0.95.
+- The learning rate rises first, then falls to 0 in a straight line; the paper's falls, as a cosine, to a tenth.
 - The model that is kept is the last one, not the one that a reward model likes best.
 
     python algorithms/sft.py
@@ -108,9 +108,9 @@ class Args:
     reward: str | None = None  # judges them: FILE.py:function (prompt, reply) -> number, or a reward model's folder
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
-    learning_rate: float = 5e-3  # of AdamW; paper: 1e-5, which suits large models; with LoRA rather 1e-4
+    learning_rate: float = 5e-3  # of AdamW; paper: 9.65e-6 (6B), which suits large models; with LoRA rather 1e-4
     warmup: float = 0.03  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
-    batch_size: int = 32  # demonstrations of an update, summed over all processes
+    batch_size: int = 32  # demonstrations of an update, summed over all processes; paper: 32
     micro_batch_size: int | None = None  # demonstrations of a forward pass of one process; None: all of its update
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
     weight_decay: float = 0.0  # of AdamW
@@ -153,7 +153,7 @@ def update(run: "Run", batch: list[Demonstration], args: Args) -> dict[str, floa
     """One step. Each process takes its share of the batch, in micro-batches. Returns means over the batch's tokens."""
     mine, size, sums = batch[RANK::PROCESSES], run.micro_batch_size, []
     tokens = sum(len(row.reply) for row in batch)  # of all processes
-    parts = len(batch) / size  # accelerate takes the mean of so many losses, micro-batches times processes
+    parts = len(batch) / size  # accelerate divides the sum of all losses by this: micro-batches times processes
     for i in range(0, len(mine), size):
         with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with the mean of all gradients
             losses, hits = reply_losses(run.model, mine[i : i + size])
@@ -166,24 +166,25 @@ def update(run: "Run", batch: list[Demonstration], args: Args) -> dict[str, floa
 def evaluate(run: "Run", rows: list[Demonstration], args: Args) -> dict[str, float]:
     """Loss and accuracy, means over the tokens of held-out replies; length and --reward of sampled replies."""
 
-    def sums(batch: list[Demonstration]) -> Tensor:  # -> (B, 3)
-        lengths = [len(row.reply) for row in batch]
-        parts = zip(*(values.split(lengths) for values in reply_losses(run.model, batch)), strict=True)
-        return torch.stack([torch.stack((loss.sum(), hit.sum(), torch.ones_like(loss).sum())) for loss, hit in parts])
+    def sums_of(batch: list[Demonstration]) -> Tensor:  # -> (B, 3): loss, hits, tokens
+        with run.accelerator.autocast():
+            both = reply_losses(run.model, batch)
+        by_reply = zip(*(x.split([len(row.reply) for row in batch]) for x in both), strict=True)
+        return torch.stack([torch.stack((x.sum(), hit.sum(), torch.ones_like(x).sum())) for x, hit in by_reply])
 
     by_length = sorted(rows, key=lambda row: len(row.prompt) + len(row.reply))  # neighbours need little padding
-    loss, hits, tokens = run.share(sums, by_length).double().sum(0).tolist()
-    prompts = itertools.cycle({str(row.text): row for row in rows}.values())  # each once, then all of them again
+    loss, hits, tokens = run.share(sums_of, by_length).cpu().double().sum(0).tolist()
+    asked = itertools.cycle({str(row.text): row for row in rows}.values())  # each once, then all of them again
     ends = sorted({row.reply[-1] for row in rows})
 
-    def judge(batch: list[tuple[int, Demonstration]]) -> Tensor:  # -> (B, 2)
+    def judge(batch: list[tuple[int, Demonstration]]) -> Tensor:  # -> (B, 2): length, reward
         prompts = [row.prompt for _, row in batch]
         replies = sample(run.bare, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
         decoded = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
         rewards = run.judge([row.text for _, row in batch], decoded) if run.judge else [0.0] * len(batch)
         return torch.tensor([[len(reply) for reply in replies], rewards]).T.to(run.accelerator.device)
 
-    length, reward = run.share(judge, [*enumerate(itertools.islice(prompts, args.eval_replies))]).mean(0).tolist()
+    length, reward = run.share(judge, [*enumerate(itertools.islice(asked, args.eval_replies))]).mean(0).tolist()
     result = {"eval/loss": loss / tokens, "eval/accuracy": hits / tokens, "eval/length": length}
     return result | ({"eval/reward": reward} if run.judge else {})
 

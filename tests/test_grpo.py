@@ -120,6 +120,7 @@ def test_losses_by_hand():
     clipped = dict(zip(grpo.METRICS, loss["grpo"][1].tolist(), strict=True))
     assert clipped["losses/clipfrac"] == pytest.approx([1 / 3, 1])
     assert clipped["losses/approx_kl"][1] == pytest.approx(ratio[3] - 1 - 0.5)
+    torch.testing.assert_close(loss["dr-grpo"][1], loss["grpo"][1])  # shares of tokens, whatever the loss is divided by
     # Clipped where the ratio is beyond the band, and would go further: no gradient
     up = grpo.grpo_loss(now, old, ref, [3, 1], torch.tensor([-3.0, 2.0]), pure(advantage="grpo", **flags))
     assert up[0].tolist() == pytest.approx([3 * (ratio[0] + 0.9 + 1) / 3, -2 * 1.3])

@@ -161,10 +161,10 @@ def test_whitening_by_hand_and_without_the_padding():
 
 
 def test_the_adaptive_price_by_hand():
-    assert ppo_rlhf.adapted(0.5, 6.0, 6.0) == 0.5
-    assert ppo_rlhf.adapted(0.5, 6.6, 6.0) == pytest.approx(0.5 * 1.01)  # a tenth above
-    assert ppo_rlhf.adapted(0.5, 60.0, 6.0) == pytest.approx(0.5 * 1.02)  # clipped at a fifth
-    assert ppo_rlhf.adapted(0.5, 0.0, 6.0) == pytest.approx(0.5 * 0.98)
+    assert ppo_rlhf.adapted_beta(0.5, 6.0, 6.0) == 0.5
+    assert ppo_rlhf.adapted_beta(0.5, 6.6, 6.0) == pytest.approx(0.5 * 1.01)  # a tenth above
+    assert ppo_rlhf.adapted_beta(0.5, 60.0, 6.0) == pytest.approx(0.5 * 1.02)  # clipped at a fifth
+    assert ppo_rlhf.adapted_beta(0.5, 0.0, 6.0) == pytest.approx(0.5 * 0.98)
 
 
 def test_losses_by_hand(folder):
