@@ -93,7 +93,7 @@ class Args:
     max_length: int = 1024  # tokens of prompt and reply together; prompts that leave too little room are left out
     max_new_tokens: int = 48  # of a reply, at most
     seed: int = 1  # all randomness follows from it
-    total_timesteps: int = 40_960  # replies to learn from; a step is a reply
+    total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
@@ -114,7 +114,7 @@ class Args:
     micro_batch_size: int | None = None  # replies of a pass through a network, of one process; None: 64 or fewer
     write_batch_size: int = 512  # replies that one process writes at the same time
     gamma: float = 1.0  # [2] discount
-    gae_lambda: float = 0.95  # [2] lambda
+    gae_lambda: float = 1.0  # [2] lambda; Huang et al.: 0.95
     beta: float = 1.0  # [1], [4] the price of a unit of KL divergence; paper: 0.02
     adaptive_kl: float | None = None  # [5] the target of the KL divergence; --beta is the start; None: beta is fixed
     missing_eos_penalty: float = 0.0  # taken off the score of a reply that has not ended after --max-new-tokens
