@@ -85,7 +85,7 @@ while step < args.total_timesteps:
             child.wait()
         if trouble == "memory":
             ballast = bytearray(b"x") * 200_000_000
-            time.sleep(0.5)
+            time.sleep(2)  # long enough for a busy launcher to see it
         if trouble == "silent":
             sys.exit(0)
     step += 1
