@@ -9,11 +9,12 @@ better. Nothing but the rules is given.
         C(s) = log((1 + N(s) + c_base) / c_base) + c_init
     [2] backup:        N(s, a) <- N(s, a) + 1,  W(s, a) <- W(s, a) + v,  Q(s, a) = W(s, a) / N(s, a)    AlphaGo Zero
     [3] at the root:   P(s, a) = (1 - epsilon) p_a + epsilon eta_a,  eta ~ Dirichlet(alpha)             AlphaGo Zero
-    [4] policy target: pi_a = N(s, a) / sum_b N(s, b) at the root                                       AlphaGo Zero
+    [4] policy target: pi_a = N(s, a) / sum_b N(s, b) at the root                              AlphaZero, pseudocode
     [5] loss:          l = (z - v)^2 - pi^T log p + c ||theta||^2                                       AlphaZero
 
 N counts how often the search went through a position or took a move. P is the network's p. In [2] the v of the new
-position goes up the path; its sign is the one for the player who moves in s. z is the result of the game: -1, 0 or 1.
+position, or the result where the game is over, goes up the path. Its sign is the one for the player who moves in s.
+z is the result of the game: -1, 0 or 1.
 
 Papers: Silver et al. 2018, arXiv:1712.01815 (AlphaZero), doi:10.1126/science.aar6404; AlphaGo Zero: Nature 550, 354.
 
@@ -21,7 +22,9 @@ Differs from the paper:
 - Games run side by side in one process, and the network learns between their moves. The paper's programs run apart.
 - Each move begins a new tree. The network sees OpenSpiel's board, without earlier positions, and who is to move.
 - Games of self-play begin with a few random moves, so that the network also learns positions that follow mistakes.
-- The optimiser is AdamW, with c as its decay. The residual blocks have no batch normalisation.
+- Q is from -1 to 1, and 0 for an untried move, as in AlphaGo Zero. The pseudocode's is from 0 to 1, and 0 is a loss.
+- The network is an MLP or residual blocks without batch normalisation. Both heads share a layer, fed by few channels.
+- The optimiser is AdamW. Its decay of the weights stands for the last term of [5].
 
     python algorithms/alphazero.py --env-id tic_tac_toe
 """
@@ -73,7 +76,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 80_000  # environment steps, summed over all environments
     num_envs: int = 100  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # auto (here always one thread of a CPU), cpu, cuda, cuda:N or mps
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -88,28 +91,29 @@ class Args:
     # Algorithm
     num_simulations: int = 50  # walks through the tree for each move of self-play; paper: 800
     eval_simulations: int = 200  # the same in evaluations
-    c_init: float = 1.25  # [1] how much the search follows P and tries what it has not tried
+    c_init: float = 1.25  # [1] how much the search follows P; paper: as 2.5 here, for its Q is from 0 to 1
     c_base: float = 19_652.0  # [1] number of visits from which on it tries more
     dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer moves get most of the noise; paper: 0.3 chess, 0.03 Go
     noise_fraction: float = 0.25  # [3] epsilon
     temperature: float = 1.0  # self-play draws moves from N ** (1 / temperature); 0: the move with the most visits
     temperature_moves: int = 30  # moves of a game that are drawn; later ones have the most visits
     random_moves: int = 6  # a game of self-play begins with 0 to so many random moves; paper: 0
-    num_blocks: int | None = None  # residual blocks; 0: no convolutions; None: 0 up to 4 x 4 cells, else 4; paper: 19
+    num_blocks: int = 0  # residual blocks; 0: no convolutions, which is enough for tiny boards; paper: 19
     num_channels: int = 64  # of a convolution; paper: 256
     hidden_size: int = 256  # units of a layer
     learning_rate: float = 1e-3  # of AdamW; paper: 0.2 to 0.0002, of SGD
     anneal_lr: bool = True  # let it fall linearly to 0
     weight_decay: float = 1e-4  # [5] c
-    buffer_size: int = 50_000  # positions in the replay buffer; paper: all of the last games
+    buffer_size: int = 50_000  # positions in the replay buffer; paper: those of the last 1,000,000 games
     batch_size: int = 256  # positions in a gradient step; paper: 4096
     learning_starts: int = 5_000  # environment steps before the first gradient step
     train_frequency: int = 8  # environment steps, summed over all environments, per gradient step
-    eval_positions: int = 5_000  # positions in which an evaluation judges moves, where the game can be solved
+    eval_positions: int = 5_000  # positions in which the chosen move is compared with the best, in a solved game
     opponent_simulations: int = 1_000  # of OpenSpiel's search, the opponent in games that can't be solved
     play: bool = False  # with --evaluate: you play one game against the model, in the terminal
 
     def __post_init__(self) -> None:
+        # These may be 0
         counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "num_blocks": (0, 1e12)}
         limits = {"noise_fraction": (0, 1), "learning_starts": (0, 1e12), "buffer_size": (self.num_envs, 1e12)}
         check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), **counts, **limits)
@@ -130,22 +134,22 @@ class ResidualBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """(p, v) = f(s). An observation is a row (O,) of three parts: legal moves (A,), who is to move (1,), the board."""
+    """(p, v) = f(s). An observation is a row of O numbers: the legal ones of all A moves, who is to move, the board."""
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], action_space: gym.Space, board: list[int]):
         super().__init__()
-        self.obs_shape, self.action_space, self.board = obs_shape, action_space, board  # board: (C, H, W), or another
+        self.obs_shape, self.action_space = obs_shape, action_space
+        self.board = board  # (C, H, W) where it has rows and columns
         size, channels, num_cells = args.hidden_size, args.num_channels, math.prod(board[1:])
-        self.widths, self.num_blocks = [int(action_space.n), 1, math.prod(board)], args.num_blocks
-        if self.num_blocks is None:
-            self.num_blocks = 0 if num_cells <= 16 else 4
-        if len(board) != 3:  # no rows and columns
-            self.num_blocks = 0
-        if self.num_blocks == 0:
+        self.widths = [int(action_space.n), 1, math.prod(board)]  # sizes of the three parts
+        self.num_blocks = args.num_blocks
+        if args.num_blocks and len(board) != 3:
+            raise UsageError(f"--num-blocks must be 0: the board of {args.env_id} has no rows and columns, but {board}")
+        if not args.num_blocks:
             layers = [nn.Linear(1 + math.prod(board), size), nn.ReLU(), nn.Linear(size, size), nn.ReLU()]
         else:  # the player to move is one more plane
             layers = [nn.Conv2d(board[0] + 1, channels, 3, padding=1), nn.ReLU()]
-            layers += [ResidualBlock(channels) for _ in range(self.num_blocks)]
+            layers += [ResidualBlock(channels) for _ in range(args.num_blocks)]
             layers += [nn.Conv2d(channels, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * num_cells, size), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.policy_head = nn.Linear(size, int(action_space.n))
@@ -168,21 +172,21 @@ class Network(nn.Module):
 
     @torch.inference_mode()
     def judge(self, states: list[pyspiel.State]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What the search has to know of B positions: legal moves (B, A), P (B, A), value (B,) and player (B,).
+        """What the search has to know of B positions: legal moves (B, A), P (B, A), value_of_first (B,), player (B,).
 
-        The value is the first player's: of a finished game its result, else the network's guess.
+        value_of_first is the first player's: of a finished game its result, else the network's guess.
         """
         obs = np.stack([observe(state) for state in states])
         logits, v = self(torch.from_numpy(obs).to(next(self.parameters()).device))
         player = np.array([player_of(state) for state in states])
-        value = player * v.cpu().numpy()  # v is that of the player to move
+        value_of_first = player * v.cpu().numpy()  # v is that of the player to move
         for i in np.flatnonzero(player == 0):
-            value[i] = result_of(states[i])
-        return obs[:, : self.widths[0]] > 0, logits.softmax(-1).cpu().numpy(), value, player
+            value_of_first[i] = result_of(states[i])
+        return obs[:, : self.widths[0]] > 0, logits.softmax(-1).cpu().numpy(), value_of_first, player
 
 
 def observe(state: pyspiel.State) -> np.ndarray:  # (O,)
-    if state.is_terminal():  # nobody can move, and nobody asks the network
+    if state.is_terminal():  # nobody can move, and the network's answer is not used
         return np.array([0] * (state.num_distinct_actions() + 1) + state.observation_tensor(0), np.float32)
     return np.array([*state.legal_actions_mask(), state.current_player(), *state.observation_tensor()], np.float32)
 
@@ -193,8 +197,8 @@ def player_of(state: pyspiel.State) -> int:
 
 
 def result_of(state: pyspiel.State) -> float:
-    """The first player's result of a finished game, from -1 to 1."""
-    return state.returns()[0] / state.get_game().max_utility()
+    """The first player's result of a finished game, also where OpenSpiel counts by how much it was won."""
+    return float(np.sign(state.returns()[0]))  # 1 won, 0 drawn, -1 lost
 
 
 class Tree:
@@ -208,11 +212,12 @@ class Tree:
         self.visits, self.total, self.prior = np.zeros(moves), np.zeros(moves), np.zeros(moves)  # N, W, P of (s, a)
         self.legal = np.zeros(moves, bool)
         self.child = np.full(moves, -1)  # the node to which a move leads; -1: none yet
-        self.value, self.player = np.zeros(nodes), np.zeros(nodes)  # as judge gives them
+        self.value_of_first, self.player = np.zeros(nodes), np.zeros(nodes)  # as judge gives them
 
     def add(self, games: np.ndarray, node: int, judged: tuple[np.ndarray, ...]) -> None:
         """Fills in node number node of these games."""
-        self.legal[games, node], self.prior[games, node], self.value[games, node], self.player[games, node] = judged
+        self.legal[games, node], self.prior[games, node] = judged[:2]
+        self.value_of_first[games, node], self.player[games, node] = judged[2:]
 
     def select(self, args: Args) -> tuple[list[tuple], np.ndarray, np.ndarray, np.ndarray]:
         """Walks down each tree, by [1], to a move that leads to no node yet, or to the end of the game.
@@ -226,22 +231,25 @@ class Tree:
             scores = puct(self.visits[games, nodes], self.total[games, nodes], self.prior[games, nodes], args)
             moves = np.where(self.legal[games, nodes], scores, -np.inf).argmax(-1)
             path.append((games, nodes, moves))
-            reached = self.child[games, nodes, moves]
-            parent[games], last_move[games], leaf[games] = nodes, moves, reached
-            goes_on = (reached >= 0) & (self.player[games, reached] != 0)
-            games, nodes = games[goes_on], reached[goes_on]
+            next_nodes = self.child[games, nodes, moves]
+            parent[games], last_move[games], leaf[games] = nodes, moves, next_nodes
+            inside = (next_nodes >= 0) & (self.player[games, next_nodes] != 0)
+            games, nodes = games[inside], next_nodes[inside]
         return path, parent, last_move, leaf
 
-    def backup(self, path: list[tuple], value: np.ndarray) -> None:
-        """value: (B,), what the position at the end of each game's path is worth to the first player."""
+    def backup(self, path: list[tuple], value_of_first: np.ndarray) -> None:
+        """value_of_first: (B,), what the position at the end of each game's path is worth to the first player."""
         for games, nodes, moves in path:
             self.visits[games, nodes, moves] += 1  # [2]
-            self.total[games, nodes, moves] += self.player[games, nodes] * value[games]  # [2] v: of who moves here
+            self.total[games, nodes, moves] += self.player[games, nodes] * value_of_first[games]  # [2] v: of who moves
 
 
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
-    """What is maximised in [1], for each move: (B, A) each -> (B, A). Q of a move that was never taken is 0, a draw."""
-    n = 1 + visits.sum(-1, keepdims=True)  # N(s): it was visited once when its node was made
+    """What is maximised in [1], which the papers call PUCT, for each move: (B, A) each -> (B, A).
+
+    Q of a move that was never taken is 0, a draw.
+    """
+    n = 1 + visits.sum(-1, keepdims=True)  # N(s): 1 for making its node; at the root the pseudocode has one less
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
     q = total / np.maximum(visits, 1)  # [2]
     return q + c * prior * np.sqrt(n) / (1 + visits)  # [1]
@@ -255,14 +263,15 @@ def add_noise(prior: np.ndarray, legal: np.ndarray, args: Args) -> np.ndarray:  
 
 def search(judge: Callable, states: list[pyspiel.State], args: Args, noise: bool = False) -> np.ndarray:
     """Searches from each of the B positions: N(s, a) at the roots, (B, A). judge is Network.judge, or acts like it."""
-    everyone, positions = np.arange(len(states)), {(game, 0): state for game, state in enumerate(states)}
+    everyone = np.arange(len(states))
+    positions = {(game, 0): state for game, state in enumerate(states)}  # (game, node) -> state
     tree = Tree(len(states), args.num_simulations + 1, states[0].num_distinct_actions())
     tree.add(everyone, 0, judge(states))
     if noise:
         tree.prior[:, 0] = add_noise(tree.prior[:, 0], tree.legal[:, 0], args)
     for node in range(1, args.num_simulations + 1):
         path, parent, move, leaf = tree.select(args)
-        # Expand: the network judges the new positions of all games at once. Where the game was over there is none
+        # Expand: the network judges all new positions at once. A walk that ended in a finished game adds no node
         new = np.flatnonzero(leaf < 0)
         for game in new.tolist():
             positions[game, node] = positions[game, int(parent[game])].child(int(move[game]))
@@ -270,18 +279,19 @@ def search(judge: Callable, states: list[pyspiel.State], args: Args, noise: bool
             tree.add(new, node, judge([positions[game, node] for game in new.tolist()]))
             tree.child[new, parent[new], move[new]] = node
             leaf[new] = node
-        tree.backup(path, tree.value[everyone, leaf])
+        tree.backup(path, tree.value_of_first[everyone, leaf])
     return tree.visits[:, 0]
 
 
-def draw_moves(pi: np.ndarray, ages: np.ndarray, args: Args) -> np.ndarray:
-    """The moves of self-play: (B, A) -> (B,). ages: (B,), how many moves each game has had."""
+def draw_moves(pi: np.ndarray, move_numbers: np.ndarray, args: Args) -> np.ndarray:
+    """The moves of self-play: (B, A) -> (B,). move_numbers: (B,), of moves so far; random ones at the start count."""
     if args.temperature == 0:
         return pi.argmax(-1)
     weights = (pi / pi.max(-1, keepdims=True)) ** (1 / args.temperature)
-    shares = weights.cumsum(-1) / weights.sum(-1, keepdims=True)  # (B, A), rising to 1
+    shares = weights.cumsum(-1)  # (B, A)
+    shares /= shares[:, -1:]  # rising to 1 exactly: divided by weights.sum(-1), the last can be rounded below 1
     drawn = (shares > np.random.random((len(pi), 1))).argmax(-1)  # the first that is above the random number
-    return np.where(ages < args.temperature_moves, drawn, pi.argmax(-1))
+    return np.where(move_numbers < args.temperature_moves, drawn, pi.argmax(-1))
 
 
 class GameBuffer:
@@ -296,14 +306,16 @@ class GameBuffer:
         self.widths, self.num_added, self.waiting = widths, 0, [[] for _ in range(num_envs)]
 
     def add(self, obs: np.ndarray, pi: np.ndarray, player: np.ndarray) -> None:  # (N, O), (N, A), (N,): 1 or -1
+        # The last column holds the player, 1 or -1, until the result is known
         rows = np.concatenate([obs, pi, player[:, None]], axis=1, dtype=np.float32)
         for waiting, row in zip(self.waiting, rows, strict=True):
             waiting.append(row)
 
     def finish(self, game: int, result: float) -> None:
-        """result: the first player's. z is that of the player who was to move, whose sign stands in z's place."""
-        new = torch.from_numpy(np.stack(self.waiting[game])).to(self.rows.device)
-        new[:, -1] *= result
+        """result: the first player's. z is that of the player who was to move."""
+        waiting = self.waiting[game][-len(self.rows) :]  # of a game that is longer than the buffer, the last ones
+        new = torch.from_numpy(np.stack(waiting)).to(self.rows.device)
+        new[:, -1] *= result  # player * the first player's result is z
         self.rows[(self.num_added + torch.arange(len(new))) % len(self.rows)] = new
         self.num_added += len(new)
         self.waiting[game] = []
@@ -322,7 +334,7 @@ class GameBuffer:
 
 
 def alphazero_loss(agent: Network, obs: Tensor, pi: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """[5] without its last term, which the optimiser adds: (B, O), (B, A), (B, 1) -> the loss, and metrics to log."""
+    """[5] but for its last term, which is AdamW's decay: (B, O), (B, A), (B, 1) -> the loss, and metrics to log."""
     logits, v = agent(obs)
     policy_loss = -(pi * logits.log_softmax(-1)).sum(-1).mean()  # [5]
     value_loss = (z.squeeze(1) - v).square().mean()  # [5]
@@ -344,13 +356,16 @@ def train(args: Args) -> dict[str, float]:
         widths = [*run.obs_shape, int(run.action_space.n), 1]
         buffer = GameBuffer(args.buffer_size, widths, args.num_envs, run.device)
         run.start(model=agent, optimizer=optimizer, buffer=buffer)
+        for waiting, moves in zip(buffer.waiting, run.actions, strict=True):
+            if not moves:  # a game that could not be replayed after --resume began again
+                waiting.clear()
 
         while run.goes_on():  # it evaluates and saves where that is due
             # 1. Play: a search and a move in each of the games
             obs, first_step = run.obs, run.global_step  # after an end run.obs is the next game's first
             states = [env.unwrapped.state for env in run.envs]
             visits = search(agent.judge, states, args, noise=True)
-            pi = visits / visits.sum(-1, keepdims=True)  # [4]
+            pi = visits / visits.sum(-1, keepdims=True)  # [4] also where the move itself is not drawn
             player = np.array([player_of(state) for state in states])
             actions = draw_moves(pi, np.array([state.move_number() for state in states]), args)
             _, rewards, terminated, _, _ = run.step(actions)
@@ -375,7 +390,7 @@ def train(args: Args) -> dict[str, float]:
         return run.result
 
 
-# From here to the ruled line: the game, its truth, and opponents
+# From here to the ruled line: the game as an environment, its solution, and a game against you
 @functools.cache
 def load_game(name: str) -> pyspiel.Game:
     """Refuses other games than those of two players who see everything, in turn, for a result at the end."""
@@ -393,17 +408,18 @@ def load_game(name: str) -> pyspiel.Game:
         os.dup2(stderr, 2)
         os.close(stderr)
     kind, wanted = game.get_type(), pyspiel.GameType
-    for what, fits in {
-        "two players": game.num_players() == 2,
-        "moves in turn": kind.dynamics == wanted.Dynamics.SEQUENTIAL,
-        "no dice or cards": kind.chance_mode == wanted.ChanceMode.DETERMINISTIC,
-        "nothing hidden": kind.information == wanted.Information.PERFECT_INFORMATION,
-        "one player's gain as the other's loss": kind.utility == wanted.Utility.ZERO_SUM,
-        "a result at the end only": kind.reward_model == wanted.RewardModel.TERMINAL,
-        "a board as numbers": kind.provides_observation_tensor and game.num_distinct_actions() > 0,
-    }.items():
-        if not fits:
-            raise UsageError(f"--env-id {name}: alphazero.py needs a game with {what}, which this one has not")
+    if not (
+        game.num_players() == 2
+        and kind.dynamics == wanted.Dynamics.SEQUENTIAL
+        and kind.chance_mode == wanted.ChanceMode.DETERMINISTIC
+        and kind.information == wanted.Information.PERFECT_INFORMATION
+        and kind.utility == wanted.Utility.ZERO_SUM
+        and kind.reward_model == wanted.RewardModel.TERMINAL
+        and kind.provides_observation_tensor
+        and game.num_distinct_actions() > 0
+    ):
+        needed = "two players in turn, no dice or cards, nothing hidden, and at the end, for one, what the other loses"
+        raise UsageError(f"--env-id {name}: alphazero.py needs a board as numbers, {needed}")
     return game
 
 
@@ -433,32 +449,19 @@ class Board(gym.Env):
         return observe(self.state), result_of(self.state) if over else 0.0, over, False, {}
 
     def render(self) -> np.ndarray:  # (400, 640, 3)
-        """The position. Where judge is given: the result that it expects, and its moves with their probabilities p."""
-        image, font, p = Image.new("RGB", (640, 400), "white"), ImageFont.load_default(18), {}
-        draw, shape = ImageDraw.Draw(image), self.game.observation_tensor_shape()
+        """The position as text. Where judge is given: what it expects, and its moves with their probabilities p."""
+        image, lines = Image.new("RGB", (640, 400), "white"), str(self.state).splitlines()
+        draw, font = ImageDraw.Draw(image), ImageFont.load_default(18)
         if self.judge and not self.state.is_terminal():
-            _, (prior,), (value,), _ = self.judge([self.state])
-            p = {move: prior[move] for move in self.state.legal_actions()}
-            moves = [f"{self.state.action_to_string(m)}  {p[m]:.2f}" for m in sorted(p, key=p.get, reverse=True)]
-            draw.multiline_text((420, 10), "\n".join([f"result {value:+.2f}", *moves[:14]]), "black", font)
-        if len(shape) != 3:  # no board with rows and columns
-            draw.text((10, 10), str(self.state), "black", font)
-            return np.asarray(image)
-        _, height, width = shape
-        size, falls = 380 / max(height, width), self.action_space.n == width  # falls: moves are columns, row 0 is below
-        on_cells = self.action_space.n - height * width in (0, 1)  # moves are cells; one more is to pass
-        begin = np.reshape(self.game.new_initial_state().observation_tensor(0), shape)
-        empty = begin.sum((1, 2)).argmax()  # each kind of stone has a plane, and so have empty cells
-        kinds = np.reshape(self.state.observation_tensor(0), shape).argmax(0)  # (H, W)
-        for row, column in np.ndindex(height, width):
-            x, y = 10 + size * column, 10 + size * (height - 1 - row if falls else row)
-            draw.rectangle((x, y, x + size, y + size), outline="grey")
-            move = column if falls else row * width + column
-            if kinds[row, column] != empty:
-                colour = ("#1a8f4a", "#2563eb", "#d92d20")[kinds[row, column] % 3]
-                draw.ellipse((x + 0.1 * size, y + 0.1 * size, x + 0.9 * size, y + 0.9 * size), fill=colour)
-            elif move in p and (on_cells or (falls and row == height - 1)):
-                draw.text((x + size / 2, y + size / 2), f"{p[move]:.2f}", "black", font, "mm")
+            _, (p,), (value_of_first,), _ = self.judge([self.state])
+            moves = sorted(self.state.legal_actions(), key=lambda move: -p[move])[:14]
+            names = [f"{self.state.action_to_string(move)}  {p[move]:.2f}" for move in moves]
+            draw.multiline_text((420, 10), "\n".join([f"result {value_of_first:+.2f}", *names]), "black", font)
+        size = min(400 / max(len(line) for line in lines), 400 / len(lines), 100)  # of a cell, one for each character
+        font = ImageFont.load_default(0.8 * size)
+        for row, line in enumerate(lines):
+            for column, character in enumerate(line):
+                draw.text((size * (column + 0.5), size * (row + 0.5)), character, "black", font, "mm")
         return np.asarray(image)
 
 
@@ -497,27 +500,24 @@ def key_of(state: pyspiel.State) -> tuple[str, int]:
 def optimal_moves(agent: Network, solution: dict, args: Args) -> np.ndarray:
     """In which positions the network's move, and the search's, is as good as the best: (2, positions)"""
     chosen = np.random.default_rng(args.seed).permutation(len(solution))[: args.eval_positions]
-    positions, right = [*solution.values()], []
-    for part in np.array_split(chosen, math.ceil(len(chosen) / 1000)):
-        states, _, best = zip(*(positions[i] for i in part), strict=True)
-        moves = agent.act(np.stack([observe(state) for state in states])), search(agent.judge, states, args).argmax(-1)
-        right.append([np.stack(best)[np.arange(len(part)), move] for move in moves])
-        if Run.stop_signal:
-            break
-    return np.concatenate(right, axis=1)
+    positions = [*solution.values()]
+    states, _, best = zip(*(positions[i] for i in chosen), strict=True)
+    moves = agent.act(np.stack([observe(state) for state in states])), search(agent.judge, states, args).argmax(-1)
+    return np.stack([np.stack(best)[np.arange(len(chosen)), move] for move in moves])
 
 
 def play(agent: Network, args: Args) -> dict[str, float]:
     """You against the model, one game. Beside each move: how often the search took it, and the network's p."""
     state = load_game(args.env_id).new_initial_state()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # main's would wait for the end of the game
     try:
         you = 0 if input("Do you begin? y or n: ").lower().startswith("y") else 1
         while not state.is_terminal():
-            visits, (_, (prior,), (value,), _) = search(agent.judge, [state], args)[0], agent.judge([state])
+            visits, (_, (p,), (value_of_first,), _) = search(agent.judge, [state], args)[0], agent.judge([state])
             names = {state.action_to_string(move): move for move in state.legal_actions()}
-            print(f"\n{state}\nThe network expects {value:+.2f} for the first player.")
+            print(f"\n{state}\nThe network expects {value_of_first:+.2f} for the first player.")
             for name, move in sorted(names.items(), key=lambda item: -visits[item[1]]):
-                print(f"    {move:>4}  {name:<12} visits {visits[move]:>5.0f}  p {prior[move]:.3f}")
+                print(f"    {move:>4}  {name:<12} visits {visits[move]:>5.0f}  p {p[move]:.3f}")
             move = visits.argmax().item()
             if state.current_player() == you:
                 answers = names | {str(move): move for move in names.values()}
@@ -529,6 +529,8 @@ def play(agent: Network, args: Args) -> dict[str, float]:
             state.apply_action(move)
     except EOFError:
         raise UsageError("--play needs a terminal in which you can type") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     print(f"\n{state}")
     return {"eval/episodic_return": result_of(state) * (2 * you - 1)}
 

@@ -854,10 +854,10 @@ def digits(value: float) -> str:
 
 
 def seeds_of(experiment: Experiment) -> str:
-    """11 to 20, or, where some between are missing, all of them"""
+    """11-20, or, where some between are missing, all of them"""
     seeds = sorted(run.seed for run in experiment.done)
     if seeds == [*range(seeds[0], seeds[-1] + 1)] and len(seeds) > 1:
-        return f"{seeds[0]} to {seeds[-1]}"
+        return f"{seeds[0]}-{seeds[-1]}"
     return ", ".join(map(str, seeds))
 
 

@@ -2,6 +2,10 @@
 
 import contextlib
 import math
+import os
+import re
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import numpy as np
 import pyspiel
 import pytest
 import torch
-from conftest import rows
+from conftest import ROOT, rows
 
 from algorithms import alphazero as az
 
@@ -217,6 +221,14 @@ def test_moves_are_drawn_by_their_visits(temperature, expected):
     assert (az.draw_moves(pi[:99], np.zeros(99), replace(args, temperature=1e-3)) == 2).all(), "without overflow"
 
 
+def test_a_legal_move_is_drawn_even_by_the_largest_random_number(monkeypatch):
+    """Rounding must not leave the last share below the number: then no share is above it."""
+    monkeypatch.setattr(np.random, "random", lambda shape: np.full(shape, 1 - 2**-53))
+    visits = np.random.default_rng(0).integers(1, 50, (1000, 60)) * ([0] + [1] * 59)  # move 0 is illegal
+    args = az.Args(temperature=0.7)
+    assert (az.draw_moves(visits / visits.sum(-1, keepdims=True), np.zeros(1000), args) > 0).all()
+
+
 # ---- The network
 
 
@@ -227,9 +239,9 @@ def network(game=TIC_TAC_TOE, **flags):
         return az.make_agent(args, env.observation_space.shape, env.action_space)
 
 
-@pytest.mark.parametrize(("game", "blocks"), [(TIC_TAC_TOE, 0), (CONNECT_THREE, 0), ("connect_four", 4), ("nim", 0)])
-def test_large_boards_get_convolutions(game, blocks):
-    agent = network(game)
+@pytest.mark.parametrize(("game", "blocks"), [(TIC_TAC_TOE, 0), (CONNECT_THREE, 1), ("connect_four", 4), ("nim", 0)])
+def test_a_network_with_and_without_convolutions(game, blocks):
+    agent = network(game, num_blocks=blocks)
     assert sum(isinstance(layer, az.ResidualBlock) for layer in agent.body) == blocks
     states = [position(game), position(game, [1])]
     obs = torch.from_numpy(np.stack([az.observe(state) for state in states]))
@@ -238,6 +250,11 @@ def test_large_boards_get_convolutions(game, blocks):
     assert v.shape == (2,)
     assert (v.abs() < 1).all()
     assert [agent.act(row) for row in obs.numpy()] == agent.act(obs.numpy()).tolist()
+
+
+def test_convolutions_need_rows_and_columns():
+    with pytest.raises(az.UsageError, match=r"--num-blocks must be 0.*nim"):
+        network("nim", num_blocks=1)
 
 
 @pytest.mark.parametrize("flags", [{}, {"num_blocks": 1}])
@@ -269,6 +286,14 @@ def test_the_value_is_the_first_players_whoever_is_to_move_and_exact_at_the_end(
     v = agent(torch.from_numpy(np.stack([az.observe(state) for state in states])))[1].tolist()
     assert player.tolist() == [1, -1, 0, 0, 0]
     assert value == pytest.approx([v[0], -v[1], 1, -1, 0])
+
+
+def test_a_result_is_won_drawn_or_lost_also_in_games_of_points():
+    results, rng = {}, np.random.default_rng(0)
+    for _ in range(100):
+        state = position("dots_and_boxes(utility_margin=true)", rng.permutation(12))
+        results[state.returns()[0]] = az.result_of(state)
+    assert results == {-4: -1, -2: -1, 0: 0, 2: 1, 4: 1}
 
 
 def test_the_loss_by_hand():
@@ -308,6 +333,36 @@ def test_z_is_the_result_for_the_player_who_was_to_move():
         assert each.rows[:, 0].tolist() == [12 + 1, 1, 2, 10, 11, 12], "the oldest is overwritten"
         assert each.rows[[0, 3, 4, 5], 2].tolist() == [0, 0, 0, 0], "a draw"
         assert [len(rows) for rows in each.waiting] == [1, 0]
+
+
+def test_of_a_game_that_is_longer_than_the_buffer_the_last_positions_stay():
+    buffer = az.GameBuffer(3, [1, 1, 1], 1, "cpu")
+    for t in range(8):
+        buffer.add(np.array([[t]]), np.zeros((1, 1)), np.array([1]))
+    buffer.finish(0, 1.0)
+    assert buffer.num_added == 3
+    assert buffer.rows[:, 0].tolist() == [5, 6, 7]
+
+
+def test_a_game_that_cannot_be_replayed_leaves_no_positions_for_the_next(monkeypatch, tmp_path):
+    """The checkpoint's observations are changed: so every game in progress begins again after --resume."""
+    flags = {"total_timesteps": 12, "learning_starts": 200, "eval_frequency": 200, "eval_episodes": 1}
+    tiny = {"num_envs": 4, "num_simulations": 2, "eval_simulations": 1, "eval_positions": 1, "random_moves": 0}
+    run_dir = tmp_path / "run"
+    az.train(az.Args(run_dir=str(run_dir), **flags, **tiny))
+    checkpoint = torch.load(run_dir / "checkpoint.pt")
+    assert [len(rows) for rows in checkpoint["buffer"]["waiting"]] == [3, 3, 3, 3]
+    checkpoint["obs"] += 1
+    torch.save(checkpoint, run_dir / "checkpoint.pt")
+    kept, finish = [], az.GameBuffer.finish
+    monkeypatch.setattr(
+        az.GameBuffer, "finish", lambda self, *what: (kept.append(self.waiting[what[0]]), finish(self, *what))
+    )
+    az.train(az.saved_args(run_dir, resume=True, total_timesteps=60))
+    assert len(kept) >= 4
+    for game in kept:
+        empty = np.array(game)[:, 10:19].sum(-1).tolist()  # the first plane marks empty cells
+        assert empty == [*range(9, 9 - len(game), -1)], "from the empty board on, one stone a move"
 
 
 def test_self_play_keeps_whole_games_with_the_searchs_shares(monkeypatch, tmp_path):
@@ -477,6 +532,31 @@ def test_play_shows_visits_and_ends_where_nobody_types(monkeypatch, capsys):
     assert len(visits) == 9
     assert sum(visits) == 20
     assert visits == sorted(visits, reverse=True)
+
+
+def test_ctrl_c_ends_a_game_at_once_though_main_waits_for_good_moments(monkeypatch):
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # as main's: it notes the signal and goes on
+    monkeypatch.setattr("builtins.input", lambda _: signal.raise_signal(signal.SIGINT) or "y")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            az.evaluate(Perfect(TIC_TAC_TOE), az.Args(play=True, evaluate=True, eval_simulations=2), Path("film"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert ended.value.__suppress_context__, "no traceback of the interrupt"
+
+
+def test_the_lines_of_the_guide_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = {"num_simulations": 2, "eval_simulations": 1, "eval_episodes": 1, "eval_positions": 1}
+    az.train(az.Args(num_envs=2, total_timesteps=20, run_dir="runs/tictactoe", **tiny))
+    section = (ROOT / "algorithms" / "README.md").read_text().split("\n## alphazero.py\n")[1].split("\n## ")[0]
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    os.symlink(ROOT / "algorithms", "algorithms")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    capsys.readouterr()
+    exec(program, {})
+    assert re.fullmatch(r"[0-8]\n\[[0-8]\]\n", capsys.readouterr().out)
 
 
 def test_play_with_the_model_of_another_game_is_refused():

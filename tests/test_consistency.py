@@ -70,13 +70,14 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
 HEADINGS = ["Run", "Evaluation", "Algorithm"]  # of the flags
 MISSING_FLAGS = {"q_learning": {"num_envs", "device"}, "reinforce": {"num_envs"}}
 OWN_WORDS = {  # common flags with another comment
-    "maddpg": {"env_id"}, "alphazero": {"env_id"},  # Gymnasium has none of their environments
+    "maddpg": {"env_id"},  # Gymnasium has none of its environments
+    "alphazero": {"env_id", "device"},  # nor of its; and each board is a vector, so auto is always the CPU
     "q_learning": {"total_timesteps"}, "reinforce": {"total_timesteps"},  # of one environment
 }  # fmt: skip
 OWN_FLAGS_OF_PREFERENCES = {"model_name", "total_timesteps", "eval_replies", "max_new_tokens", "reward", "replies"}
 LENGTHS = {  # lines at most above the ruled line, where the algorithm is
     "q_learning": 290, "reinforce": 290, "td3": 270, "sac": 270, "her": 350, "maddpg": 400,
-    "alphazero": 540,  # the aim is 350: the game, its exact solution, its picture and a game against you take 155
+    "alphazero": 537,  # the aim is 350: the game, its exact solution, its picture and a game against you take 140
     "ppo": 356, "dqn": 355,  # the aim is 350: they also take images
     "sft": 345,  # the aim is 300: reading the columns of people's data sets takes 100
     "grpo": 340, "ppo_rlhf": 365,
