@@ -108,7 +108,7 @@ class Args:
     eval_replies: int = 256  # replies that the policy writes in an evaluation, to prompts held out if there are many
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
-    learning_rate: float = 2e-3  # of AdamW; paper: 1e-6, which suits large models; with LoRA rather 1e-5
+    learning_rate: float = 1e-3  # of AdamW; paper: 1e-6, which suits large models; with LoRA rather 1e-5
     warmup: float = 0.05  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 1024
     group_size: int = 16  # n, replies to a prompt; paper: 64
