@@ -476,6 +476,8 @@ STARTS = {  # what a script can't do without, and the flags of a run of one lear
     "her": ("gymnasium_robotics, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "maddpg": ("mpe2.simple_spread_v3, torch", f"--num-envs 1 --total-timesteps 2 --learning-starts 2 "
                f"--train-frequency 1 {ACTING}"),
+    "alphazero": ("gymnasium, pyspiel, torch", "--num-envs 1 --total-timesteps 9 --learning-starts 1 "  # a whole game
+                  f"--train-frequency 9 --num-simulations 2 --eval-simulations 1 --eval-positions 1 {ACTING}"),
     "reward_model": ("transformers.models.gpt2.modeling_gpt2, accelerate", "--total-timesteps 16 --batch-size 16"),
     "dpo": ("transformers.models.gpt2.modeling_gpt2, accelerate",
             "--total-timesteps 16 --batch-size 16 --eval-replies 1"),

@@ -1172,9 +1172,7 @@ def test_tables_for_pages(tmp_path, monkeypatch, capsys):
         "|" + " --- |" * 7,
     ]
     assert long[2] == "| q_learning | Taxi-v4 | 200k | 1 | **7.500** | 7.500 | 7.930 (optimum) |"
-    assert long[3].startswith(
-        "| ppo | Acrobot-v1 | 500k | 1-2 | **-80.5** | -81.0 | -81.8 (CleanRL, training return)"
-    )
+    assert long[3].startswith("| ppo | Acrobot-v1 | 500k | 1-2 | **-80.5** | -81.0 | -81.8 (CleanRL, training return)")
     (lander,) = [line for line in long if "LunarLander" in line]
     assert lander.startswith("| ppo | LunarLander-v3 | 500k | 1-5 | **240.0** [")
     assert "242.1 at 1M (RL Zoo, tuned, on v2)" in lander

@@ -40,14 +40,15 @@ def test_floating_point_operations_by_hand():
 
 def gradient_steps(script, args, folder):
     """How often a run learns."""
-    numbers, update = [], script.update
+    name = "update" if hasattr(script, "update") else "alphazero_loss"  # of each gradient step
+    numbers, update = [], getattr(script, name)
 
     def counted(*arguments):
         numbers.append(len(numbers))
         return update(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "update", counted)
+        patch.setattr(script, name, counted)
         script.train(replace(args, run_dir=str(folder / "run")))
     return len(numbers)
 
@@ -327,7 +328,7 @@ def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch):
     assert lines[-1] == "start/dqn: this, one thread each; torch 1; commit abc."
 
 
-@pytest.mark.parametrize("name", ["dqn", "her", "maddpg", "ppo", "reinforce", "sac", "td3"])
+@pytest.mark.parametrize("name", ["alphazero", "dqn", "her", "maddpg", "ppo", "reinforce", "sac", "td3"])
 def test_a_start_learns_once(name, tmp_path):
     script = pytest.importorskip(f"algorithms.{name}")
     args = tyro.cli(script.Args, args=throughput.STARTS[name][1].split())
