@@ -488,7 +488,7 @@ class Run:
                 import wandb
 
                 names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
-                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+                self.wandb = wandb.init(dir=self.dir.resolve(), config=config["args"], resume="allow", **names)
                 self.opened.callback(self.wandb.finish)
                 self.wandb.define_metric("*", step_metric="global_step")
             path.write_text(json.dumps(config, indent=1))

@@ -671,7 +671,7 @@ class Run:
 
             names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
             try:
-                self.wandb = wandb.init(dir=self.dir, config=config["args"], resume="allow", **names)
+                self.wandb = wandb.init(dir=self.dir.resolve(), config=config["args"], resume="allow", **names)
             except Exception as error:  # no key, no network, a wrong mode: it has many kinds
                 raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
             self.wandb.define_metric("*", step_metric="global_step")

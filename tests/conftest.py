@@ -53,23 +53,29 @@ OF_ALL = re.compile("help_explains|keeps_its_other_arguments|train_returns_its_l
 # What takes minutes, and where another test of the same code stays in `make test-slow` (its name in the comment)
 LONGEST = re.compile(
     "the_maker_makes_the_same_bits|peers_that_are_solved|the_model_alone_has_the_head|a_tiny_run_end_to_end"
-    "|the_smoke_suite_and_its_report"  # the_commands_of_the_results
+    "|the_smoke_suite_and_its_report|make_rlhf_ends"  # the_commands_of_the_results, replies_of_the_reference
     r"|the_default_run_comes_within|pendulum_is_learned\[sac|test_reinforce.py::test_learns_(cartpole|a_point)"
     r"|test_dpo.py::test_two_processes_learn"  # sft, grpo
     r"|commands_of_the_guide\[(dqn|dpo)|printed_commands\S+\[(maddpg|q_learning)|every_metric_that_a_run_logs"
-    r"|test_contract.py::test_killed_and_resumed\S+\[(q_learning|reinforce|td3|her|sft|grpo|ppo_rlhf|reward_model|"
-    r"ppo-flags(9|10)|dqn-flags[12]|sac-flags22|maddpg-flags7)"  # tests of the same name beside each script's
+    r"|test_contract.py::test_killed_and_resumed\S+\[(q_learning|reinforce|td3|her|sft|grpo|ppo_rlhf|reward_model)-"
+    # for these, tests of the same name beside each script's
     r"|watching_a_run\S+\[(maddpg|her|td3|dpo)|same_seed_same_bits\S+\[(q|r|td3|sac|her|sft|grpo|dqn|ppo_rlhf)"
-    r"|(made_longer|full_disk|terminal_shows|notebooks_interrupt|beside_resume)\S+\[(maddpg|her)"  # ppo, dpo
+    r"|(made_longer|full_disk|terminal_shows|notebooks_interrupt|beside_resume)\S*\[(maddpg|her)"  # ppo, dpo
+    r"|kinds_of_problems\[python algorithms/(sft|ppo).py"  # the_readme_from_top_to_bottom
     r"|(module_in_the_current|break_of_the_environment)\S+\[(her|maddpg|dqn)"  # ppo
 )
 
 
 def pytest_collection_modifyitems(items):
     """Marks slow tests of what another script's test covers: `make test-all` runs them, `make test-slow` does not."""
+    last = {}  # of the runs of a script that are killed and resumed: one stays
     for item in items:
         if item.get_closest_marker("slow") and LONGEST.search(item.nodeid):
             item.add_marker("again")
+        if item.nodeid.startswith("tests/test_contract.py::test_killed_and_resumed"):
+            if (script := item.callspec.params["script"]) in last:
+                last[script].add_marker("again")
+            last[script] = item
         if "commands_of_the_guide" in item.name and not re.search(r"\[(ppo|dqn|dpo)\.py", item.name):
             item.add_marker("again")  # a quick test reads the flags of all
         if item.path.stem == "test_contract" and OF_ALL.search(item.name) and COPIES.search(item.name):

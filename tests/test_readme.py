@@ -468,6 +468,9 @@ def test_the_smoke_suite_and_its_report(tmp_path):
 @pytest.mark.slow
 def test_wandb_shows_a_run(activated):
     """In the folder that the guide names; the terminal's program has a subcommand that needs no terminal."""
+    import wandb
+
+    wandb.setup()  # as in a notebook: the command inherits W&B's service, which works in another folder
     (tracked,) = (command for command in commands(GUIDE) if command.startswith("WANDB_MODE=offline"))
     activated(made_small(tracked))
     for _ in range(60):  # W&B's own process writes the file, on a busy machine after the run has ended
