@@ -977,6 +977,8 @@ def plot_curves(experiments: list[Experiment], seconds: bool, threshold: float |
         random, reference, who, _ = REFERENCES.get(env_id, (None,) * 4)
         values = np.concatenate([run.curve[:, 2] for e in same for run in e.done])
         bottom, top, lines = floor(values, random), values.max(), []
+        if random is not None:  # where nearly all is at the optimum, its last digits are no picture
+            bottom = min(bottom, top - (top - random) / 40)
         room = top - bottom
         if reference is not None and bottom < reference <= top + room / 3:
             lines.append((reference, (0, (1, 2)), f"reference: {who}"))

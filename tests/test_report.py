@@ -1120,6 +1120,13 @@ def test_an_axis_shows_what_matters_and_says_what_it_leaves_out(tmp_path):
     assert axes.get_ylim()[0] < -110
 
 
+def test_an_axis_does_not_magnify_the_last_digits_of_an_optimum(tmp_path):
+    for seed in 1, 2, 3:
+        make_run(tmp_path / "runs" / str(seed), env_id="FrozenLake-v1", seed=seed, returns=(0.0, *[0.7401] * 12, 0.74011))
+    (axes,) = curves(tmp_path / "runs")
+    assert axes.get_ylim()[0] < 0.725
+
+
 def test_one_stalled_seed_does_not_stretch_the_axis_of_time(tmp_path):
     for seed in 1, 2, 3:
         make_run(tmp_path / "runs" / str(seed), seed=seed, sps=1.0 if seed == 3 else 100.0)
