@@ -1122,7 +1122,8 @@ def test_an_axis_shows_what_matters_and_says_what_it_leaves_out(tmp_path):
 
 def test_an_axis_does_not_magnify_the_last_digits_of_an_optimum(tmp_path):
     for seed in 1, 2, 3:
-        make_run(tmp_path / "runs" / str(seed), env_id="FrozenLake-v1", seed=seed, returns=(0.0, *[0.7401] * 12, 0.74011))
+        returns = (0.0, *[0.7401] * 12, 0.74011)
+        make_run(tmp_path / "runs" / str(seed), env_id="FrozenLake-v1", seed=seed, returns=returns)
     (axes,) = curves(tmp_path / "runs")
     assert axes.get_ylim()[0] < 0.725
 
