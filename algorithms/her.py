@@ -22,9 +22,9 @@ Papers: Andrychowicz et al. 2017, arXiv:1707.01495 (HER); Haarnoja et al. 2018, 
 Differs from HER's paper (from SAC's: see sac.py):
 - SAC in place of DDPG, two hidden layers of 256 units, not three of 64; one gradient step for each environment step.
 - A transition is replayed from the moment it was made, and with a goal of its episode so far.
-- Goals are drawn anew at each replay, as in the authors' code. final has a k. The strategy random is left out.
+- Goals are drawn anew at each replay, as in the authors' code. final has a k, not 1. The strategy random is left out.
 - g' also decides whether s' is terminal, where the environment can tell.
-- The networks see the achieved goal too. Observations are not normalised, targets not clipped. Time limits: as sac.py.
+- The networks see the achieved goal, too. Observations are not normalised, targets not clipped. Time limits as in sac.py.
 
     python algorithms/her.py --env-id gymnasium_robotics:FetchReach-v4
 """
@@ -486,7 +486,7 @@ class Run:
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # by one it would draw as PyTorch does
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4: a single one gives PyTorch's numbers
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:

@@ -106,7 +106,7 @@ STYLE = {  # white and opaque: legible on any page
     "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 11,
     "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.2, "grid.linewidth": 0.6, "axes.spines.top": False,
     "axes.spines.right": False, "legend.fontsize": 8, "legend.framealpha": 0.7, "legend.edgecolor": "none",
-    "figure.constrained_layout.h_pad": 0.08, "lines.linewidth": 2, "font.size": 10, "savefig.dpi": 160,
+    "figure.constrained_layout.h_pad": 0.08, "lines.linewidth": 2, "font.size": 10, "savefig.dpi": 130,
     "svg.fonttype": "none", "svg.hashsalt": "report",  # text stays text; the same data, the same file
 }  # fmt: skip
 FEW = 5  # up to so many seeds each one is drawn, beyond it their interval
