@@ -24,7 +24,7 @@ Differs from HER's paper (from SAC's: see sac.py):
 - A transition is replayed from the moment it was made, and with a goal of its episode so far.
 - Goals are drawn anew at each replay, as in the authors' code. final has a k, not 1. The strategy random is left out.
 - g' also decides whether s' is terminal, where the environment can tell.
-- The networks see the achieved goal, too. Observations are not normalised, targets not clipped. Time limits: see sac.py.
+- Networks see the achieved goal, too. Observations are not normalised, targets not clipped. Time limits: see sac.py.
 
     python algorithms/her.py --env-id gymnasium_robotics:FetchReach-v4
 """
