@@ -551,6 +551,26 @@ def test_a_run_that_dies_and_goes_on_equals_one_without_checkpoints(algorithm, e
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+def test_where_an_episode_could_not_be_replayed_the_action_is_chosen_in_the_new_one(monkeypatch):
+    """It stopped in mid-episode, where the action for state 11 was chosen. The episode that follows begins in 10."""
+    train(env_id="TableCounter-v0", total_timesteps=4)
+    step, begin_episode, explore, asked = q_learning.Run.step, q_learning.Run.begin_episode, q_learning.explore, []
+
+    def not_replayed(self, i, actions=()):
+        begin_episode(self, i)
+        return not len(actions)
+
+    def explored(values, *others):
+        asked.append("explore")
+        return explore(values, *others)
+
+    monkeypatch.setattr(q_learning.Run, "begin_episode", not_replayed)
+    monkeypatch.setattr(q_learning, "explore", explored)
+    monkeypatch.setattr(q_learning.Run, "step", lambda self, a: (asked.append(("step", self.obs[0])), step(self, a))[1])
+    q_learning.train(q_learning.saved_args("run", resume=True, total_timesteps=8))
+    assert asked[:2] == ["explore", ("step", 10)]
+
+
 def test_no_two_episodes_share_a_seed_and_evaluations_share_theirs():
     train(total_timesteps=300, eval_frequency=150, eval_episodes=3)
     counts = Multiset(SEEDS)
