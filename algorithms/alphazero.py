@@ -73,7 +73,7 @@ from tqdm import tqdm
 class Args:
     # Run
     env_id: str = "tic_tac_toe"  # a game of OpenSpiel, also with its parameters: connect_four(rows=4,columns=4)
-    seed: int = 1  # all randomness follows from it
+    seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 80_000  # environment steps, summed over all environments
     num_envs: int = 100  # environments stepped together
     device: str = "auto"  # auto (here always one thread of a CPU), cpu, cuda, cuda:N or mps
@@ -85,7 +85,7 @@ class Args:
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_episodes: int = 100  # episodes of an evaluation
-    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut: Atari's half an hour
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
@@ -102,7 +102,7 @@ class Args:
     num_channels: int = 64  # of a convolution; paper: 256
     hidden_size: int = 256  # units of a layer
     learning_rate: float = 1e-3  # of AdamW; paper: 0.2 to 0.0002, of SGD
-    anneal_lr: bool = True  # let it fall linearly to 0
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
     weight_decay: float = 1e-4  # [5] c
     buffer_size: int = 50_000  # positions in the replay buffer; paper: those of the last 1,000,000 games
     batch_size: int = 256  # positions in a gradient step; paper: 4096
@@ -348,7 +348,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a network and returns its last evaluation. From below the ruled line it needs only Run."""
+    """Trains a network, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         adam = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
@@ -360,7 +360,7 @@ def train(args: Args) -> dict[str, float]:
             if not moves:  # a game that could not be replayed after --resume began again
                 waiting.clear()
 
-        while run.goes_on():  # it evaluates and saves where that is due
+        while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Play: a search and a move in each of the games
             obs, first_step = run.obs, run.global_step  # after an end run.obs is the next game's first
             states = [env.unwrapped.state for env in run.envs]
@@ -535,8 +535,8 @@ def play(agent: Network, args: Args) -> dict[str, float]:
     return {"eval/episodic_return": result_of(state) * (2 * you - 1)}
 
 
-# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
-# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
+# ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
+# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
 
 
 class UsageError(Exception):
@@ -544,7 +544,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
+    """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -567,7 +567,7 @@ def saved_args(run_dir: str | Path, **changes: object) -> Args:
 
 
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    """The command line. --help prints Args. With --resume or --evaluate, flags not given are those of the run."""
     if {"-h", "--help"} & {*sys.argv}:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
@@ -594,7 +594,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
     random play.
     """
     searching = replace(args, num_simulations=args.eval_simulations)
-    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes) // 2  # training has 0
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes) // 2  # 1: training has 0
     rng, solution, game = np.random.default_rng(seeds), solve(args.env_id), load_game(args.env_id)
     with contextlib.ExitStack() as stack:
         films = [film if args.capture_video else None] + [None] * (len(seeds) - 1)
@@ -662,7 +662,7 @@ def load(run_dir: str) -> nn.Module:
     """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
     state = load_file(Path(run_dir, "model.pt"))
     kind, dtype, values = state["action_space"]
-    values = {name: value.numpy()[()] for name, value in values.items()}
+    values = {name: value.numpy()[()] for name, value in values.items()}  # [()]: a 0-d array becomes a number
     space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
     agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
     load_file(Path(run_dir, "model.pt"), model=agent)
@@ -691,11 +691,11 @@ class Run:
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
-        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4: a single one gives PyTorch's numbers
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
@@ -759,9 +759,9 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again.
+        """Resets environment i. After --resume, it takes the episode's actions so far again: they lead to its state.
 
-        False if it ended on the way, which it had not when its actions were taken.
+        False if the episode ended on the way, so that it can't be repeated.
         """
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
@@ -785,7 +785,7 @@ class Run:
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
-        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):  # step may change actions
             self.actions[i].append(action)
             next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
             infos.append(info)
@@ -836,7 +836,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):

@@ -6,24 +6,24 @@ Two things keep this stable. Batches are drawn at random from a replay buffer, s
 And y is from a target network Q', whose weights theta' slowly follow Q's weights theta. In [3], y is a constant.
 
     [1] y = r + gamma Q'(s', a*)  with  a* = argmax_a Q'(s', a), or y = r where s' is terminal     DQN, Algorithm 1
-    [2] a* = argmax_a Q(s', a) instead: Q selects and Q' evaluates, against overestimation         Double DQN, cf. Eq. 4
+    [2] a* = argmax_a Q(s', a) instead: Q selects and Q' evaluates, against overestimation         Double DQN
     [3] L = E[(y - Q(s, a))^2]                                                                     DQN, Algorithm 1
     [4] Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')                                                Dueling, Eq. 9
     [5] explore: with probability epsilon any action, else argmax_a Q(s, a)                        DQN, Algorithm 1
-        or Boltzmann: the action a with a probability proportional to exp(Q(s, a) / temperature)
+        or Boltzmann: the action a with a probability proportional to exp(Q(s, a) / temperature)       not in the papers
     [6] hold the random action of [5] for n steps, with P(n) proportional to 1 / n^2               ez-greedy
-    [7] theta' <- tau theta + (1 - tau) theta'  every C gradient steps; tau 1: a copy              DQN, Algorithm 1
+    [7] theta' <- tau theta + (1 - tau) theta'  every C gradient steps; tau 1: DQN's copy         DDPG, Algorithm 1
 
 Paper: Mnih et al. 2015, doi:10.1038/nature14236. Double DQN: van Hasselt et al. 2016, arXiv:1509.06461. Dueling: Wang
 et al. 2016, arXiv:1511.06581. ez-greedy: Dabney et al. 2021, arXiv:2006.01782.
 
 Differs from the papers:
-- Double DQN is the default. theta' moves a little at each gradient step (soft update), as in DDPG, arXiv:1509.02971.
-- Adam, with a learning rate that falls to 0, in place of RMSprop. Epsilon falls from the first step on.
-- Vectors are normalised, the CNN starts orthogonal. The two streams of [4] begin after the last hidden layer.
+- Defaults are CartPole's, with 8 environments. Double DQN and the soft update of DDPG (arXiv:1509.02971) are default.
+- Squared error, no Huber loss. Adam, not RMSprop; its learning rate falls to 0. Epsilon falls from the first step on.
+- Vectors are normalised, the CNN starts orthogonal. [4]: no hidden layer in the two streams, no scaled gradient.
 - ez-greedy holds the action of [6] for n steps in all, 10,000 at most and within the episode, where Algorithm 1 of the
   paper holds it for n + 1 steps.
-- A time limit is not terminal. Evaluation: epsilon 0, not 0.05. Atari: sticky actions, and an episode is a whole game.
+- A time limit is not terminal, nor is a lost life (paper: yes). Evaluation: epsilon 0, not 0.05. Atari: sticky actions.
 
     python algorithms/dqn.py --env-id CartPole-v1
 """
@@ -70,10 +70,10 @@ from tqdm import tqdm
 class Args:
     # Run
     env_id: str = "CartPole-v1"  # a Gymnasium environment, or module:id if a module registers it
-    seed: int = 1  # all randomness follows from it
+    seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 50_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -82,24 +82,24 @@ class Args:
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_episodes: int = 20  # episodes of an evaluation
-    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut: Atari's half an hour
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
     learning_rate: float = 5e-4  # of Adam; paper: 2.5e-4, of RMSprop
-    anneal_lr: bool = True  # let it fall linearly to 0
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0
     gamma: float = 0.99  # discount
     buffer_size: int = 100_000  # transitions in the replay buffer; paper: 1,000,000
     batch_size: int = 128  # transitions in a gradient step; paper: 32
-    learning_starts: int = 1_000  # environment steps before the first gradient step; paper: 50,000, all random
+    learning_starts: int = 1_000  # environment steps before the first gradient step, by [5]; paper: 50,000, random ones
     train_frequency: int = 1  # environment steps, summed over all environments, per gradient step; paper: 4
     target_network_frequency: int = 1  # [7] C, gradient steps between updates of the target network; paper: 10,000
     tau: float = 0.01  # [7] share of the new weights in such an update; paper: 1, a copy
     exploration: Literal["epsilon-greedy", "ez-greedy", "boltzmann"] = "epsilon-greedy"  # [5], [6]
-    start_e: float = 1.0  # [5] at the start: epsilon, or Boltzmann's temperature, on the scale of Q
+    start_e: float = 1.0  # [5] epsilon at the start; for boltzmann the temperature, in units of Q
     end_e: float = 0.05  # [5] the same from the end of exploration_fraction on; paper: 0.1
-    exploration_fraction: float = 0.2  # share of the run in which it falls to end_e; paper: 1,000,000 frames
-    max_grad_norm: float | None = None  # clip the gradient's norm to this; None: no clipping
+    exploration_fraction: float = 0.2  # share of the run in which it falls to end_e; paper: 1M of 50M steps, 0.02
+    max_grad_norm: float | None = None  # clip the gradient's norm to this; None, as in DQN: no clipping; Dueling: 10
     norm_obs: bool = True  # normalise vector observations by their running mean and standard deviation; images: no
     huber: bool = False  # [3] as Huber loss of e = y - Q: e^2 / 2, and |e| - 1/2 where |e| > 1; paper: yes
     double_q: bool = True  # [2] Double DQN; paper: no
@@ -129,7 +129,7 @@ class RunningMeanStd(nn.Module):
         self.var += share * (var - self.var) + share * (1 - share) * delta**2  # Chan, Golub & LeVeque 1979
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
-        assert x.shape[-1:] == self.mean.shape  # one number would be taken for dim equal ones
+        assert x.shape[-1:] == self.mean.shape  # else a last dimension of 1 would be broadcast
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)  # clamped as in Baselines
 
 
@@ -157,14 +157,14 @@ class QNetwork(nn.Module):
         self.obs_shape, self.action_space = obs_shape, space
         if len(obs_shape) == 3:
             self.hidden, hidden_dim = nature_cnn(), 512
-        else:  # not orthogonal(): with its zero biases, Q would be proportional to the observation: Q(2 s) = 2 Q(s)
+        else:  # PyTorch's own start: with the zero biases of orthogonal(), hidden(2 s) would be 2 hidden(s) at first
             self.hidden = nn.Sequential(nn.Linear(*obs_shape, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
             hidden_dim = 128
         self.head = nn.Linear(hidden_dim, int(space.n))  # Q, or the advantages A of [4]
         self.value = nn.Linear(hidden_dim, 1) if args.dueling else None
         self.obs_stats = RunningMeanStd(*obs_shape) if args.norm_obs and len(obs_shape) == 1 else None
 
-    def forward(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, A)
+    def forward(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, A), for A actions
         if len(self.obs_shape) == 3:
             obs = obs / 255
         elif self.obs_stats:
@@ -231,13 +231,13 @@ class ImageReplayBuffer(ReplayBuffer):
     def add(self, obs: np.ndarray, next_obs: np.ndarray, **others: np.ndarray) -> None:
         obs, next_obs = torch.from_numpy(obs), torch.from_numpy(next_obs)  # (N, K, 84, 84)
         indices = self.next_obs[torch.arange(self.added - len(obs), self.added) % self.size]  # (N, K)
-        begun = (self.images[indices % len(self.images)] != obs).flatten(1).any(1)  # (N,): True: a new episode
+        begun = (self.images[indices % len(self.images)] != obs).flatten(1).any(1)  # (N,): obs is no successor
         new_images = torch.cat([obs[begun, -1], next_obs[:, -1]])
         new_indices = indices[-1, -1] + 1 + torch.arange(len(new_images))  # indices[-1, -1]: the newest image so far
         self.images[new_indices % len(self.images)] = new_images
         indices[begun] = new_indices[: -len(obs), None]  # an episode's first stack is one image K times
         super().add(obs=indices, next_obs=torch.cat([indices[:, 1:], new_indices[-len(obs) :, None]], 1), **others)
-        # Drop a transition once its oldest image, up to 2 num_envs K older than its newest, may be overwritten
+        # Forget transitions whose oldest image, up to 2 num_envs K older than their newest, may be overwritten
         while self.next_obs[self.oldest % self.size, -1] <= new_indices[-1] - self.size:
             self.oldest += 1
 
@@ -247,7 +247,7 @@ class ImageReplayBuffer(ReplayBuffer):
 
 
 def td_target(rewards: Tensor, terminated: Tensor, target_q: Tensor, choosing_q: Tensor, gamma: float) -> Tensor:
-    """y, (B,). target_q: Q'(s', .), (B, A). choosing_q: what the argmax of a* is over, Q' in [1] and Q in [2]."""
+    """y, (B,). target_q: Q'(s', .), (B, A), gives the value. choosing_q: Q' in [1], Q in [2], (B, A), selects a*."""
     next_actions = choosing_q.argmax(-1, keepdim=True)  # (B, 1)
     next_values = target_q.gather(-1, next_actions).squeeze(-1)  # (B,)
     assert rewards.shape == terminated.shape == next_values.shape
@@ -267,7 +267,7 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
 
 
 def explore(q_values: Tensor, epsilon: float, held: nn.Module, args: Args) -> Tensor:
-    """[5] Actions, counted from 0: (N, A) -> (N,). epsilon is Boltzmann's temperature as well. held: see train."""
+    """[5] Actions (N,), counted from 0, for Q values (N, A). For boltzmann, epsilon is the temperature. held: [6]."""
     if args.exploration == "boltzmann":  # Gumbel-max trick; -log of an Exp(1) sample is Gumbel noise
         return (q_values - epsilon * torch.empty_like(q_values).exponential_().log()).argmax(-1)
     num_envs, num_actions = q_values.shape
@@ -277,7 +277,7 @@ def explore(q_values: Tensor, epsilon: float, held: nn.Module, args: Args) -> Te
         held.actions[begins] = actions[begins]
         weights = 1 / torch.arange(1.0, 10_001) ** 2  # [6] n up to 10,000
         held.steps_left[begins] = 1 + torch.multinomial(weights, num_envs, replacement=True)[begins]
-        at_random, actions = held.steps_left > 0, held.actions.clone()
+        at_random, actions = held.steps_left > 0, held.actions.clone()  # now: who repeats a held action
         held.steps_left -= at_random.long()
     return torch.where(at_random, actions, q_values.argmax(-1))
 
@@ -308,11 +308,11 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent and returns its last evaluation. From below the ruled line it needs only Run."""
+    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         q_network = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         target_network = copy.deepcopy(q_network)
-        target_network.obs_stats = q_network.obs_stats  # one normaliser for both
+        target_network.obs_stats = q_network.obs_stats  # both see the same input; [7] moves parameters only
         optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, fused=True)
         kind_of_buffer = ImageReplayBuffer if len(run.obs_shape) == 3 else ReplayBuffer
         buffer = kind_of_buffer(args, run.obs_shape)
@@ -321,7 +321,7 @@ def train(args: Args) -> dict[str, float]:
         held.register_buffer("steps_left", torch.zeros(args.num_envs, dtype=torch.int64))
         run.start(model=q_network, target=target_network, optimizer=optimizer, buffer=buffer, held=held)
 
-        while run.goes_on():  # it evaluates and saves where that is due
+        while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: one step in each of N environments
             obs, step = run.obs, run.global_step  # where an episode has ended, run.obs is the first of the next
             epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, step)
@@ -336,12 +336,12 @@ def train(args: Args) -> dict[str, float]:
                 rewards = np.sign(rewards)  # as in the paper: -1, 0 or 1; the logged returns are not clipped
             buffer.add(obs=obs, actions=actions, rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-            # 2. Learn: a gradient step per train_frequency environment steps; N environments can make several due
+            # 2. Learn: a gradient step per train_frequency environment steps; one pass of this loop makes N of those
             learning_rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
-            done = max(0, step - args.learning_starts) // args.train_frequency  # gradient steps so far
+            made = max(0, step - args.learning_starts) // args.train_frequency  # gradient steps so far
             due = max(0, run.global_step - args.learning_starts) // args.train_frequency
-            for number in range(done + 1, due + 1):
+            for number in range(made + 1, due + 1):
                 batch = [part.to(run.device) for part in buffer.sample(args.batch_size)]
                 metrics = update(q_network, target_network, optimizer, batch, args)
                 if number % args.target_network_frequency == 0:
@@ -353,8 +353,8 @@ def train(args: Args) -> dict[str, float]:
         return run.result
 
 
-# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
-# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
+# ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
+# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
 
 
 class UsageError(Exception):
@@ -362,7 +362,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
+    """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -385,7 +385,7 @@ def saved_args(run_dir: str | Path, **changes: object) -> Args:
 
 
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    """The command line. --help prints Args. With --resume or --evaluate, flags not given are those of the run."""
     if {"-h", "--help"} & {*sys.argv}:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
@@ -401,7 +401,7 @@ def parse_args() -> Args:
 
 
 def is_image(space: gym.Space) -> bool:
-    """Bytes, 32 x 32 or more, with 1, 3 or 4 channels, first or last, or none. Smaller grids are codes."""
+    """True for bytes, 32 x 32 or more, with 1, 3 or 4 channels, first or last, or none. Smaller grids are vectors."""
     sizes = sorted(space.shape or ())
     return space.dtype == np.uint8 and len(sizes) > 1 and sizes[-2] >= 32 and sizes[:-2] in ([], [1], [3], [4])
 
@@ -443,8 +443,8 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
 
 
 def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, each in its own environment, and films the first."""
-    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    """Plays eval_episodes episodes, from the same seeds every time, each in its own environment. Films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # 1: training has 0
     returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), {}
     with contextlib.ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())  # some environments draw from these two
@@ -488,7 +488,7 @@ def load(run_dir: str) -> nn.Module:
     """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
     state = load_file(Path(run_dir, "model.pt"))
     kind, dtype, values = state["action_space"]
-    values = {name: value.numpy()[()] for name, value in values.items()}
+    values = {name: value.numpy()[()] for name, value in values.items()}  # [()]: a 0-d array becomes a number
     space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
     agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
     load_file(Path(run_dir, "model.pt"), model=agent)
@@ -517,11 +517,11 @@ class Run:
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
-        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4: a single one gives PyTorch's numbers
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
@@ -585,9 +585,9 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again.
+        """Resets environment i. After --resume, it takes the episode's actions so far again: they lead to its state.
 
-        False if it ended on the way, which it had not when its actions were taken.
+        False if the episode ended on the way, so that it can't be repeated.
         """
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
@@ -611,7 +611,7 @@ class Run:
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
-        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):  # step may change actions
             self.actions[i].append(action)
             next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
             infos.append(info)
@@ -662,7 +662,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):

@@ -5,7 +5,7 @@ reached something. HER replays a transition with such a goal in place of the tru
 would have paid. The learner does not notice: it is SAC, as sac.py explains it, and observations contain the goal g.
 
     [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal  SAC, cf. Eq. 6
-    [2] a = tanh(u), u = mean(s) + std(s) n, n ~ N(0, 1): log pi(a|s) = log N(u) - sum_j log(1 - a_j^2)  SAC, Appendix C
+    [2] a = tanh(u), u = mean(s) + std(s) e, e ~ N(0, I): log pi(a|s) = log p(u) - sum_j log(1-a_j^2)   SAC, Appendix C
     [3] temperature: minimise E[-alpha log pi(a|s) - alpha H],  a ~ pi,  H = -dim(a)                         SAC, Eq. 18
     [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                          SAC, Eq. 5
     [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                 SAC, cf. Eq. 7
@@ -71,10 +71,10 @@ from tqdm import tqdm
 class Args:
     # Run
     env_id: str = "gymnasium_robotics:FetchReach-v4"  # a Gymnasium environment, or module:id if a module registers it
-    seed: int = 1  # all randomness follows from it
+    seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 20_000  # environment steps, summed over all environments
     num_envs: int = 1  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -83,7 +83,7 @@ class Args:
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_episodes: int = 20  # episodes of an evaluation
-    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut: Atari's half an hour
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
@@ -124,7 +124,7 @@ class SAC(nn.Module):
         self.actor = network(obs_dim, 2 * action_dim)  # mean and log of the standard deviation of u in [2]
         self.critics = nn.ModuleList([network(obs_dim + action_dim, 1) for _ in range(args.num_critics)])
         self.target_critics = copy.deepcopy(self.critics)
-        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # alpha > 0; -99 is for --alpha 0
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # --alpha 0: log 0 is -inf
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, obs_dim) -> (B, action_dim), (B,)
         mean, log_std = self.actor(obs).chunk(2, -1)
@@ -247,11 +247,11 @@ def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
 
 
 def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The reparameterisation trick: a as a function of noise, so that gradients reach mean and log_std; log pi (B,)"""
+    """The reparameterisation trick: a is a function of noise, so gradients reach mean, log_std. Also log pi, (B,)."""
     u = mean + log_std.exp() * noise
-    log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # log N(u): noise is (u - mean) / std
-    log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), stable for large |u|
-    return u.tanh(), (log_normal - log_slope).sum(-1)  # [2]
+    log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # log p(u): noise is (u - mean) / std
+    log_det = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), stable for large |u|
+    return u.tanh(), (log_normal - log_det).sum(-1)  # [2]
 
 
 @torch.no_grad()
@@ -300,7 +300,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent and returns its last evaluation. From below the ruled line it needs only Run."""
+    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         optimizers = {
@@ -312,7 +312,7 @@ def train(args: Args) -> dict[str, float]:
         goals = Goals(args, run.envs[0].unwrapped)
         buffer = HindsightReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
-        while run.goes_on():  # evaluates and saves where that is due
+        while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: one step in each of N environments
             obs, first_step = run.obs, run.global_step  # before run.step, which changes both
             first = [buffer.added - len(past) for past in run.actions]  # rows where the episodes began
@@ -340,8 +340,8 @@ def train(args: Args) -> dict[str, float]:
         return run.result
 
 
-# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
-# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
+# ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
+# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
 
 
 class UsageError(Exception):
@@ -349,7 +349,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
+    """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -372,7 +372,7 @@ def saved_args(run_dir: str | Path, **changes: object) -> Args:
 
 
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    """The command line. --help prints Args. With --resume or --evaluate, flags not given are those of the run."""
     if {"-h", "--help"} & {*sys.argv}:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
@@ -408,8 +408,8 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
 
 
 def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, each in its own environment, and films the first."""
-    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    """Plays eval_episodes episodes, from the same seeds every time, each in its own environment. Films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # 1: training has 0
     returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), {}
     with contextlib.ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())  # some environments draw from these two
@@ -453,7 +453,7 @@ def load(run_dir: str) -> nn.Module:
     """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
     state = load_file(Path(run_dir, "model.pt"))
     kind, dtype, values = state["action_space"]
-    values = {name: value.numpy()[()] for name, value in values.items()}
+    values = {name: value.numpy()[()] for name, value in values.items()}  # [()]: a 0-d array becomes a number
     space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
     agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
     load_file(Path(run_dir, "model.pt"), model=agent)
@@ -482,11 +482,11 @@ class Run:
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
-        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4: a single one gives PyTorch's numbers
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
@@ -550,9 +550,9 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again.
+        """Resets environment i. After --resume, it takes the episode's actions so far again: they lead to its state.
 
-        False if it ended on the way, which it had not when its actions were taken.
+        False if the episode ended on the way, so that it can't be repeated.
         """
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
@@ -576,7 +576,7 @@ class Run:
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
-        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):  # step may change actions
             self.actions[i].append(action)
             next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
             infos.append(info)
@@ -627,7 +627,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):

@@ -7,20 +7,21 @@ so agents may cooperate, compete, or both.
 
     [1] critics: minimise E[(Q_i(x, a_1, ..., a_N) - y_i)^2]                                               MADDPG, Eq. 6
         y_i = r_i + gamma Q'_i(x', a'_1, ..., a'_N)  with  a'_j = mu'_j(o'_j), or y_i = r_i where x' is terminal for i
-    [2] actors:  maximise E[Q_i(x, a_1, ..., a_i, ..., a_N)]  with  a_i = mu_i(o_i)                        MADDPG, Eq. 5
+    [2] actors:  maximise E[Q_i(x, a_1, ..., a_i, ..., a_N)]  with  a_i = mu_i(o_i)                    MADDPG, cf. Eq. 5
     [3] targets: theta' <- tau theta + (1 - tau) theta'                                              MADDPG, Algorithm 1
 
-Agent i of N observes o_i, does a_i by its policy mu_i, and earns r_i; x is (o_1, ..., o_N). A prime marks what
-comes next, and target networks, whose weights theta' follow slowly. In [2] x and the others' actions are the buffer's.
+Agent i of N observes o_i, takes action a_i by its policy mu_i, gets reward r_i. x is (o_1, ..., o_N). A prime: the next
+step, or a target network with weights theta'. Only a'_j and, in [2], a_i do not come from the replay buffer.
 
-Papers: Lowe et al. 2017, arXiv:1706.02275. The actors' gradient: arXiv:1611.01144 (gumbel), arXiv:1709.00503 (exact).
+Papers: Lowe et al. 2017, arXiv:1706.02275; DDPG: 1509.02971. Actors' gradient: 1611.01144 (gumbel), 1709.00503 (exact).
 
 Differs from the paper:
 - Agents do not infer the others' policies, and have one policy each, not an ensemble. All learn from the same batch.
-- Gradients are not clipped; the authors' code clips their norm to 0.5. mpe2's simple_spread_v3 gives agent i half of
-  (- distances - its own collisions), not the sum over all agents.
-- Discrete actions are one-hot: argmax in y_i and in evaluation, else sampled. The authors': Gumbel-softmax everywhere.
-- As there, the mean square of an actor's outputs is a small penalty in [2], and a time limit is not a terminal state.
+- No gradient is clipped; the authors' code clips that of each weight matrix to norm 0.5. Other schedule: see Args.
+- mpe2's simple_spread_v3 gives agent i half of (- distances - its own collisions); the authors' gives each the sum.
+- Discrete actions are one-hot: argmax in y_i and in evaluation, else sampled. The authors' are soft Gumbel samples.
+- Box actions get Gaussian noise, the paper's those of a process. In the authors' code the policy itself is a Gaussian.
+- As in the authors' code, an actor's loss has a small penalty, and a time limit is not a terminal state.
 
     python algorithms/maddpg.py --env-id simple_spread_v3
 """
@@ -69,11 +70,11 @@ from tqdm import tqdm
 @dataclass
 class Args:
     # Run
-    env_id: str = "simple_spread_v3"  # one of mpe2, or module:function for another parallel one of PettingZoo
-    seed: int = 1  # all randomness follows from it
+    env_id: str = "simple_spread_v3"  # an mpe2 environment, or module:function that makes a ParallelEnv of PettingZoo
+    seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 625_000  # environment steps, summed over all environments
     num_envs: int = 25  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -82,16 +83,16 @@ class Args:
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_episodes: int = 100  # episodes of an evaluation
-    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut: Atari's half an hour
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
     algorithm: Literal["maddpg", "ddpg"] = "maddpg"  # ddpg, the paper's baseline: critics see their own agent only
     continuous_actions: bool = False  # mpe2's environments: actions in a box instead of discrete ones
-    actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # [2], discrete: from one sampled action, or from all actions
+    actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # [2], discrete: by a Gumbel-softmax sample, or all actions
     learning_rate: float = 1e-3  # of Adam, for actors and critics; paper: 0.01
-    anneal_lr: bool = False  # let it fall linearly to 0
-    beta2: float = 0.999  # of Adam; 0.9, its beta1, bounds each weight's step by the learning rate
+    anneal_lr: bool = False  # let the learning rate fall linearly to 0
+    beta2: float = 0.999  # of Adam; at 0.9, its beta1, a step moves no weight by more than the learning rate
     gamma: float = 0.95  # discount
     tau: float = 0.01  # [3] share of the new weights in an update of the targets
     hidden_size: int = 128  # units in each of the two hidden layers; paper: 64
@@ -99,8 +100,8 @@ class Args:
     batch_size: int = 256  # transitions in a gradient step; paper: 1024
     learning_starts: int = 5_000  # environment steps before the first gradient step; the authors' code: 25,600
     train_frequency: int = 10  # environment steps, summed over all environments, per gradient step; paper: 100
-    exploration_noise: float = 0.2  # std of Gaussian noise on box actions in training, for [-1, 1]; discrete: sampled
-    output_coef: float = 1e-3  # weight of the penalty in [2] on the actor's outputs, before softmax or sigmoid
+    exploration_noise: float = 0.2  # std of Gaussian noise on box actions, for a range of [-1, 1]; discrete: sampled
+    output_coef: float = 1e-3  # weight of the penalty, the mean square of an actor's outputs, in its loss; paper: 0
     opponent_dir: str | None = None  # with --evaluate: a second run; each run's adversaries play each run's good agents
 
     def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ def make_network(in_dim: int, out_dim: int, size: int) -> nn.Sequential:
 
 
 class MADDPG(nn.Module):
-    """The networks of all N agents. A name that ends in _n is that of a list, with an item for each agent."""
+    """The networks of all N agents. A name that ends in _n holds an item for each agent."""
 
     def __init__(self, args: Args, env: "JointEnv"):
         super().__init__()
@@ -128,18 +129,18 @@ class MADDPG(nn.Module):
             self.critic_n.append(make_network(in_dim, 1, args.hidden_size))
         self.target_actor_n, self.target_critic_n = copy.deepcopy(self.actor_n), copy.deepcopy(self.critic_n)
 
-    def choose(self, i: int, outputs: Tensor, explore: bool = False) -> Tensor:  # (..., action_dim), the same
-        """mu_i(o_i) from the actor's outputs. Discrete: logits -> one-hot. Box: the sigmoid, in [0, 1]."""
+    def choose(self, i: int, outputs: Tensor, explore: bool = False) -> Tensor:  # both (..., action_dim)
+        """mu_i(o_i). Discrete: logits -> one-hot, argmax or sampled. Box: the sigmoid, in [0, 1], or with noise."""
         if self.discrete_n[i]:
             chosen = torch.multinomial(outputs.softmax(-1), 1).squeeze(-1) if explore else outputs.argmax(-1)
             return nn.functional.one_hot(chosen, outputs.shape[-1]).float()
-        if explore:  # noise is meant for a box from -1 to 1, which is twice as wide
+        if explore:  # exploration_noise is for [-1, 1], and this range is half as wide
             return (outputs.sigmoid() + self.args.exploration_noise / 2 * torch.randn_like(outputs)).clamp(0, 1)
         return outputs.sigmoid()
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, explore: bool = False) -> np.ndarray:
-        """All agents' actions from all agents' observations, joined: (O,) -> (A,), or for a batch (B, O) -> (B, A)"""
+        """All agents' observations side by side, (O,) or (B, O), to all their actions side by side, (A,) or (B, A)"""
         obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
         output_n = [actor(o) for actor, o in zip(self.actor_n, obs.split(self.obs_dim_n, -1), strict=True)]
         return torch.cat([self.choose(i, outputs, explore) for i, outputs in enumerate(output_n)], -1).cpu().numpy()
@@ -160,9 +161,9 @@ class MADDPG(nn.Module):
             q = q_of(self.choose(i, outputs))
         elif self.args.actor_gradient == "gumbel":
             # Forward a one-hot sample, backward the gradient of a soft one: the straight-through Gumbel-softmax. It is
-            # biased: it uses Q_i's gradient at one-hot actions, where only Q_i's values are trained
+            # biased, even for a Q_i linear in the action. And no loss trains Q_i's slope at one-hot actions
             q = q_of(nn.functional.gumbel_softmax(outputs, hard=True))
-        else:  # exact: the expected Q_i under the softmax policy, as in mean actor-critic (y_i still uses the argmax)
+        else:  # exact: the expected Q_i under the softmax policy, as in mean actor-critic; mu'_j of [1] is the argmax
             with torch.no_grad():
                 all_actions = torch.eye(self.action_dim_n[i], device=outputs.device)
                 q_of_each = torch.stack([q_of(action.expand_as(outputs)) for action in all_actions], -1)
@@ -199,7 +200,7 @@ class ReplayBuffer:
 
 
 def update(agent: MADDPG, optimizers: dict, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
-    """Algorithm 1, but all critics, then all actors: a gradient step of each with one batch. Returns metrics to log."""
+    """A gradient step of all critics, then of all actors, with one batch: as Algorithm 1. Returns metrics to log."""
     obs, actions, rewards, terminated, next_obs = batch  # (B, O), (B, A), (B, N), (B, N), (B, O)
     obs_n, next_obs_n = obs.split(agent.obs_dim_n, -1), next_obs.split(agent.obs_dim_n, -1)
     action_n, critic_losses, metrics = actions.split(agent.action_dim_n, -1), [], {}
@@ -239,25 +240,25 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains all agents and returns their last evaluation. From below the ruled line it needs only Run."""
+    """Trains all agents, returns their last evaluation. run: obs, step (environments), goes_on (evaluates, saves)."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         n, adam = len(agent.names), {"lr": args.learning_rate, "betas": (0.9, args.beta2), "fused": True}
         optimizers = {"actors": torch.optim.Adam(agent.actor_n.parameters(), **adam)}
         optimizers["critics"] = torch.optim.Adam(agent.critic_n.parameters(), **adam)
-        widths = [*run.obs_shape, *run.action_space.shape, n, n, *run.obs_shape]
+        widths = [*run.obs_shape, *run.action_space.shape, n, n, *run.obs_shape]  # as in buffer.add
         buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), widths, run.device)
         run.start(model=agent, buffer=buffer, **optimizers)
 
-        while run.goes_on():  # it evaluates and saves where that is due
+        while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: one step in each of the environments
-            obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first
+            obs, first_step = run.obs, run.global_step  # before run.step, which changes both
             actions = agent.act(obs, explore=True)
             next_obs, _, _, _, infos = run.step(actions)
             rewards, terminated = [info["rewards"] for info in infos], [info["terminated"] for info in infos]
             buffer.add(obs, actions, rewards, terminated, next_obs)
 
-            # 2. Learn: a gradient step per train_frequency environment steps; N environments can make several due
+            # 2. Learn: a gradient step per train_frequency environment steps; one pass makes num_envs of those
             if run.global_step < args.learning_starts:
                 continue
             rate = args.learning_rate * ((1 - first_step / args.total_timesteps) if args.anneal_lr else 1)
@@ -265,12 +266,12 @@ def train(args: Args) -> dict[str, float]:
                 optimizer.param_groups[0]["lr"] = rate
             for number in range(first_step // args.train_frequency + 1, run.global_step // args.train_frequency + 1):
                 metrics = update(agent, optimizers, buffer.sample(args.batch_size), args)
-                if number % 100 == 0:  # 3. Log
+                if number % 100 == 0:  # 3. Log; number counts gradient steps
                     run.log(metrics | {"charts/learning_rate": rate})
         return run.result
 
 
-# From here to the ruled line: what replaces the other scripts' environments, as these have several agents
+# From here to the ruled line: environments and evaluation for several agents, in place of the other scripts' own
 class JointEnv(gym.Env):
     """PettingZoo's parallel environment as one of Gymnasium. All agents' observations (O,) and actions (A,) are joined:
     discrete actions one-hot, boxes rescaled to [0, 1]. The reward is the sum of the agents' rewards."""
@@ -286,7 +287,7 @@ class JointEnv(gym.Env):
         self.action_space = gym.spaces.Box(0, 1, (sum(self.action_dim_n),), np.float32)
         self.end_n = np.cumsum(self.action_dim_n)  # where an agent's actions end in a row
 
-    def row(self, obs: dict) -> np.ndarray:  # -> (O,); of an agent that has left before the others: zeros
+    def row(self, obs: dict) -> np.ndarray:  # -> (O,); zeros for an agent that has left
         agents = zip(self.names, self.obs_space_n, self.obs_dim_n, strict=True)
         parts = [gym.spaces.flatten(space, obs[name]) if name in obs else np.zeros(dim) for name, space, dim in agents]
         return np.concatenate(parts, dtype=np.float32)
@@ -303,7 +304,7 @@ class JointEnv(gym.Env):
                 share = row[end - dim : end].reshape(space.shape)  # of the way from low to high
                 actions[name] = (1 - share) * space.low + share * space.high
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
-        over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # an ended one may be gone
+        over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # agents: those still in
         info = {"benchmark": [infos[name].get("benchmark_data") for name in infos]}
         info["rewards"] = np.array([np.asarray(rewards.get(name, 0.0)).item() for name in self.names])  # (N,)
         info["terminated"] = np.array([terminated.get(name, True) for name in self.names])  # (N,); True: it left
@@ -337,10 +338,10 @@ def make_env(args: Args, film: Path | None = None, benchmark: bool = False) -> g
 
 
 def evaluate(agent: MADDPG, args: Args, film: Path) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, and films the first."""
+    """Plays eval_episodes episodes, from the same seeds every time, and films the first."""
     if args.opponent_dir is not None:
         return cross_play(agent.names, args, film)
-    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # 1: training has 0
     episodes = []
     with contextlib.ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())  # some environments draw from these two
@@ -370,10 +371,10 @@ def evaluate(agent: MADDPG, args: Args, film: Path) -> dict[str, float]:
 
 
 def measures(env_id: str, benchmark: list) -> dict[str, float]:
-    """What the paper's tables count in an episode, from mpe2's figures of each step and agent."""
+    """mpe2's measures of an episode: those in the paper's tables, and the landmarks occupied at its end."""
     if env_id == "simple_spread_v3":  # the distance of each landmark to the nearest agent, summed over landmarks
-        _, hits, ways, occupied = np.array(benchmark, dtype=float).transpose(2, 0, 1)  # (T, N) each; both count a hit
-        return {"eval/distances": ways.mean(), "eval/collisions": hits.sum() / 2, "eval/occupied": occupied[-1, 0]}
+        _, hits, distances, occupied = np.array(benchmark, dtype=float).transpose(2, 0, 1)  # (T, N); hits count twice
+        return {"eval/distances": distances.mean(), "eval/collisions": hits.sum() / 2, "eval/occupied": occupied[-1, 0]}
     if env_id == "simple_tag_v3":
         return {"eval/touches": np.sum(benchmark)}
     if env_id == "simple_adversary_v3":  # whether an agent, and the adversary, end within the target's diameter of it
@@ -388,17 +389,17 @@ def cross_play(names: list[str], args: Args, film: Path) -> dict[str, float]:
     adversaries = [i for i, name in enumerate(names) if name.startswith(("adversary", "leadadversary", "eve"))]
     if not adversaries:
         raise UsageError(f"--opponent-dir needs adversaries; --env-id {args.env_id} has {', '.join(names)}")
-    for k, (one, other) in enumerate(itertools.product([args.run_dir, args.opponent_dir], repeat=2)):
-        team, opponents = load(other), load(one)
+    for k, (foe, ally) in enumerate(itertools.product([args.run_dir, args.opponent_dir], repeat=2)):
+        team, foes = load(ally), load(foe)
         for i in adversaries:
-            team.actor_n[i] = opponents.actor_n[i]
+            team.actor_n[i] = foes.actor_n[i]
         result = evaluate(team, replace(args, opponent_dir=None), film.with_name(f"{film.name}-{k}"))
-        print(f"adversaries of {one}, others of {other}:", ", ".join(f"{name} {v:.4g}" for name, v in result.items()))
+        print(f"adversaries of {foe}, others of {ally}:", ", ".join(f"{name} {v:.4g}" for name, v in result.items()))
     return {}
 
 
-# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
-# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
+# ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
+# For learning one part matters: Run.step (what follows the end of an episode). train needs only Run.
 
 
 class UsageError(Exception):
@@ -406,7 +407,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
+    """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -429,7 +430,7 @@ def saved_args(run_dir: str | Path, **changes: object) -> Args:
 
 
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    """The command line. --help prints Args. With --resume or --evaluate, flags not given are those of the run."""
     if {"-h", "--help"} & {*sys.argv}:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
@@ -462,7 +463,7 @@ def load(run_dir: str) -> nn.Module:
     """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
     state = load_file(Path(run_dir, "model.pt"))
     kind, dtype, values = state["action_space"]
-    values = {name: value.numpy()[()] for name, value in values.items()}
+    values = {name: value.numpy()[()] for name, value in values.items()}  # [()]: a 0-d array becomes a number
     space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
     agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
     load_file(Path(run_dir, "model.pt"), model=agent)
@@ -491,11 +492,11 @@ class Run:
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
-        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4: a single one gives PyTorch's numbers
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
@@ -559,9 +560,9 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again.
+        """Resets environment i. After --resume, it takes the episode's actions so far again: they lead to its state.
 
-        False if it ended on the way, which it had not when its actions were taken.
+        False if the episode ended on the way, so that it can't be repeated.
         """
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
@@ -585,7 +586,7 @@ class Run:
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
-        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):  # step may change actions
             self.actions[i].append(action)
             next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
             infos.append(info)
@@ -636,7 +637,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):

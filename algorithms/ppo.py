@@ -1,13 +1,13 @@
 """Proximal policy optimisation (PPO): learn several times from each batch of experience, in small moves.
 
-A policy gradient is right only for data that the current policy collected. So a plain policy gradient method takes one
-step with each batch, then throws it away. PPO takes many. For each action it compares the probability that the policy
-gives it now with the probability at the time of collection. Their ratio starts at 1. Once it is above 1 + epsilon for a
-good action (A_t > 0), or below 1 - epsilon for a bad one, the objective is flat: moving further gains nothing.
+The advantage A_t is how much better action a_t was than the policy's average. A policy gradient is unbiased only for
+data of the current policy, so a plain method takes one step with each batch. PPO takes many. For each action it
+compares the probability that the policy gives it now with the one at collection. Their ratio starts at 1. Once it is
+above 1 + epsilon for a good action (A_t > 0), or below 1 - epsilon for a bad one, moving further gains nothing.
 
     [1] delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                      PPO, Eq. 12; r_t: the reward
-        A_t     = delta_t + gamma lambda A_{t+1}                                       PPO, Eq. 11; A_T = 0
-    [2] ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t)                                        PPO, Sec. 3; old: at collection
+        A_t     = delta_t + gamma lambda A_{t+1}                                       PPO, Eq. 11; delta_t at an end
+    [2] ratio_t = pi(a_t|s_t) / pi_old(a_t|s_t)                                        PPO, Sec. 3: its r_t(theta)
         L_clip  = E[min(ratio_t A_t, clip(ratio_t, 1 - epsilon, 1 + epsilon) A_t)]     PPO, Eq. 7
     [3] L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                    PPO, Eq. 9; R_t: its V_t^targ
     [4] maximise L_clip - c_1 L_value + c_2 entropy(pi)                                PPO, Eq. 9
@@ -15,12 +15,12 @@ good action (A_t > 0), or below 1 - epsilon for a bad one, the objective is flat
 Paper: Schulman et al. 2017, arXiv:1707.06347. Advantages [1]: GAE, Schulman et al. 2016, arXiv:1506.02438.
 
 Differs from the paper:
-- As in OpenAI Baselines: R_t [3]; advantages are normalised in each minibatch, the gradient's norm is clipped, weights
-  start orthogonal, Adam's epsilon is 1e-5, rewards are divided by the standard deviation of the return, and clipped.
+- As in OpenAI Baselines: R_t [3]; advantages normalised in each minibatch, clipped gradient norm, orthogonal weights,
+  Adam's epsilon 1e-5, rewards over the standard deviation of the return, clipped. Unlike it, L_value is not clipped.
 - Defaults are LunarLander's. The learning rate falls to 0 in all tasks; in the paper it and epsilon do, on Atari only.
 - A time limit is not a terminal state: the value of the last observation stands for the rest of the episode.
-- Box actions are scaled to [-1, 1] and clipped. Evaluation takes the most likely actions.
-- Atari (ALE/...): the Nature CNN, a larger one than the paper's; sticky actions; an episode is a whole game.
+- Box actions are scaled to [-1, 1] and clipped. Evaluation takes the most likely action; the paper scores training.
+- Atari (ALE/...): rewards are signs; the larger Nature CNN; sticky actions; a lost life ends nothing.
 
     python algorithms/ppo.py --env-id LunarLander-v3
 """
@@ -67,10 +67,10 @@ from tqdm import tqdm
 class Args:
     # Run
     env_id: str = "LunarLander-v3"  # a Gymnasium environment, or module:id if a module registers it
-    seed: int = 1  # all randomness follows from it
+    seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 500_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -79,27 +79,27 @@ class Args:
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_episodes: int = 20  # episodes of an evaluation
-    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut: Atari's half an hour
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
     learning_rate: float = 5e-4  # of Adam or RMSprop; paper: 3e-4 (MuJoCo), 2.5e-4 (Atari)
-    anneal_lr: bool = True  # let it fall linearly to 0
-    num_steps: int = 512  # T, of each environment in a batch; paper: 2048 in 1 (MuJoCo), 128 in 8 (Atari)
-    num_minibatches: int = 64  # their number, not their size; paper: 2048 / 64 = 32 (MuJoCo), 1024 / 256 = 4 (Atari)
+    anneal_lr: bool = True  # let the learning rate fall linearly to 0; paper: only on Atari, and clip_coef too
+    num_steps: int = 512  # T, the horizon: steps of each environment in a batch; paper: 2048 (MuJoCo), 128 (Atari)
+    num_minibatches: int = 64  # in a batch, here of 8 x 512 / 64 = 64 steps; paper: 32 of 64 (MuJoCo), 4 of 256 (Atari)
     update_epochs: int = 12  # passes over the batch; paper: 10 (MuJoCo), 3 (Atari)
     gamma: float = 0.999  # discount; paper: 0.99
     gae_lambda: float = 0.96  # [1] lambda; paper: 0.95
     clip_coef: float = 0.2  # [2] epsilon; paper: 0.2 (MuJoCo), 0.1 (Atari)
-    vf_coef: float = 0.5  # [4] c_1; paper: 1 (Atari); CleanRL's 0.5 is 0.25 here, since it halves the loss as well
+    vf_coef: float = 0.5  # [4] c_1; paper: 1 (Atari). CleanRL halves the loss, so its 0.5 is 0.25 here
     ent_coef: float = 0.0  # [4] c_2; paper: 0 (MuJoCo), 0.01 (Atari)
-    max_grad_norm: float = 0.5  # gradients with a larger norm (losses/grad_norm) are scaled down to it
-    target_kl: float | None = None  # no further epochs once an epoch's last approx_kl is larger; None: no limit
+    max_grad_norm: float = 0.5  # clip the gradient's norm (losses/grad_norm) to this; paper: no clipping
+    target_kl: float | None = None  # stop after an epoch whose last minibatch has a larger approx_kl; None: never
     norm_adv: bool = True  # normalise the advantages of each minibatch
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation; images: no
-    norm_reward: bool = True  # divide rewards by the running standard deviation of the return; Atari: always signs
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the return; Atari: they become signs
     log_std_init: float = 0.0  # of Box actions, scaled to [-1, 1]: log of the standard deviation at the start
-    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: as in Baselines' A2C, PPO's predecessor
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: that of Baselines' A2C, for comparison
     compile: bool = False  # torch.compile the loss, which takes some 20 s once
 
     def __post_init__(self) -> None:
@@ -126,12 +126,12 @@ class RunningMeanStd(nn.Module):
         self.var += share * (var - self.var) + share * (1 - share) * delta**2  # Chan, Golub & LeVeque 1979
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
-        assert x.shape[-1:] == self.mean.shape  # one number would be taken for dim equal ones
+        assert x.shape[-1:] == self.mean.shape  # else a last dimension of 1 would be broadcast
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)  # clamped as in Baselines
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the deviation of discounted sums of past rewards, so that V is near scale 1 in any task."""
+    """Divides rewards by the running standard deviation of their discounted sums, so that V has similar sizes."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
@@ -174,7 +174,7 @@ def nature_cnn() -> nn.Sequential:
 
 
 class ActorCritic(nn.Module):
-    """The policy and V: two separate networks for vectors, two heads on one CNN for images. space: of the actions."""
+    """The policy and V: two networks for vectors, two heads on one CNN for images. space: the action space."""
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], space: gym.Space):
         super().__init__()
@@ -213,17 +213,17 @@ class ActorCritic(nn.Module):
             return normal.log_prob(actions).sum(-1), normal.entropy().sum(-1)
         log_prob, entropy = 0.0, 0.0
         for logits, action in zip(outputs.split(self.sizes, -1), actions.split(1, -1), strict=True):
-            log_probs = logits.log_softmax(-1)  # Categorical would be slower than the networks
+            log_probs = logits.log_softmax(-1)  # faster than Categorical
             log_prob = log_prob + log_probs.gather(-1, action).squeeze(-1)
             entropy = entropy - (log_probs.exp() * log_probs).sum(-1)
         return log_prob, entropy
 
     @torch.no_grad()
     def sample(self, obs: Tensor, mode: bool = False) -> Tensor:  # (B, *obs_shape) -> (B, K or D)
-        outputs = self.actor(self.features(obs))  # mode: the most likely actions instead of a sample
+        outputs = self.actor(self.features(obs))  # with mode the most likely actions are wanted, else a sample
         if not self.discrete:
             return outputs if mode else outputs + self.log_std.exp() * torch.randn_like(outputs)
-        if not mode:  # Gumbel-max trick: argmax(logits + Gumbel noise) is a sample of softmax(logits)
+        if not mode:  # argmax(logits + Gumbel noise) is a sample; -log of an Exp(1) sample is Gumbel noise
             outputs = outputs - torch.empty_like(outputs).exponential_().log()
         return torch.stack([logits.argmax(-1) for logits in outputs.split(self.sizes, -1)], -1)
 
@@ -255,7 +255,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
 
 
 def ppo_loss(log_prob, entropy, values, old_log_prob, advantages, returns, args: Args) -> tuple[Tensor, dict]:
-    """The loss and its metrics, of (B,) tensors: three of the networks as they are now, three that the batch fixes."""
+    """The loss and its metrics. All (B,): log_prob, entropy and values are of the networks now, the rest is fixed."""
     assert log_prob.shape == entropy.shape == values.shape == old_log_prob.shape == advantages.shape == returns.shape
     if args.norm_adv:  # correction=0: a single row must not become NaN
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
@@ -266,7 +266,7 @@ def ppo_loss(log_prob, entropy, values, old_log_prob, advantages, returns, args:
     value_loss = (values - returns).square().mean()  # [3]
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()  # [4]
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean()}
-    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # k3 of joschu.net/blog/kl-approx.html: never negative
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # of KL(pi_old || pi): k3 of joschu.net/blog/kl-approx.html
     metrics["clipfrac"] = (ratio != clipped_ratio).float().mean()  # share of ratios outside of 1 +- epsilon
     return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
@@ -280,7 +280,7 @@ def update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: tuple[Te
         return ppo_loss(log_prob, entropy, values, old_log_prob, advantages, returns, args)
 
     minibatch_size, history = args.num_envs * args.num_steps // args.num_minibatches, []
-    compiled_loss = torch.compile(loss_of) if args.compile else loss_of
+    compiled_loss = torch.compile(loss_of) if args.compile else loss_of  # PyTorch keeps the code between calls
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(batch[0]), device=batch[0].device).split(minibatch_size):
             # The run's last batch may be short: its last minibatch is not worth another compilation
@@ -304,7 +304,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent and returns its last evaluation. From below the ruled line it needs only Run."""
+    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         scaler = RewardScaler(args.num_envs, args.gamma)
@@ -313,7 +313,7 @@ def train(args: Args) -> dict[str, float]:
         else:
             optimizer = torch.optim.RMSprop(agent.parameters(), args.learning_rate, alpha=0.99, eps=1e-5)
         run.start(model=agent, optimizer=optimizer, scaler=scaler)  # what a checkpoint holds
-        while run.goes_on():  # evaluates and saves where that is due
+        while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: T steps in each of N environments, fewer at the end of the run
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
@@ -325,9 +325,9 @@ def train(args: Args) -> dict[str, float]:
                 observations.append(torch.from_numpy(run.obs).to(run.device))
                 actions.append(agent.sample(observations[t]))
                 next_obs, rewards[t], terminated[t], truncated[t], _ = run.step(agent.to_env(actions[t]))
-                next_observations.append(torch.from_numpy(next_obs).to(run.device))  # run.obs, except at ends
+                next_observations.append(torch.from_numpy(next_obs).to(run.device))  # run.obs, but at an end
 
-            # 2. Advantages and returns, before the networks change
+            # 2. Advantages and returns. The networks are still those that acted: one pass gives pi_old and V_old
             observations, actions = torch.cat(observations), torch.cat(actions)  # (T * N, *obs_shape), (T * N, K or D)
             with torch.no_grad():
                 outputs, values = agent(observations)
@@ -335,7 +335,7 @@ def train(args: Args) -> dict[str, float]:
                 _, next_values = agent(torch.cat(next_observations))
             values, next_values = (v.view(num_steps, args.num_envs).cpu().numpy() for v in (values, next_values))
             if args.env_id.startswith("ALE/"):
-                rewards = np.sign(rewards)
+                rewards = np.sign(rewards)  # as in the DQN paper; the logged returns are not clipped
             elif args.norm_reward:
                 rewards = scaler(rewards, terminated | truncated)
             advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
@@ -347,15 +347,15 @@ def train(args: Args) -> dict[str, float]:
             if args.norm_obs and len(run.obs_shape) == 1:
                 agent.obs_stats.update(observations)  # only now: in [2] pi and pi_old need the same input
 
-            # 4. Log; explained_variance: 1 if V foresaw the returns, 0 if a constant would do as well
+            # 4. Log; explained_variance: 1 if V predicted the returns, 0 if a constant would do as well
             metrics["losses/explained_variance"] = 1 - np.var(returns - values) / (np.var(returns) + 1e-8)
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             run.log(metrics)
         return run.result
 
 
-# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----
-# Only evaluate, which plays the policy, is about reinforcement learning. train needs no more than Run and its methods.
+# ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
+# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
 
 
 class UsageError(Exception):
@@ -363,7 +363,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in frequencies that are None."""
+    """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -386,7 +386,7 @@ def saved_args(run_dir: str | Path, **changes: object) -> Args:
 
 
 def parse_args() -> Args:
-    """The command line. With --resume or --evaluate, flags that are not given are those of the run."""
+    """The command line. --help prints Args. With --resume or --evaluate, flags not given are those of the run."""
     if {"-h", "--help"} & {*sys.argv}:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
@@ -402,7 +402,7 @@ def parse_args() -> Args:
 
 
 def is_image(space: gym.Space) -> bool:
-    """Bytes, 32 x 32 or more, with 1, 3 or 4 channels, first or last, or none. Smaller grids are codes."""
+    """True for bytes, 32 x 32 or more, with 1, 3 or 4 channels, first or last, or none. Smaller grids are vectors."""
     sizes = sorted(space.shape or ())
     return space.dtype == np.uint8 and len(sizes) > 1 and sizes[-2] >= 32 and sizes[:-2] in ([], [1], [3], [4])
 
@@ -444,8 +444,8 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
 
 
 def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
-    """Plays the same eval_episodes episodes every time, each in its own environment, and films the first."""
-    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # training has 0
+    """Plays eval_episodes episodes, from the same seeds every time, each in its own environment. Films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # 1: training has 0
     returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), {}
     with contextlib.ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())  # some environments draw from these two
@@ -489,7 +489,7 @@ def load(run_dir: str) -> nn.Module:
     """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
     state = load_file(Path(run_dir, "model.pt"))
     kind, dtype, values = state["action_space"]
-    values = {name: value.numpy()[()] for name, value in values.items()}
+    values = {name: value.numpy()[()] for name, value in values.items()}  # [()]: a 0-d array becomes a number
     space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
     agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
     load_file(Path(run_dir, "model.pt"), model=agent)
@@ -518,11 +518,11 @@ class Run:
         self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
         small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
-        self.returns, self.actions = np.zeros(args.num_envs), [[]] * args.num_envs  # of the episodes in progress
+        self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(1 if small else torch.get_num_threads())
         random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # 4: a single one gives PyTorch's numbers
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
@@ -586,9 +586,9 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. An episode is its seed and its actions: those that were taken are taken again.
+        """Resets environment i. After --resume, it takes the episode's actions so far again: they lead to its state.
 
-        False if it ended on the way, which it had not when its actions were taken.
+        False if the episode ended on the way, so that it can't be repeated.
         """
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
@@ -612,7 +612,7 @@ class Run:
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
-        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):  # step may change actions
             self.actions[i].append(action)
             next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
             infos.append(info)
@@ -663,7 +663,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model.pt and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):

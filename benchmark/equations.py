@@ -37,7 +37,7 @@ def lines_of(script: str, number: int) -> list[int]:
     lines = script.splitlines()
     flags = next(i for i, line in enumerate(lines) if line.startswith("class Args"))
     first = next(i for i in range(flags + 1, len(lines)) if re.match(r"\S", lines[i]))
-    last = next(i for i, line in enumerate(lines) if re.match("# ---- Below this line every script", line))
+    last = next(i for i, line in enumerate(lines) if line.startswith("# ---- Below this line"))
     for pattern in rf"# (\[\d+\](, | and | to ))*\[{number}\]", rf'"""\[{number}\]':
         if hits := [i + 1 for i in range(first, last) if re.search(pattern, lines[i])]:
             return hits

@@ -17,7 +17,9 @@ each_rewritten = pytest.mark.parametrize(
     "path", [path for path in SCRIPTS if path.stem not in TEXT], ids=lambda path: path.stem
 )
 EXEMPLAR = ROOT / "algorithms" / "ppo.py"
-RULED_LINE = "# ---- Below this line every script is the same: command line, environments, evaluation, run folder ----"
+RULED_LINE = (
+    "# ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----"
+)
 RULED_LINE_OF_TEXT = (
     "# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----"
 )

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 from conftest import ROOT, SCRIPTS, rows, start, tiny
+from test_consistency import RULED_LINE_OF_TEXT
 
 from benchmark import equations
 
@@ -33,7 +34,7 @@ def metrics_explained(section: str) -> set[str]:
 def metrics_in_source(path) -> set[str]:
     """Whole names, and patterns for those that are put together."""
     found, parts = set(), set()
-    own, _, _ = path.read_text().partition("# ---- Below this line every script on text")
+    own, _, _ = path.read_text().partition(RULED_LINE_OF_TEXT)
     tree = ast.parse(own)
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -153,7 +154,7 @@ def test_equations_are_read_as_they_stand():
     script = (
         '"""[1]"""\nclass Args:\n    a: int  # [1] not here\n\ndef f():\n    """Also [1]."""\n    return 1  # [1]\n'
     )
-    script += "# see [1]\n# [2], [1]\n# ---- Below this line every script is the same\n# [1]\n"
+    script += "# see [1]\n# [2], [1]\n# ---- Below this line nothing learns\n# [1]\n"
     assert equations.lines_of(script, 1) == [7, 9]
     assert equations.lines_of(script.replace("# [", "# see ["), 1) == []
     assert equations.lines_of(script.replace("# [", "# see [").replace("Also [1]", "[1]"), 1) == [6]
