@@ -435,6 +435,36 @@ FACTS = {
             "--play": "--evaluate",
         },
     ),
+    "iql": Facts(
+        task="FrozenLake-v1", env_class="gymnasium.envs.toy_text.FrozenLakeEnv", quarter=64,
+        logged=["losses/value_loss", "losses/actor_loss", "losses/qf1_loss", "losses/values", "losses/clipfrac"],
+        tiny=flags(
+            "--env-id FrozenLake-v1 --batch-size 8 --eval-episodes 2 --eval-frequency 64 --checkpoint-frequency 64"
+            " --total-timesteps 256"
+        ),
+        resumed=[flags("--total-timesteps 1024 --norm-obs")],
+        changes={
+            "seed": 2, "total_timesteps": 128, "eval_frequency": 64, "checkpoint_frequency": 128,
+            "capture_video": True, "learning_rate": 1e-2, "anneal_lr": False, "gamma": 0.5, "tau": 0.5,
+            "batch_size": 16, "expectile": 0.5, "temperature": 0.5, "max_weight": 1.0, "return_range": 10.0,
+            "norm_obs": True, "env_id": None, "dataset": None, "eval_episodes": None,  # tested in test_iql.py
+        },
+        mistakes={
+            "--dataset nothing-here.npz": "nothing-here",
+            "--dataset nothing-here": "minari",
+            "--tau 1.1": "--tau",
+            "--batch-size 0": "--batch-size",
+            "--expectile 1.1": "--expectile",
+            "--temperature -1": "--temperature",
+            "--max-weight -1": "--max-weight",
+            "--return-range -1": "--return-range",
+            "--norm-obs maybe": "maybe",
+            "--env-id CliffWalking-v1": "FrozenLake-v1",
+            "--env-id CarRacing-v3": "ppo.py",
+            "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+            "--env-id OddIntegerAction-v0": "Box",
+        },
+    ),
     "td3": Facts(
         task="Pendulum-v1", env_class="gymnasium.envs.classic_control.PendulumEnv", rate="q-lr",
         tiny=flags(

@@ -37,6 +37,7 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
     "sac": {"make_env": VECTORS},
     "her": {"make_env": VECTORS},
     "reinforce": {"make_env": VECTORS},
+    "iql": {"make_env": VECTORS},
     "q_learning": {
         "make_env": "states are numbers", "evaluate": "exact returns as well", "Run.__init__": "states are numbers",
         "Run.start": "states have no shape", "Run.step": "one environment; arrays would take most of the time",
@@ -70,15 +71,17 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
     },
 }  # fmt: skip
 HEADINGS = ["Run", "Evaluation", "Algorithm"]  # of the flags
-MISSING_FLAGS = {"q_learning": {"num_envs", "device"}, "reinforce": {"num_envs"}}
+MISSING_FLAGS = {"q_learning": {"num_envs", "device"}, "reinforce": {"num_envs"}, "iql": {"num_envs"}}
 OWN_WORDS = {  # common flags with another comment
     "maddpg": {"env_id"},  # Gymnasium has none of its environments
     "alphazero": {"env_id", "device"},  # nor of its; and each board is a vector, so auto is always the CPU
     "q_learning": {"total_timesteps"}, "reinforce": {"total_timesteps"},  # of one environment
+    "iql": {"total_timesteps"},  # gradient steps
 }  # fmt: skip
 OWN_FLAGS_OF_PREFERENCES = {"model_name", "total_timesteps", "eval_replies", "max_new_tokens", "reward", "replies"}
 LENGTHS = {  # lines at most above the ruled line, where the algorithm is
     "q_learning": 290, "reinforce": 290, "td3": 270, "sac": 270, "her": 350, "maddpg": 400,
+    "iql": 350,
     "alphazero": 537,  # the aim is 350: the game, its exact solution, its picture and a game against you take 140
     "ppo": 356, "dqn": 355,  # the aim is 350: they also take images
     "sft": 345,  # the aim is 300: reading the columns of people's data sets takes 100
@@ -92,7 +95,7 @@ SHARED_LENGTH = 363
 # The aim is 260. Reading files, chats and templates takes 110, models, LoRA and rewards 100, the rest 220. Those that
 # learn from replies of their own have what writes these, and what reads prompts: 130 more
 SHARED_LENGTH_OF_TEXT = {"reward_model": 433, "sft": 446, "dpo": 454, "grpo": 567, "ppo_rlhf": 567}
-BROUGHT_BY_OTHERS = {"ale_py", "matplotlib", "peft"}  # an extra of Gymnasium; and what only some flags need
+BROUGHT_BY_OTHERS = {"ale_py", "matplotlib", "minari", "peft"}  # an extra of Gymnasium; what only some flags need
 PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "pyspiel": "open-spiel"}  # of modules with another name
 
 

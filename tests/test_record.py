@@ -1,0 +1,220 @@
+"""record.py: the same command makes the same bits, transitions follow each other, ends are what they were."""
+
+import hashlib
+import importlib
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call, tiny
+
+from algorithms import dqn, iql, sac
+from benchmark import record
+
+SHIPPED = ROOT / "benchmark" / "offline" / "frozenlake"
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["benchmark/record.py", *map(str, flags)])
+    record.main()
+
+
+def data_of(folder):
+    return dict(np.load(Path(folder, "data.npz"))), json.loads(Path(folder, "data.json").read_text())
+
+
+def digest(folder):
+    return hashlib.sha256(Path(folder, "data.npz").read_bytes()).hexdigest()
+
+
+def assert_in_order(data):
+    """Each transition begins where the one before has led, or after an end."""
+    ends = data["terminations"] | data["truncations"]
+    follows = (data["observations"][1:] == data["next_observations"][:-1]).reshape(len(ends) - 1, -1).all(1)
+    assert (follows | ends[:-1]).all()
+    assert ends[-1]
+
+
+def test_random_actions_in_a_table_by_the_environments_own_rules(monkeypatch):
+    flags = "--policy", "random", "--env-id", "FrozenLake-v1", "--steps", 3000
+    run(monkeypatch, *flags, "--output", "a")
+    data, about = data_of("a")
+    assert [*data] == [*iql.ARRAYS]
+    assert {len(array) for array in data.values()} == {3000}
+    assert_in_order(data)
+    table = gym.make("FrozenLake-v1").unwrapped.P
+    for s, a, r, ended, _, s2 in zip(*data.values(), strict=True):
+        assert (s2, r, ended) in [outcome[1:] for outcome in table[s][a]]
+    assert np.bincount(data["actions"], minlength=4) == pytest.approx(750, abs=120)
+    assert about["env_id"] == "FrozenLake-v1"
+    assert shlex.split(about["command"])[1:] == ["benchmark/record.py", *map(str, flags), "--output", "a"]
+    ends = np.flatnonzero(data["terminations"] | data["truncations"])
+    assert about["episodes"] == len(ends) - 1, "the last one is cut"
+    assert about["mean_return"] == pytest.approx(data["rewards"][: ends[-2] + 1].sum() / (len(ends) - 1))
+    assert about["command"] in Path("a/README.md").read_text()
+    for name, more in {"b": [], "c": ["--seed", 2]}.items():
+        run(monkeypatch, *flags, *more, "--output", name)
+    assert digest("a") == digest("b") != digest("c")
+
+
+def test_time_limits_are_truncations(monkeypatch):
+    run(monkeypatch, "--policy", "random", "--env-id", "Pendulum-v1", "--steps", 450, "--output", "a")
+    data, _ = data_of("a")
+    assert np.flatnonzero(data["truncations"]).tolist() == [199, 399, 449]
+    assert not data["terminations"].any()
+    assert data["observations"].shape == (450, 3)
+    assert data["actions"].shape == (450, 1)
+    assert_in_order(data)
+    run(monkeypatch, "--policy", "random", "--env-id", "CliffWalking-v1", "--steps", 1001, "--output", "b")
+    assert np.flatnonzero(data_of("b")[0]["truncations"]).tolist() == [999, 1000], "where there is none, 1,000 steps"
+
+
+@pytest.fixture
+def trained(cli, tmp_path_factory):
+    """A tiny run of a script; one serves all tests."""
+
+    def make(script, *flags):
+        if (script, flags) not in TRAINED:
+            run_dir = tmp_path_factory.mktemp("trained") / "run"
+            assert cli(script, *tiny(script, *flags), "--run-dir", run_dir)[0] == 0
+            TRAINED[script, flags] = run_dir
+        return TRAINED[script, flags]
+
+    return make
+
+
+TRAINED = {}
+
+
+@pytest.mark.parametrize(
+    ("script", "env_id"),
+    [("q_learning", "FrozenLake-v1"), ("dqn", "FrozenLake-v1"), ("td3", "Pendulum-v1"), ("iql", "FrozenLake-v1")],
+)
+def test_a_trained_agents_own_actions(script, env_id, trained, monkeypatch):
+    run_dir = trained(script, "--env-id", env_id)
+    run(monkeypatch, "--run-dir", run_dir, "--steps", 150, "--output", "a")
+    data, about = data_of("a")
+    assert_in_order(data)
+    agent = importlib.import_module(f"algorithms.{script}").load(str(run_dir))
+    seen = data["observations"]
+    if script in ("dqn", "iql"):
+        seen = np.eye(16)[seen]
+    expected = np.stack([agent.act(row) for row in seen])
+    assert np.array_equal(data["actions"], expected)
+    assert about["behaviour"] == f"{script} on {env_id}, seed 1"
+
+
+def test_shares_of_random_actions_and_agents_in_turn(trained, monkeypatch):
+    class Always:
+        obs_shape, action_space = (16,), gym.spaces.Discrete(4)
+
+        def __init__(self, action):
+            self.action = action
+
+        def act(self, obs):
+            return np.int64(self.action)
+
+    args = record.Args(output=Path("a"), steps=4000, random_share=0.4)
+    data = record.play(args, "FrozenLake-v1", [Always(1), Always(2)])
+    episode = np.concatenate([[0], (data["terminations"] | data["truncations"]).cumsum()[:-1]])
+    for agent, action in (0, 1), (1, 2):
+        share = (data["actions"][episode % 2 == agent] == action).mean()
+        assert share == pytest.approx(0.6 + 0.4 / 4, abs=0.04)
+    args.random_share = 0
+    data = record.play(args, "FrozenLake-v1", [Always(3)])
+    assert (data["actions"] == 3).all()
+
+
+def test_scores_of_d4rl_by_hand():
+    data = {"rewards": np.array([1000.0, 477.13, 5.0]), "terminations": np.array([False, True, False])}
+    data["truncations"] = np.array([False, False, True])
+    about = record.summary(data, "Hopper-v5")
+    assert about["episodes"] == 1
+    assert about["d4rl_score"] == pytest.approx(100 * (1477.13 + 20.272305) / (3234.3 + 20.272305))
+    assert "d4rl_score" not in record.summary(data, "FrozenLake-v1")
+
+
+@pytest.mark.parametrize(("script", "module"), [("dqn", dqn), ("sac", sac)])
+def test_a_replay_buffer_is_taken_out_as_it_was_kept(script, module, trained, monkeypatch):
+    run_dir = trained(script)
+    run(monkeypatch, "--run-dir", run_dir, "--replay-buffer", "--output", "a")
+    data, about = data_of("a")
+    buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
+    env_id, kept, names = about["env_id"], len(data["rewards"]), ("obs", "next_obs", "rewards", "terminated", "actions")
+    if script == "dqn":
+        num_envs = dqn.saved_args(run_dir).num_envs
+        first = buffer["added"].item() - kept
+        order = np.arange(first, first + kept).reshape(-1, num_envs).T.flatten() % len(buffer["obs"])
+        columns = {name: buffer[name].numpy()[order] for name in names}
+    else:
+        columns = {name: buffer[name].numpy().swapaxes(0, 1).reshape(kept, *buffer[name].shape[2:])
+                   for name in names}  # fmt: skip
+        columns["actions"] = 2 * columns["actions"]  # Pendulum's go from -2 to 2
+    assert np.array_equal(data["observations"], columns["obs"])
+    assert np.array_equal(data["next_observations"], columns["next_obs"])
+    assert np.array_equal(data["rewards"], columns["rewards"])
+    assert np.array_equal(data["terminations"], columns["terminated"] > 0)
+    np.testing.assert_allclose(data["actions"], columns["actions"], rtol=1e-6)
+    assert_in_order(data)
+    if script == "sac":
+        assert np.diff(np.flatnonzero(data["truncations"])).tolist() == [200] * 4 + [24] + [200] * 5 + [24], (
+            "time limits"
+        )
+    args = iql.Args(env_id=env_id, dataset="a")
+    if script == "sac":
+        assert len(iql.read_dataset(args, iql.make_env(args))["rewards"]) == kept, "iql.py can read it"
+    run(monkeypatch, "--run-dir", run_dir, "--replay-buffer", "--steps", 100, "--output", "last")
+    assert len(data_of("last")[0]["rewards"]) == 100
+
+
+WRONG = {
+    "": "--run-dir, or --policy random",
+    "--policy random": "--env-id",
+    "--policy random --env-id Nowhere-v0": "Nowhere",
+    "--policy random --env-id CarRacing-v3": "vectors",
+    "--policy random --env-id FrozenLake-v1 --random-share 2": "--random-share",
+    "--policy random --env-id FrozenLake-v1 --steps 0": "--steps",
+    "--policy random --env-id FrozenLake-v1 --replay-buffer": "--replay-buffer",
+    "--run-dir nothing-here": "nothing-here",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_mistakes_are_one_line(flags, monkeypatch):
+    with pytest.raises(record.UsageError, match=WRONG[flags]):
+        run(monkeypatch, *flags.split(), "--output", "a")
+    assert not Path("a").exists()
+
+
+def test_mistakes_of_runs_and_folders(trained, monkeypatch):
+    run_dir = trained("q_learning", "--env-id", "FrozenLake-v1")
+    with pytest.raises(record.UsageError, match="sac, td3 and dqn"):
+        run(monkeypatch, "--run-dir", run_dir, "--replay-buffer", "--output", "a")
+    with pytest.raises(record.UsageError, match="not what the agent was trained in"):
+        run(monkeypatch, "--run-dir", run_dir, "--env-id", "CliffWalking-v1", "--output", "a")
+    run(monkeypatch, "--run-dir", run_dir, "--steps", 5, "--output", "a")
+    before = digest("a")
+    with pytest.raises(record.UsageError, match="holds a data set"):
+        run(monkeypatch, "--run-dir", run_dir, "--steps", 5, "--output", "a")
+    assert digest("a") == before
+
+
+def test_the_shipped_data_are_made_again_by_their_commands(tmp_path):
+    """To the bit: the first command trains the behaviour policy, the second is in data.json."""
+    assert (SHIPPED / "data.npz").stat().st_size < 100_000
+    (trained_by,) = data_of(SHIPPED)[1]["trained_by"]
+    flags = shlex.split(trained_by)[2:]
+    assert call("q_learning", *flags, cwd=tmp_path).returncode == 0
+    _, about = data_of(SHIPPED)
+    command = shlex.split(about["command"])[2:]
+    assert command[-2:] == ["--output", "benchmark/offline/frozenlake"]
+    result = call(ROOT / "benchmark" / "record.py", *command[:-1], "again", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    arrays, again = data_of(SHIPPED)[0], data_of(tmp_path / "again")[0]
+    assert all(np.array_equal(arrays[name], again[name]) for name in iql.ARRAYS)
+    assert digest(SHIPPED) == digest(tmp_path / "again")
