@@ -1,17 +1,17 @@
 """Direct preference optimisation (DPO): fine-tune a language model on pairs of replies, of which people prefer one.
 
-Reinforcement learning from human feedback fits a reward model r to the preferences, then has the language model pi
-maximise r less beta times its KL divergence from the reference pi_ref, the model at the start. The optimum is known
-[2]. Solved for r, it says that each policy is optimal for some reward, its implicit reward [3]. DPO fits that to the
-preferences, as a classifier would: no reward model, no sampling. x is a prompt, y a reply; y_w was preferred to y_l.
-Only the difference of two rewards counts: both replies may become less likely, which --nll-coef [7] counteracts.
+Reinforcement learning from human feedback (RLHF) fits a reward model r to the preferences. It then trains the language
+model pi to maximise r - beta KL(pi || pi_ref), where pi_ref, the reference, is pi before training. The optimum is known
+[2]. Solved for r, it gives each policy's implicit reward [3]. DPO fits that to the preferences: no reward model, no
+sampling. x is a prompt, y a reply; y_w was preferred to y_l. Only the margin m counts: log pi(y_w|x) may fall if
+log pi(y_l|x) falls faster; --nll-coef [7] works against it. Default: reviews with a known reward (benchmark/reviews).
 
     [1] log pi(y|x) = sum over the tokens of y, its end included, of log pi(y_t | x, y_<t)
     [2] pi*(y|x) proportional to pi_ref(y|x) exp(r(x, y) / beta)                      DPO, Eq. 4
     [3] r(x, y) = beta log(pi(y|x) / pi_ref(y|x)), up to a function of x              DPO, Eq. 5
     [4] sigmoid: L = -(1 - epsilon) log P - epsilon log(1 - P)                        DPO, Eq. 7; cDPO, Eq. 3
         with P = sigmoid(m), m = r(x, y_w) - r(x, y_l)                                DPO, Eq. 1 (Bradley-Terry)
-    [5] hinge: L = max(0, 1 - m)            ipo: L = (m / beta - 1 / (2 beta))^2      RSO; IPO, Eq. 17 (its tau: beta)
+    [5] hinge: L = max(0, 1 - m) (RSO)   ipo: L = (m / beta - 1 / (2 beta))^2 (IPO, Eq. 17; beta is its tau)
     [6] simpo: L = -log sigmoid(m - gamma), but with r(x, y) = beta log pi(y|x) / |y|            SimPO
     [7] added to L: -alpha log pi(y_w|x) / |y_w|                                      Iterative RPO
 
@@ -19,7 +19,9 @@ Paper: Rafailov et al. 2023, arXiv:2305.18290. cDPO: Mitchell 2023. RSO: arXiv:2
 SimPO: arXiv:2405.14734. Iterative RPO: arXiv:2404.19733.
 
 Differs from the papers:
-- AdamW, not RMSprop; the learning rate rises, then falls to 0. The default one suits the default task's small model.
+- AdamW, not RMSprop; batches of similar length; bfloat16 autocast on CUDA. The learning rate falls to 0, see --warmup.
+- ipo sums over a reply's tokens, as the DPO authors' code does; TRL takes their mean.
+- Pairs longer than --max-length are left out; the authors cut them. Sampled replies that are cut count as ended.
 - The reference is the model as given; DPO first fits it to the preferred replies if another model wrote them.
 - Left out: RSO's sampling of new pairs, Iterative RPO's further rounds.
 
@@ -90,9 +92,9 @@ class Args:
     prompt_column: str | None = None  # None: prompt, question, ...; if there is none, what both replies begin with
     chosen_column: str | None = None  # None: chosen, ...
     rejected_column: str | None = None  # None: rejected, ...
-    convert: str | None = None  # FILE.py:function makes other rows of the rows of --dataset, before all else
-    chat: bool = False  # texts are turns of a chat: prompts of its user, replies of its assistant
-    labels: str | None = None  # FILE.py:function judges instead of people: (prompt, reply, other) -> is reply better
+    convert: str | None = None  # FILE.py:function (list of rows) -> list of rows, used first on those of --dataset
+    chat: bool = False  # write texts with the chat template: prompts as the user's, replies as the assistant's
+    labels: str | None = None  # FILE.py:function (prompt, reply_1, reply_2) -> is reply_1 better; replaces the labels
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
@@ -104,28 +106,28 @@ class Args:
     resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
-    eval_dataset: str | None = None  # its pairs are all for evaluation; None: pairs of --dataset are held out
-    eval_split: str | None = None  # of --eval-dataset, or without one, of --dataset
+    eval_dataset: str | None = None  # pairs for evaluation, all of them; None: pairs of --dataset are held out
+    eval_split: str | None = None  # split of --eval-dataset; if there is none, of --dataset
     eval_pairs: int = 1000  # pairs held out, at most a tenth of all
-    eval_replies: int = 256  # replies that the policy writes in an evaluation
-    max_new_tokens: int = 128  # of such a reply, at most
-    reward: str | None = None  # judges them: FILE.py:function (prompt, reply) -> number, or a reward model's folder
+    eval_replies: int = 256  # replies sampled in an evaluation; --micro-batch-size and processes change the draws
+    max_new_tokens: int = 128  # of such a reply, at most; a reply cut here is scored as if it had ended
+    reward: str | None = None  # scores them: FILE.py:function (prompt, reply) -> number, or a reward model's folder
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
     learning_rate: float = 5e-4  # of AdamW; paper: 1e-6, which suits large models; with LoRA rather 1e-5
-    warmup: float = 0.1  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
-    batch_size: int = 32  # pairs of an update, summed over all processes
-    micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
-    max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
+    warmup: float = 0.1  # the rate falls to 0 over the run; in this share it also rises; paper: 150 updates, no fall
+    batch_size: int = 32  # pairs of an update, summed over all processes; paper: 64
+    micro_batch_size: int | None = None  # pairs of one pass of a process; lower it if memory runs out; None: its share
+    max_grad_norm: float = 1.0  # larger gradients (norm: losses/grad_norm) are scaled down to it; authors' code: 10
     weight_decay: float = 0.0  # of AdamW
     lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
     load_in_4bit: bool = False  # with LoRA, on CUDA: 4 bits for each frozen weight; needs the package bitsandbytes
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    beta: float = 0.1  # [2] the price of a unit of KL divergence; paper: 0.1, for summaries 0.5
+    beta: float = 0.1  # [2], [3] larger: stays nearer to the reference; paper: 0.1, for summaries 0.5; simpo: 2 to 2.5
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"  # [4], [5] or [6]
-    label_smoothing: float = 0.0  # [4] epsilon
-    simpo_gamma: float = 0.5  # [6] gamma; its beta should be about 2
-    nll_coef: float = 0.0  # [7] alpha
+    label_smoothing: float = 0.0  # [4] epsilon: share of labels thought to be wrong
+    simpo_gamma: float = 0.5  # [6] gamma, the margin to reach; its authors begin with half of --beta
+    nll_coef: float = 0.0  # [7] alpha, weight of the chosen reply's log-likelihood; 0: off
 
     def __post_init__(self) -> None:
         check_ranges(self, label_smoothing=(0, 0.5))
@@ -136,46 +138,35 @@ class Args:
 
 
 class Pair(NamedTuple):
-    """Token ids, those of the replies up to the end of their turn. And the prompt as it was."""
+    """Token ids, of the replies with their end tokens; and the prompt as the data has it."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    text: Text
+    prompt_text: Text
 
 
 def log_probs(model: nn.Module, prompts: list[list[int]], replies: list[list[int]]) -> Tensor:
-    """[1] of each reply, (B,)"""
+    """log pi(y|x) [1] of each reply, (B,)"""
     first = min(map(len, prompts))  # no reply begins earlier; K = T - first tokens are predicted
-    rows, masked = [], []
-    for prompt, reply in zip(prompts, replies, strict=True):
-        rows.append(prompt + reply)
-        masked.append([-100] * len(prompt) + reply)  # cross_entropy gives 0 at -100
-    ids, targets = pad(rows, 0).to(model.device), pad(masked, -100)[:, first:].to(model.device)  # (B, T), (B, K)
-    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask
-    # (B, K, vocabulary): the last K positions, each of which has read all before its target
-    logits = model(input_ids=ids[:, :-1], logits_to_keep=targets.shape[1], use_cache=False).logits
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return -losses.view(targets.shape).sum(-1)  # [1]
+    rows = [*zip(prompts, replies, strict=True)]
+    ids = pad([prompt + reply for prompt, reply in rows], 0).to(model.device)  # (B, T)
+    labels = pad([[-100] * len(prompt) + reply for prompt, reply in rows], -100)[:, first:].to(model.device)  # (B, K)
+    # No mask: padding stands on the right, and causal attention never reads it. Logits: (B, K, vocabulary)
+    logits = model(input_ids=ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")  # 0 at -100
+    return -losses.view(labels.shape).sum(-1)  # [1]
 
 
-def pair_log_probs(model: nn.Module, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """[1] of the chosen and of the rejected replies, (B,) each."""
-    replies = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return log_probs(model, [pair.prompt for pair in pairs] * 2, replies).chunk(2)
-
-
-METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-    "logps/rejected",
-)  # fmt: skip
+METRICS = "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"
+METRICS += "logps/chosen", "logps/rejected"
 
 
 def dpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,  # log-probabilities [1]
-    lengths: Tensor, args: Args,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,  # log-probabilities [1], (B,)
+    lengths: Tensor, args: Args,  # of both replies, (2, B)
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss of each pair, (B,), and METRICS, (7, B). lengths: of both replies, (2, B). All others are (B,)."""
+    """The loss of each pair, (B,), and the metrics, (7, B), a row for each name in METRICS."""
     assert chosen.shape == rejected.shape == ref_chosen.shape == ref_rejected.shape == lengths[0].shape
     chosen_rewards, rejected_rewards = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)  # [3]
     if args.loss_type == "simpo":
@@ -190,23 +181,28 @@ def dpo_loss(
         losses = (margins / args.beta - 1 / (2 * args.beta)).square()  # [5]
     else:
         losses = -nn.functional.logsigmoid(margins - args.simpo_gamma)  # [6]
-    accuracies = (margins.sign() + 1) / 2  # of a tie 1/2
+    accuracies = (margins.sign() + 1) / 2  # a tie counts 1/2; TRL counts 0, so its first value here would be 0
     metrics = losses, chosen_rewards, rejected_rewards, accuracies, margins, chosen, rejected
-    return losses - args.nll_coef * chosen / lengths[0], torch.stack(metrics).detach()  # [7], which "loss" is without
+    return losses - args.nll_coef * chosen / lengths[0], torch.stack(metrics).detach()  # [7]; "loss" is without it
 
 
 def loss_of_pairs(run: "Run", pairs: list[Pair], args: Args) -> tuple[Tensor, Tensor]:
-    with reference_policy(run) as reference:
-        references = pair_log_probs(reference, pairs)
-    lengths = torch.tensor([[len(pair[i]) for pair in pairs] for i in (1, 2)], device=run.accelerator.device)
-    return dpo_loss(*pair_log_probs(run.model, pairs), *references, lengths, args)
+    replies = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    prompts = [pair.prompt for pair in pairs] * 2
+    lengths = torch.tensor([len(reply) for reply in replies], device=run.accelerator.device)  # (2B,)
+    references = torch.zeros(len(replies), device=lengths.device)
+    if args.loss_type != "simpo":  # which has no reference
+        with reference_policy(run) as reference:
+            references = log_probs(reference, prompts, replies)
+    policy = log_probs(run.model, prompts, replies)
+    return dpo_loss(*policy.chunk(2), *references.chunk(2), lengths.view(2, -1), args)
 
 
 def update(run: "Run", batch: list[Pair], args: Args) -> dict[str, float]:
-    """One step. Each process takes its share of the batch, in micro-batches. Returns means over the batch."""
+    """One update. Each process takes its share of the batch, in micro-batches. Returns means over the batch."""
     mine, size, history = batch[RANK::PROCESSES], run.micro_batch_size, []
     for i in range(0, len(mine), size):
-        with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with the mean of all gradients
+        with run.accelerator.accumulate(run.model):  # averages the gradients; after the last micro-batch, an update
             losses, metrics = loss_of_pairs(run, mine[i : i + size], args)
             grad_norm = run.step(losses.mean())
         history.append(metrics)
@@ -215,35 +211,34 @@ def update(run: "Run", batch: list[Pair], args: Args) -> dict[str, float]:
 
 
 def evaluate(run: "Run", pairs: list[Pair], args: Args) -> dict[str, float]:
-    """The metrics of held-out pairs; of sampled replies the KL divergence from the reference, length and --reward."""
+    """The metrics of held-out pairs; from sampled replies, estimates of the KL divergence, the length and --reward."""
     metrics = run.share(lambda batch: loss_of_pairs(run, batch, args)[1].T, by_length(pairs)).mean(0)
     means = dict(zip(METRICS, metrics.tolist(), strict=True))
-    result = {"eval/loss": means["loss"], "eval/accuracy": means["rewards/accuracies"]}
-    result["eval/margin"] = means["rewards/margins"]
-    prompts = itertools.cycle({str(pair.text): pair for pair in pairs}.values())  # each once, then all of them again
-    ends = sorted({pair.chosen[-1] for pair in pairs})
+    prompts = itertools.cycle({str(pair.prompt_text): pair for pair in pairs}.values())  # each once, then again
+    ends = sorted({pair.chosen[-1] for pair in pairs})  # the tokens that end a reply in the data: sampling stops there
 
-    def judge(batch: list[tuple[int, Pair]]) -> Tensor:  # -> (B, 3)
-        texts, prompts = [pair.text for _, pair in batch], [pair.prompt for _, pair in batch]
-        replies = sample(run.bare, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
-        kl = log_probs(run.model, prompts, replies)  # log pi(y|x) - log pi_ref(y|x), with y drawn from pi
+    def sampled(batch: list[tuple[int, Pair]]) -> Tensor:  # -> (B, 3): log-ratio, length, reward
+        texts, prompts = [pair.prompt_text for _, pair in batch], [pair.prompt for _, pair in batch]
+        replies = sample(run.actor, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
         with reference_policy(run) as reference:
-            kl -= log_probs(reference, prompts, replies)
+            references = log_probs(reference, prompts, replies)
+        ratios = log_probs(run.model, prompts, replies) - references  # replies are drawn from pi: the mean estimates KL
         decoded = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
         rewards = run.judge(texts, decoded) if run.judge else [0.0] * len(batch)
-        rest = torch.tensor([[len(reply) for reply in replies], rewards])
-        return torch.cat((kl[None], rest.to(kl.device))).T
+        return torch.tensor([ratios.tolist(), [len(reply) for reply in replies], rewards]).T.to(ratios.device)
 
-    values = run.share(judge, [*enumerate(itertools.islice(prompts, args.eval_replies))]).mean(0).tolist()
-    names = ["eval/kl", "eval/length", "eval/reward"][: 3 if run.judge else 2]
-    return result | dict(zip(names, values, strict=False))
+    values = run.share(sampled, [*enumerate(itertools.islice(prompts, args.eval_replies))]).mean(0).tolist()
+    result = {"eval/loss": means["loss"], "eval/accuracy": means["rewards/accuracies"]}
+    result |= {"eval/margin": means["rewards/margins"]}
+    return result | dict(zip(("eval/kl", "eval/length", "eval/reward")[: 3 if run.judge else 2], values, strict=False))
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy and returns its last evaluation. From below the ruled line it needs Run and load_model."""
+    """Trains a policy and returns its last evaluation."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         pairs, held_out = training_and_held_out(run.tokenizer, model, args)
+        # With LoRA, the model without it is the reference
         run.reference = None if args.lora_rank else copy.deepcopy(model).to(run.accelerator.device)
         model = make_trainable(model, "CAUSAL_LM", args)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -268,16 +263,16 @@ def train(args: Args) -> dict[str, float]:
 
 def show_replies(run: "Run", pairs: list[Pair], args: Args) -> None:
     """To three prompts the reply of the reference and of the policy, with their rewards."""
-    pairs = [*{str(pair.text): pair for pair in pairs}.values()][:3]
+    pairs = [*{str(pair.prompt_text): pair for pair in pairs}.values()][:3]
     ends = sorted({pair.chosen[-1] for pair in pairs})
     asked = [pair.prompt for pair in pairs], ends, args.max_new_tokens, (args.seed,)
     with reference_policy(run) as reference:
         before = run.tokenizer.batch_decode(sample(reference, *asked), skip_special_tokens=True)
-    after = run.tokenizer.batch_decode(sample(run.bare, *asked), skip_special_tokens=True)
+    after = run.tokenizer.batch_decode(sample(run.actor, *asked), skip_special_tokens=True)
     for pair, *replies in zip(pairs, before, after, strict=True):
-        run.accelerator.print(f"{pair.text!s:.200}")
+        run.accelerator.print(f"{pair.prompt_text!s:.200}")
         for word, reply in zip(("before", "after"), replies, strict=True):
-            worth = f"{run.judge([pair.text], [reply])[0]:5.1f}" if run.judge else ""
+            worth = f"{run.judge([pair.prompt_text], [reply])[0]:5.1f}" if run.judge else ""
             run.accelerator.print(f"    {word:>6} {worth}  {reply}")
 
 
@@ -290,7 +285,9 @@ def load(run: "Run", name: str, args: Args) -> nn.Module:
 def evaluate_saved(args: Args) -> dict[str, float]:
     """Evaluates the model in --run-dir as the last evaluation of the run did, or on another --dataset."""
     with contextlib.closing(Run(args)) as run:
-        run.model = run.bare = run.actor = load(run, f"{args.run_dir}/model", args).to(run.accelerator.device)
+        model = load(run, f"{args.run_dir}/model", args)
+        run.model = run.accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)  # as in training
+        run.actor = run.accelerator.unwrap_model(run.model)
         run.reference = load_model(args.model_name, AutoModelForCausalLM, args).to(run.accelerator.device)
         _, held_out = training_and_held_out(run.tokenizer, run.model, args)
         show_replies(run, held_out, args)
@@ -309,9 +306,9 @@ def prompt_and_replies(row: dict, names: dict[str, str | None], args: Args) -> t
     prompt, chosen, rejected = (as_text(row[names[k]]) if names[k] else None for k in ("prompt", "chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise UsageError("chosen and rejected must both be texts, or both chats")
-    if prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):  # then they contain it
+    if prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):  # both begin with it
         given, start = prompt, common_length((chosen, rejected))
-        if isinstance(chosen, str):  # in HH-RLHF it ends where the last answer begins; elsewhere not within a word
+        if isinstance(chosen, str):  # HH-RLHF: it ends where the last answer begins; others: at a space
             begin = re.match(r"(?s).*\n\nAssistant:", chosen[:start]) or re.match(r"(?s).*\s|", chosen[:start])
             start = begin.end()
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
@@ -329,7 +326,7 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
     """The pairs of a data set, but for those that are equal or have too many tokens."""
     rows, pairs, num_equal, num_long = read_rows("--dataset", source, args.dataset_config, split), [], 0, 0
     rows = load_function("--convert", args.convert)(rows) if args.convert else rows
-    judge = load_function("--labels", args.labels) if args.labels else None
+    prefers = load_function("--labels", args.labels) if args.labels else None
     columns = [*rows[0]]
     names = {kind: next((name for name in usual if name in columns), None) for kind, usual in USUAL.items()}
     given = {"prompt": args.prompt_column, "chosen": args.chosen_column, "rejected": args.rejected_column}
@@ -340,9 +337,9 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
     for number, row in enumerate(rows, 1):
         try:
             prompt, *replies = prompt_and_replies(row, names, args)
-            if judge:
-                replies.sort(key=str)  # an order from which the judge learns nothing
-                replies = replies if judge(prompt, *replies) else replies[::-1]
+            if prefers:
+                replies.sort(key=str)  # the order says nothing about which was chosen
+                replies = replies if prefers(prompt, *replies) else replies[::-1]
             tools = row[names["tools"]] if names["tools"] else None
             tools = json.loads(tools) if isinstance(tools, str) else without_none(tools)
             pair = Pair(*encode(tokenizer, prompt, replies, tools), prompt)
@@ -356,7 +353,7 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
             pairs.append(pair)
     news = f"{source}: {len(pairs)} pairs. Left out: {num_equal} with equal replies, {num_long} of over {limit} tokens"
     if not pairs:
-        raise UsageError(f"{news}. Replies also get equal if the chat template leaves out in what they differ")
+        raise UsageError(f"{news}. Replies are also equal where the chat template drops what they differ in")
     if RANK == 0:
         print(f"{news}; not used: columns {', '.join({*columns} - {*names.values()}) or 'none'}")
     return pairs
@@ -366,7 +363,7 @@ def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) ->
     limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
     read = functools.partial(read_pairs, tokenizer=tokenizer, limit=limit, args=args)
     if args.evaluate and args.dataset != saved_args(args.run_dir).dataset:
-        return [], read(args.dataset, args.dataset_split)  # all of what is named beside --evaluate
+        return [], read(args.dataset, args.dataset_split)  # --evaluate with another --dataset: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
         pairs = [] if args.evaluate else read(args.dataset, args.dataset_split)
@@ -378,14 +375,14 @@ def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) ->
 
 
 def hold_out(pairs: list[Pair], args: Args) -> tuple[list[Pair], list[Pair]]:
-    """Pairs for training, and others that have no prompt in common with them."""
+    """Pairs for training and for evaluation, with different prompts unless each prompt has more than size pairs."""
     size, groups, held_out = min(args.eval_pairs, math.ceil(len(pairs) / 10)), {}, []
     random.Random(args.seed).shuffle(pairs)
     for pair in pairs:
         groups.setdefault(str(pair.prompt), []).append(pair)
     for group in groups.values():
         held_out += group if len(held_out) + len(group) <= size else []
-    if not held_out:  # there are too few prompts to spare one of them
+    if not held_out:  # each prompt has more than size pairs, as in the default task
         return pairs[size:], pairs[:size]
     prompts = {str(pair.prompt) for pair in held_out}
     return [pair for pair in pairs if str(pair.prompt) not in prompts], held_out
@@ -397,7 +394,7 @@ def by_length(pairs: list[Pair]) -> list[Pair]:
 
 
 def batches_from(step: int, pairs: list[Pair], args: Args) -> Iterator[list[Pair]]:
-    """Batches without end: in each epoch all pairs once, but for a rest, in random batches of similar length."""
+    """Batches of similar length, without end. An epoch has each pair at most once: an incomplete batch is dropped."""
     size, batches = args.batch_size, []
     for number in itertools.count(step // size):
         epoch, position = divmod(number, len(pairs) // size)
@@ -411,9 +408,9 @@ def batches_from(step: int, pairs: list[Pair], args: Args) -> Iterator[list[Pair
         yield batches[position]
 
 
-# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
+# ---- Below this line: what does not depend on the algorithm; the other text scripts have the same functions ----
 # What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
-# accelerate knows about GPUs and other processes. What train needs of it, it says.
+# accelerate knows about GPUs and other processes.
 
 
 class UsageError(Exception):
@@ -421,7 +418,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in what is None."""
+    """Refuses numbers out of range: by default integers below 1, others below 0. Then sets defaults that are None."""
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -527,12 +524,12 @@ def common_length(sequences: list) -> int:
 
 
 def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
-    """Token ids of the prompt, then of each reply up to the end of its turn."""
+    """Token ids of the prompt, then of each reply with its end token, which is added if there is none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if isinstance(prompt, str):
         # Prompt and reply together, as the model reads them: alone, the reply's first token could be another one
         texts = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
-        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # one was written in the text
+        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # the text had its own BOS: drop one
     else:
         turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
         write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
@@ -540,12 +537,12 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
             texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
         except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
             raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
-    start = common_length(texts)  # less than the whole prompt where a token spans prompt and reply
+    start = common_length(texts)  # the prompt's tokens; fewer if its last one merges with the reply's first
     if start == 0:  # the first token that is predicted must follow something
         start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
     encoded, ends = [texts[0][:start]], turn_ends(tokenizer)
     for ids in texts[1:]:
-        length = len(ids)  # some templates write a line break behind the end of the turn, which no model has to write
+        length = len(ids)  # without the line break that some templates write behind the end token
         while length > start and ids[length - 1] not in ends and tokenizer.decode(ids[length - 1]).isspace():
             length -= 1
         encoded.append(ids[start:length] if length > start and ids[length - 1] in ends else [*ids[start:], eos])
@@ -576,8 +573,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def load_model(name: str, kind: type, args: Args) -> nn.Module:
-    """Without dropout (eval): the same text has the same value in every pass, be it the policy's or the reference's."""
-    # Small steps get lost in bfloat16: it is for what LoRA freezes, and not on the CPU
+    """A model from the hub or a folder, in eval mode: without dropout, each pass over a text gives the same value."""
+    # On CUDA, LoRA's frozen weights are bfloat16. Trained weights are float32: bfloat16 would round small updates away
     half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
     options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
     options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
@@ -589,8 +586,9 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             import peft
 
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
+            model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
-            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # what new LoRA is based on
+            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
         missing = sorted(info["missing_keys"])
@@ -598,7 +596,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             nn.init.zeros_(model.score.weight)
             missing = []
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
-        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
@@ -611,7 +609,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
 def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # it needs them in training; what is within them stays without dropout
+        for layer in model.modules():  # only these are in training mode, as checkpointing needs: no dropout within
             layer.training = isinstance(layer, GradientCheckpointingLayer)
     if args.lora_rank:
         import peft  # slow to import
@@ -627,7 +625,7 @@ def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: int, seed: tuple) -> list[list[int]]:
     """A reply to each prompt, drawn from the model as it is (temperature 1), up to one of ends or this length."""
-    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # training draws nothing from there
+    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # its own seed: a resumed run samples the same
     ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
@@ -643,11 +641,11 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    pad_id = model.config.get_text_config().pad_token_id  # the reward is at the last token that is another one
-    size = 1 if pad_id is None else 64  # without such a token no reply can stand beside a longer one
+    pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
+    size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
     @torch.no_grad()
-    def judge(prompts: list[Text], replies: list[str]) -> list[float]:
+    def rewards_of(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
         rows, rewards = [prompt + reply for prompt, reply in encoded], []
         for i in range(0, len(rows), size):
@@ -655,7 +653,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
             rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
         return rewards
 
-    return judge
+    return rewards_of
 
 
 @contextlib.contextmanager
@@ -679,8 +677,8 @@ class Run:
         self.bar = self.metrics = self.wandb = None
         self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
         if args.batch_size % (self.micro_batch_size * PROCESSES) or args.total_timesteps % args.batch_size:
-            parts = f"--micro-batch-size {self.micro_batch_size} times {PROCESSES} processes"
-            raise UsageError(f"--batch-size {args.batch_size} must divide --total-timesteps; so must {parts} it")
+            sizes = f"--batch-size {args.batch_size}, and that of --micro-batch-size {self.micro_batch_size}"
+            raise UsageError(f"--total-timesteps must be a multiple of {sizes} times {PROCESSES} processes")
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
@@ -772,7 +770,7 @@ class Run:
         return not end
 
     def step(self, loss: Tensor) -> float:
-        """Adds the loss's gradient; with that of the last micro-batch, steps. Returns the norm before clipping."""
+        """Adds the loss's gradient and, after the last micro-batch, updates. Returns the norm before clipping."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -803,14 +801,12 @@ class Run:
         if self.wandb:
             with contextlib.suppress(Exception):  # W&B's troubles must not end the run
                 self.wandb.log(row)
-        if self.global_step == 50 * self.args.batch_size and abs(row.get("rewards/margins", 1)) < 1e-4:
-            tqdm.write("warning: after 50 updates the margins are still 0: raise --learning-rate", file=sys.stderr)
         if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
             tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model/ and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model/ and checkpoint.pt. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
         if RANK > 0:

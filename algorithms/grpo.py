@@ -90,7 +90,7 @@ class Args:
     dataset_config: str | None = None  # its configuration, where it has several
     dataset_split: str | None = None  # None: train, or the only one
     prompt_column: str | None = None  # None: prompt, question, ...
-    chat: bool = False  # prompts are what the user of a chat says
+    chat: bool = False  # write prompts with the chat template, as the user's
     reward: list[str] | None = None  # FILE.py:function (prompt, reply) -> number, or a reward model's folder; several
     reward_weights: list[float] | None = None  # of several rewards, which are added up; None: 1 each
     max_length: int = 1024  # tokens of prompt and reply together; prompts that leave too little room are left out
@@ -109,7 +109,7 @@ class Args:
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
     learning_rate: float = 1e-3  # of AdamW; paper: 1e-6, which suits large models; with LoRA rather 1e-5
-    warmup: float = 0.05  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
+    warmup: float = 0.05  # the learning rate falls to 0 over the whole run; in this share of it, it also rises from 0
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 1024
     group_size: int = 16  # n, replies to a prompt; paper: 64
     num_minibatches: int = 4  # gradient steps with a batch; paper: 1
@@ -147,7 +147,7 @@ class Args:
 
 
 class Prompt(NamedTuple):
-    """Token ids, and the prompt as it was."""
+    """Token ids, and the prompt as the data has it."""
 
     ids: list[int]
     text: Text
@@ -227,7 +227,7 @@ def update(run: "Run", batch: list[tuple[Reply, float]], args: Args) -> dict[str
                     for lists in ([r.old_log_prob for r in replies], [r.ref_log_prob for r in replies])
                 )
                 advantages = torch.tensor(advantages, device=old.device)
-                with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with all gradients
+                with run.accelerator.accumulate(run.model):  # after the last micro-batch, an update with all gradients
                     log_prob = token_log_probs(run.model, *tensors)
                     losses, values = grpo_loss(log_prob, old, ref, [len(r.reply) for r in replies], advantages, args)
                     grad_norm = run.step(losses.mean())  # all micro-batches have as many replies
@@ -266,7 +266,7 @@ def names_of_scores(args: Args) -> list[str]:
 
 
 def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
-    """Mean reward, KL divergence from the reference and length of sampled replies."""
+    """Mean reward, estimated KL divergence from the reference and length of sampled replies."""
     asked = [*itertools.islice(itertools.cycle(prompts), args.eval_replies)]
     replies = play(run, asked, f"{args.seed} evaluation", args)
     reward = totals(replies, args)[0].mean().item()
@@ -278,10 +278,7 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy and returns its last evaluation.
-
-    From below the ruled line it needs Run, load_model, and the functions that read prompts and write replies.
-    """
+    """Trains a policy and returns its last evaluation."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         run.reference = None if args.lora_rank else copy.deepcopy(model).to(run.accelerator.device)
@@ -337,9 +334,9 @@ def evaluate_saved(args: Args) -> dict[str, float]:
         return evaluate(run, held_out, args)
 
 
-# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
+# ---- Below this line: what does not depend on the algorithm; the other text scripts have the same functions ----
 # What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
-# accelerate knows about GPUs and other processes. What train needs of it, it says.
+# accelerate knows about GPUs and other processes.
 
 
 class UsageError(Exception):
@@ -347,7 +344,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in what is None."""
+    """Refuses numbers out of range: by default integers below 1, others below 0. Then sets defaults that are None."""
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -453,12 +450,12 @@ def common_length(sequences: list) -> int:
 
 
 def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
-    """Token ids of the prompt, then of each reply up to the end of its turn."""
+    """Token ids of the prompt, then of each reply with its end token, which is added if there is none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if isinstance(prompt, str):
         # Prompt and reply together, as the model reads them: alone, the reply's first token could be another one
         texts = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
-        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # one was written in the text
+        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # the text had its own BOS: drop one
     else:
         turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
         write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
@@ -466,12 +463,12 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
             texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
         except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
             raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
-    start = common_length(texts)  # less than the whole prompt where a token spans prompt and reply
+    start = common_length(texts)  # the prompt's tokens; fewer if its last one merges with the reply's first
     if start == 0:  # the first token that is predicted must follow something
         start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
     encoded, ends = [texts[0][:start]], turn_ends(tokenizer)
     for ids in texts[1:]:
-        length = len(ids)  # some templates write a line break behind the end of the turn, which no model has to write
+        length = len(ids)  # without the line break that some templates write behind the end token
         while length > start and ids[length - 1] not in ends and tokenizer.decode(ids[length - 1]).isspace():
             length -= 1
         encoded.append(ids[start:length] if length > start and ids[length - 1] in ends else [*ids[start:], eos])
@@ -502,8 +499,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def load_model(name: str, kind: type, args: Args) -> nn.Module:
-    """Without dropout (eval): the same text has the same value in every pass, be it the policy's or the reference's."""
-    # Small steps get lost in bfloat16: it is for what LoRA freezes, and not on the CPU
+    """A model from the hub or a folder, in eval mode: without dropout, each pass over a text gives the same value."""
+    # On CUDA, LoRA's frozen weights are bfloat16. Trained weights are float32: bfloat16 would round small updates away
     half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
     options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
     options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
@@ -515,8 +512,9 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             import peft
 
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
+            model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
-            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # what new LoRA is based on
+            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
         missing = sorted(info["missing_keys"])
@@ -524,7 +522,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             nn.init.zeros_(model.score.weight)
             missing = []
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
-        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
@@ -537,7 +535,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
 def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # it needs them in training; what is within them stays without dropout
+        for layer in model.modules():  # only these are in training mode, as checkpointing needs: no dropout within
             layer.training = isinstance(layer, GradientCheckpointingLayer)
     if args.lora_rank:
         import peft  # slow to import
@@ -556,11 +554,11 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    pad_id = model.config.get_text_config().pad_token_id  # the reward is at the last token that is another one
-    size = 1 if pad_id is None else 64  # without such a token no reply can stand beside a longer one
+    pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
+    size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
     @torch.no_grad()
-    def judge(prompts: list[Text], replies: list[str]) -> list[float]:
+    def rewards_of(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
         rows, rewards = [prompt + reply for prompt, reply in encoded], []
         for i in range(0, len(rows), size):
@@ -568,7 +566,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
             rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
         return rewards
 
-    return judge
+    return rewards_of
 
 
 def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> tuple[list[Prompt], list[Prompt]]:
@@ -623,7 +621,7 @@ def as_tensors(prompts: list[list[int]], replies: list[list[int]], device: torch
 
 def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
     """Of the tokens of all replies, one reply after the other, (N,): behind it, no one can mistake padding for data."""
-    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask
+    # No mask: padding stands on the right, and causal attention never reads it
     logits = model(input_ids=ids[:, :-1], logits_to_keep=targets.shape[1], use_cache=False).logits  # (B, K, vocabulary)
     replies = targets != -100
     return -nn.functional.cross_entropy(logits[replies].float(), targets[replies], reduction="none")
@@ -718,8 +716,8 @@ class Run:
         self.bar = self.metrics = self.wandb = None
         self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
         if args.batch_size % (self.micro_batch_size * PROCESSES) or args.total_timesteps % args.batch_size:
-            parts = f"--micro-batch-size {self.micro_batch_size} times {PROCESSES} processes"
-            raise UsageError(f"--batch-size {args.batch_size} must divide --total-timesteps; so must {parts} it")
+            sizes = f"--batch-size {args.batch_size}, and that of --micro-batch-size {self.micro_batch_size}"
+            raise UsageError(f"--total-timesteps must be a multiple of {sizes} times {PROCESSES} processes")
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
@@ -811,7 +809,7 @@ class Run:
         return not end
 
     def step(self, loss: Tensor) -> float:
-        """Adds the loss's gradient; with that of the last micro-batch, steps. Returns the norm before clipping."""
+        """Adds the loss's gradient and, after the last micro-batch, updates. Returns the norm before clipping."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -842,14 +840,12 @@ class Run:
         if self.wandb:
             with contextlib.suppress(Exception):  # W&B's troubles must not end the run
                 self.wandb.log(row)
-        if self.global_step == 50 * self.args.batch_size and abs(row.get("rewards/margins", 1)) < 1e-4:
-            tqdm.write("warning: after 50 updates the margins are still 0: raise --learning-rate", file=sys.stderr)
         if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
             tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model/ and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model/ and checkpoint.pt. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
         if RANK > 0:

@@ -3,19 +3,20 @@
 The model is a language model that reads prompt and reply, with a linear head in place of the layer that predicts the
 next token. It gives one number, at the end, where it has read everything. The difference of two rewards is the log-odds
 that the one reply is preferred to the other [1], and the model is fitted to that by maximum likelihood. x is a prompt,
-y a reply; of the two replies of a pair y_w was preferred to y_l. The default task is to judge short reviews.
+y a reply; y_w was preferred to y_l. The default task: short reviews, labels drawn from a known reward.
 
     [1] P(y_w is preferred to y_l) = sigmoid(r(x, y_w) - r(x, y_l))        Christiano et al., Eq. 1 (Bradley-Terry)
-    [2] r(x, y) = w . h, with h the last layer's state at the end of y     Stiennon et al., Sec. 3.4
-    [3] L = -log P                                                         Ouyang et al., Eq. 1
+    [2] r(x, y) = w . h, with h the last layer's state at the end of y     Stiennon et al.
+    [3] L = -log P                                                         Ouyang et al., Eq. 1 with K = 2
 
 Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155. Before it: Christiano et al. 2017, arXiv:1706.03741, and
 Stiennon et al. 2020, arXiv:2009.01325.
 
 Differs from the papers:
 - A new head starts at 0, not at random, so that no reply is preferred at first.
-- A prompt has one pair of replies; in Ouyang et al. all pairs of several, in one batch.
-- AdamW; the learning rate rises, then falls to 0. Rewards are not shifted to a mean of 0 afterwards.
+- Each pair is shuffled on its own; Ouyang et al. keep all pairs of a prompt in one batch, against overfitting.
+- AdamW; batches of similar length; bfloat16 autocast on CUDA. The learning rate falls to 0, see --warmup.
+- Pairs longer than --max-length are left out. Rewards are not shifted to a mean of 0 afterwards.
 - Left out of Christiano et al., who judge behaviour: sums over a clip's steps, an ensemble, ties, random labels.
 
     python algorithms/reward_model.py
@@ -85,9 +86,9 @@ class Args:
     prompt_column: str | None = None  # None: prompt, question, ...; if there is none, what both replies begin with
     chosen_column: str | None = None  # None: chosen, ...
     rejected_column: str | None = None  # None: rejected, ...
-    convert: str | None = None  # FILE.py:function makes other rows of the rows of --dataset, before all else
-    chat: bool = False  # texts are turns of a chat: prompts of its user, replies of its assistant
-    labels: str | None = None  # FILE.py:function judges instead of people: (prompt, reply, other) -> is reply better
+    convert: str | None = None  # FILE.py:function (list of rows) -> list of rows, used first on those of --dataset
+    chat: bool = False  # write texts with the chat template: prompts as the user's, replies as the assistant's
+    labels: str | None = None  # FILE.py:function (prompt, reply_1, reply_2) -> is reply_1 better; replaces the labels
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
@@ -99,17 +100,17 @@ class Args:
     resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
-    eval_dataset: str | None = None  # its pairs are all for evaluation; None: pairs of --dataset are held out
-    eval_split: str | None = None  # of --eval-dataset, or without one, of --dataset
+    eval_dataset: str | None = None  # pairs for evaluation, all of them; None: pairs of --dataset are held out
+    eval_split: str | None = None  # split of --eval-dataset; if there is none, of --dataset
     eval_pairs: int = 1000  # pairs held out, at most a tenth of all
     reward: str | None = None  # FILE.py:function (prompt, reply) -> number, or a reward model's folder, to compare with
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
-    replies: str | None = None  # with --evaluate: a file with prompts and replies, to be printed with their rewards
+    replies: str | None = None  # with --evaluate: a file with the columns prompt and reply, printed with their rewards
     # Algorithm
     learning_rate: float = 1e-3  # of AdamW; paper: 9e-6, which suits large models; with LoRA rather 1e-4
-    warmup: float = 0.1  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
-    batch_size: int = 32  # pairs of an update, summed over all processes
-    micro_batch_size: int | None = None  # pairs of a forward pass of one process; None: all of its update
+    warmup: float = 0.1  # the learning rate falls to 0 over the whole run; in this share of it, it also rises from 0
+    batch_size: int = 32  # pairs of an update, summed over all processes; paper: all pairs of 64 prompts
+    micro_batch_size: int | None = None  # pairs of one pass of a process; lower it if memory runs out; None: its share
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
     weight_decay: float = 0.0  # of AdamW
     lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
@@ -123,18 +124,17 @@ class Args:
 
 
 class Pair(NamedTuple):
-    """Token ids, those of the replies up to the end of their turn. And the prompt as it was."""
+    """Token ids, of the replies with their end tokens; and the prompt as the data has it."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    text: Text
+    prompt_text: Text
 
 
 def pair_rewards(model: nn.Module, pairs: list[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
-    """[2] of the chosen and of the rejected replies, (B,) each."""
-    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask. The model applies its
-    # head to the state of each token, and returns the result at the last token that is no padding
+    """[2] of the chosen and of the rejected replies, (B,) each: the model gives it at the last token before padding."""
+    # No mask: padding stands on the right, and causal attention never reads it
     ids = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], pad_id)  # (2B, T)
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits  # [2]; (2B, 1)
     return logits.float().squeeze(-1).chunk(2)
@@ -144,19 +144,19 @@ METRICS = "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "r
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each pair, (B,), and METRICS, (5, B). chosen and rejected: rewards, (B,)"""
+    """Of rewards, (B,): the loss of each pair, (B,), and the metrics, (5, B), a row for each name in METRICS."""
     assert chosen.shape == rejected.shape
     margins = chosen - rejected
     losses = -nn.functional.logsigmoid(margins)  # [1], [3]
-    accuracies = (margins.sign() + 1) / 2  # of a tie 1/2
+    accuracies = (margins.sign() + 1) / 2  # a tie counts 1/2; TRL counts 0, so its first value here would be 0
     return losses, torch.stack((losses, chosen, rejected, accuracies, margins)).detach()
 
 
 def update(run: "Run", batch: list[Pair], args: Args) -> dict[str, float]:
-    """One step. Each process takes its share of the batch, in micro-batches. Returns means over the batch."""
+    """One update. Each process takes its share of the batch, in micro-batches. Returns means over the batch."""
     mine, size, history = batch[RANK::PROCESSES], run.micro_batch_size, []
     for i in range(0, len(mine), size):
-        with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with the mean of all gradients
+        with run.accelerator.accumulate(run.model):  # averages the gradients; after the last micro-batch, an update
             rewards = pair_rewards(run.model, mine[i : i + size], run.tokenizer.pad_token_id)
             losses, metrics = bradley_terry_loss(*rewards)
             grad_norm = run.step(losses.mean())
@@ -166,7 +166,7 @@ def update(run: "Run", batch: list[Pair], args: Args) -> dict[str, float]:
 
 
 def calibration_error(margins: Tensor) -> float:
-    """How far confidence is from accuracy, in ten bins of confidence (Guo et al. 2017, arXiv:1706.04599). (N,)"""
+    """Expected calibration error (arXiv:1706.04599): mean |accuracy - confidence| of ten bins, weighted by size."""
     confidence = margins.abs().sigmoid()  # [1] of the reply that the model prefers: from 0.5 to 1
     bins = (20 * (confidence - 0.5)).long().clamp(max=9)
     gaps = torch.zeros_like(margins[:1]).repeat(10).index_add(0, bins, (margins.sign() + 1) / 2 - confidence)
@@ -180,24 +180,25 @@ def evaluate(run: "Run", pairs: list[Pair]) -> dict[str, float]:
     margins = (rewards[:, 0] - rewards[:, 1]).cpu().double()
     result = {
         "eval/loss": -nn.functional.logsigmoid(margins).mean().item(),  # [3]
-        "eval/accuracy": (margins.sign() + 1).mean().item() / 2,  # of a tie 1/2: a head at 0 guesses
+        "eval/accuracy": (margins.sign() + 1).mean().item() / 2,  # a tie counts 1/2: a head at 0 guesses
         "eval/margin": margins.mean().item(),
         "eval/calibration_error": calibration_error(margins),
     }
-    if run.judge:  # labels are drawn, so even the true reward is not always right
+    if run.judge:  # how often it prefers the chosen reply: where it drew the labels, no model can expect more
         texts = (tokenizer.batch_decode([pair[i] for pair in pairs], skip_special_tokens=True) for i in (1, 2))
-        chosen, rejected = (torch.tensor(run.judge([pair.text for pair in pairs], replies)) for replies in texts)
-        result["eval/bayes_accuracy"] = ((chosen - rejected).sign() + 1).mean().item() / 2
+        chosen, rejected = (torch.tensor(run.judge([pair.prompt_text for pair in pairs], replies)) for replies in texts)
+        result["eval/reward_accuracy"] = ((chosen - rejected).sign() + 1).mean().item() / 2
     return result
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a reward model and returns its last evaluation. From below the ruled line it needs Run and load_model."""
+    """Trains a reward model and returns its last evaluation."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         pairs, held_out = training_and_held_out(run.tokenizer, model, args)
+        set_padding(run.tokenizer, model, pairs + held_out, args)
         model = make_trainable(model, "SEQ_CLS", args)
-        # A head at 0 lets no gradient through: once it does, the average of squares must follow soon, hence 0.98
+        # While the head is 0, the layers below get no gradient. Their first gradients come later: 0.98 lets Adam adapt
         options = {"betas": (0.9, 0.98), "weight_decay": args.weight_decay, "fused": True}
         run.start(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options))
         batches = batches_from(run.global_step, pairs, args)
@@ -218,37 +219,46 @@ def train(args: Args) -> dict[str, float]:
 
 
 def load(run: "Run", name: str, args: Args) -> nn.Module:
-    """[2] is read at the last token that is no padding: padding must not be the end token, wherever it is loaded."""
-    tokenizer = run.tokenizer = load_tokenizer(name)
+    run.tokenizer = load_tokenizer(name)
     run.judge = load_reward(args.reward, args, run.accelerator.device) if args.reward else None
-    model = load_model(name, AutoModelForSequenceClassification, args)
-    special = sorted(turn_ends(tokenizer) - {tokenizer.eos_token_id, tokenizer.bos_token_id})
-    names = [tokenizer.pad_token, tokenizer.unk_token, *tokenizer.convert_ids_to_tokens(special), "<|padding|>"]
-    spare = next(token for token in names if token not in (None, tokenizer.eos_token))
-    tokenizer.add_special_tokens({"pad_token": spare})
+    return load_model(name, AutoModelForSequenceClassification, args)
+
+
+def set_padding(tokenizer: Tokenizer, model: nn.Module, pairs: list[Pair], args: Args) -> None:
+    """[2] is read at the last token that is not padding, wherever the model is loaded: no reply may end in padding."""
+    ends = tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id, *{ids[-1] for pair in pairs for ids in pair[1:3]}])
+    special = tokenizer.convert_ids_to_tokens(sorted(turn_ends(tokenizer) - {tokenizer.bos_token_id}))
+    names = [tokenizer.pad_token, tokenizer.unk_token, *special, "<|padding|>"]
+    tokenizer.add_special_tokens({"pad_token": next(name for name in names if name not in (None, *ends))})
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # it is a new one
         if args.lora_rank:
-            raise UsageError(f"the tokenizer of {name} has no pad_token besides its eos_token: LoRA needs one")
+            raise UsageError(f"the tokenizer of {args.model_name} has no token that could be padding: LoRA needs one")
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    return model
 
 
 def evaluate_saved(args: Args) -> dict[str, float]:
     """Evaluates the model in --run-dir on held-out pairs, or prints the replies of a file with their rewards."""
     with contextlib.closing(Run(args)) as run:
-        run.model = load(run, f"{args.run_dir}/model", args)
-        run.model = run.accelerator.prepare_model(run.model, evaluation_mode=True)
+        model = load(run, f"{args.run_dir}/model", args)
+        if args.replies:  # each is a pair with itself
+            rows = read_rows("--replies", args.replies)
+            if not {"prompt", "reply"} <= rows[0].keys():
+                raise UsageError(f"--replies needs the columns prompt and reply, not {', '.join(rows[0])}")
+            names = {"prompt": "prompt", "chosen": "reply", "rejected": "reply"}
+            names["system"] = "system" if "system" in rows[0] else None
+            texts = [prompt_and_replies(row, names, args) for row in rows]
+            pairs = [Pair(*encode(run.tokenizer, prompt, replies), prompt) for prompt, *replies in texts]
+        else:
+            _, pairs = training_and_held_out(run.tokenizer, model, args)
+        set_padding(run.tokenizer, model, pairs, args)
+        run.model = run.accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)  # as in training
         if not args.replies:
-            _, held_out = training_and_held_out(run.tokenizer, run.model, args)
-            return evaluate(run, held_out)
-        for row in read_rows("--replies", args.replies):
-            prompt, reply = encode(run.tokenizer, as_text(row["prompt"]), [as_text(row["reply"])])
-            pair = Pair(prompt, reply, reply, row["prompt"])
-            with torch.no_grad():
-                row["reward"] = pair_rewards(run.model, [pair], run.tokenizer.pad_token_id)[0].item()
-            run.accelerator.print(json.dumps(row))
+            return evaluate(run, pairs)
+        rewards = run.share(lambda batch: pair_rewards(run.model, batch, run.tokenizer.pad_token_id)[0], pairs)
+        for row, reward in zip(rows, rewards.tolist(), strict=True):
+            run.accelerator.print(json.dumps(row | {"reward": reward}))
         return {}
 
 
@@ -264,9 +274,9 @@ def prompt_and_replies(row: dict, names: dict[str, str | None], args: Args) -> t
     prompt, chosen, rejected = (as_text(row[names[k]]) if names[k] else None for k in ("prompt", "chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise UsageError("chosen and rejected must both be texts, or both chats")
-    if prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):  # then they contain it
+    if prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):  # both begin with it
         given, start = prompt, common_length((chosen, rejected))
-        if isinstance(chosen, str):  # in HH-RLHF it ends where the last answer begins; elsewhere not within a word
+        if isinstance(chosen, str):  # HH-RLHF: it ends where the last answer begins; others: at a space
             begin = re.match(r"(?s).*\n\nAssistant:", chosen[:start]) or re.match(r"(?s).*\s|", chosen[:start])
             start = begin.end()
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
@@ -284,7 +294,7 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
     """The pairs of a data set, but for those that are equal or have too many tokens."""
     rows, pairs, num_equal, num_long = read_rows("--dataset", source, args.dataset_config, split), [], 0, 0
     rows = load_function("--convert", args.convert)(rows) if args.convert else rows
-    judge = load_function("--labels", args.labels) if args.labels else None
+    prefers = load_function("--labels", args.labels) if args.labels else None
     columns = [*rows[0]]
     names = {kind: next((name for name in usual if name in columns), None) for kind, usual in USUAL.items()}
     given = {"prompt": args.prompt_column, "chosen": args.chosen_column, "rejected": args.rejected_column}
@@ -295,9 +305,9 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
     for number, row in enumerate(rows, 1):
         try:
             prompt, *replies = prompt_and_replies(row, names, args)
-            if judge:
-                replies.sort(key=str)  # an order from which the judge learns nothing
-                replies = replies if judge(prompt, *replies) else replies[::-1]
+            if prefers:
+                replies.sort(key=str)  # the order says nothing about which was chosen
+                replies = replies if prefers(prompt, *replies) else replies[::-1]
             tools = row[names["tools"]] if names["tools"] else None
             tools = json.loads(tools) if isinstance(tools, str) else without_none(tools)
             pair = Pair(*encode(tokenizer, prompt, replies, tools), prompt)
@@ -311,7 +321,7 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
             pairs.append(pair)
     news = f"{source}: {len(pairs)} pairs. Left out: {num_equal} with equal replies, {num_long} of over {limit} tokens"
     if not pairs:
-        raise UsageError(f"{news}. Replies also get equal if the chat template leaves out in what they differ")
+        raise UsageError(f"{news}. Replies are also equal where the chat template drops what they differ in")
     if RANK == 0:
         print(f"{news}; not used: columns {', '.join({*columns} - {*names.values()}) or 'none'}")
     return pairs
@@ -321,7 +331,7 @@ def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) ->
     limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
     read = functools.partial(read_pairs, tokenizer=tokenizer, limit=limit, args=args)
     if args.evaluate and args.dataset != saved_args(args.run_dir).dataset:
-        return [], read(args.dataset, args.dataset_split)  # all of what is named beside --evaluate
+        return [], read(args.dataset, args.dataset_split)  # --evaluate with another --dataset: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
         pairs = [] if args.evaluate else read(args.dataset, args.dataset_split)
@@ -333,14 +343,14 @@ def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) ->
 
 
 def hold_out(pairs: list[Pair], args: Args) -> tuple[list[Pair], list[Pair]]:
-    """Pairs for training, and others that have no prompt in common with them."""
+    """Pairs for training and for evaluation, with different prompts unless each prompt has more than size pairs."""
     size, groups, held_out = min(args.eval_pairs, math.ceil(len(pairs) / 10)), {}, []
     random.Random(args.seed).shuffle(pairs)
     for pair in pairs:
         groups.setdefault(str(pair.prompt), []).append(pair)
     for group in groups.values():
         held_out += group if len(held_out) + len(group) <= size else []
-    if not held_out:  # there are too few prompts to spare one of them
+    if not held_out:  # each prompt has more than size pairs, as in the default task
         return pairs[size:], pairs[:size]
     prompts = {str(pair.prompt) for pair in held_out}
     return [pair for pair in pairs if str(pair.prompt) not in prompts], held_out
@@ -352,7 +362,7 @@ def by_length(pairs: list[Pair]) -> list[Pair]:
 
 
 def batches_from(step: int, pairs: list[Pair], args: Args) -> Iterator[list[Pair]]:
-    """Batches without end: in each epoch all pairs once, but for a rest, in random batches of similar length."""
+    """Batches of similar length, without end. An epoch has each pair at most once: an incomplete batch is dropped."""
     size, batches = args.batch_size, []
     for number in itertools.count(step // size):
         epoch, position = divmod(number, len(pairs) // size)
@@ -366,9 +376,9 @@ def batches_from(step: int, pairs: list[Pair], args: Args) -> Iterator[list[Pair
         yield batches[position]
 
 
-# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
+# ---- Below this line: what does not depend on the algorithm; the other text scripts have the same functions ----
 # What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
-# accelerate knows about GPUs and other processes. What train needs of it, it says.
+# accelerate knows about GPUs and other processes.
 
 
 class UsageError(Exception):
@@ -376,7 +386,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in what is None."""
+    """Refuses numbers out of range: by default integers below 1, others below 0. Then sets defaults that are None."""
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -482,12 +492,12 @@ def common_length(sequences: list) -> int:
 
 
 def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
-    """Token ids of the prompt, then of each reply up to the end of its turn."""
+    """Token ids of the prompt, then of each reply with its end token, which is added if there is none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if isinstance(prompt, str):
         # Prompt and reply together, as the model reads them: alone, the reply's first token could be another one
         texts = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
-        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # one was written in the text
+        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # the text had its own BOS: drop one
     else:
         turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
         write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
@@ -495,12 +505,12 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
             texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
         except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
             raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
-    start = common_length(texts)  # less than the whole prompt where a token spans prompt and reply
+    start = common_length(texts)  # the prompt's tokens; fewer if its last one merges with the reply's first
     if start == 0:  # the first token that is predicted must follow something
         start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
     encoded, ends = [texts[0][:start]], turn_ends(tokenizer)
     for ids in texts[1:]:
-        length = len(ids)  # some templates write a line break behind the end of the turn, which no model has to write
+        length = len(ids)  # without the line break that some templates write behind the end token
         while length > start and ids[length - 1] not in ends and tokenizer.decode(ids[length - 1]).isspace():
             length -= 1
         encoded.append(ids[start:length] if length > start and ids[length - 1] in ends else [*ids[start:], eos])
@@ -531,8 +541,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def load_model(name: str, kind: type, args: Args) -> nn.Module:
-    """Without dropout (eval): the same text has the same value in every pass, be it the policy's or the reference's."""
-    # Small steps get lost in bfloat16: it is for what LoRA freezes, and not on the CPU
+    """A model from the hub or a folder, in eval mode: without dropout, each pass over a text gives the same value."""
+    # On CUDA, LoRA's frozen weights are bfloat16. Trained weights are float32: bfloat16 would round small updates away
     half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
     options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
     options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
@@ -544,8 +554,9 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             import peft
 
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
+            model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
-            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # what new LoRA is based on
+            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
         missing = sorted(info["missing_keys"])
@@ -553,7 +564,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             nn.init.zeros_(model.score.weight)
             missing = []
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
-        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
@@ -566,7 +577,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
 def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # it needs them in training; what is within them stays without dropout
+        for layer in model.modules():  # only these are in training mode, as checkpointing needs: no dropout within
             layer.training = isinstance(layer, GradientCheckpointingLayer)
     if args.lora_rank:
         import peft  # slow to import
@@ -585,11 +596,11 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    pad_id = model.config.get_text_config().pad_token_id  # the reward is at the last token that is another one
-    size = 1 if pad_id is None else 64  # without such a token no reply can stand beside a longer one
+    pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
+    size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
     @torch.no_grad()
-    def judge(prompts: list[Text], replies: list[str]) -> list[float]:
+    def rewards_of(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
         rows, rewards = [prompt + reply for prompt, reply in encoded], []
         for i in range(0, len(rows), size):
@@ -597,7 +608,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
             rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
         return rewards
 
-    return judge
+    return rewards_of
 
 
 class Run:
@@ -613,8 +624,8 @@ class Run:
         self.bar = self.metrics = self.wandb = None
         self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
         if args.batch_size % (self.micro_batch_size * PROCESSES) or args.total_timesteps % args.batch_size:
-            parts = f"--micro-batch-size {self.micro_batch_size} times {PROCESSES} processes"
-            raise UsageError(f"--batch-size {args.batch_size} must divide --total-timesteps; so must {parts} it")
+            sizes = f"--batch-size {args.batch_size}, and that of --micro-batch-size {self.micro_batch_size}"
+            raise UsageError(f"--total-timesteps must be a multiple of {sizes} times {PROCESSES} processes")
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
@@ -706,7 +717,7 @@ class Run:
         return not end
 
     def step(self, loss: Tensor) -> float:
-        """Adds the loss's gradient; with that of the last micro-batch, steps. Returns the norm before clipping."""
+        """Adds the loss's gradient and, after the last micro-batch, updates. Returns the norm before clipping."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -737,14 +748,12 @@ class Run:
         if self.wandb:
             with contextlib.suppress(Exception):  # W&B's troubles must not end the run
                 self.wandb.log(row)
-        if self.global_step == 50 * self.args.batch_size and abs(row.get("rewards/margins", 1)) < 1e-4:
-            tqdm.write("warning: after 50 updates the margins are still 0: raise --learning-rate", file=sys.stderr)
         if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
             tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model/ and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model/ and checkpoint.pt. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
         if RANK > 0:

@@ -18,7 +18,7 @@ Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, stage 1.
 
 Differs from the paper:
 - No dropout; the paper has 0.2. Adam's beta2 is 0.98, not 0.95.
-- The learning rate rises first, then falls to 0 in a straight line; the paper's falls, as a cosine, to a tenth.
+- The learning rate falls to 0 in a straight line, see --warmup; the paper's falls, as a cosine, to a tenth.
 - The model that is kept is the last one, not the one that a reward model likes best.
 
     python algorithms/sft.py
@@ -85,10 +85,10 @@ class Args:
     dataset: str = f"{REVIEWS}/demonstrations.parquet"  # a hub id, a folder or files, as the library datasets reads
     dataset_config: str | None = None  # its configuration, where it has several
     dataset_split: str | None = None  # None: train, or the only one
-    convert: str | None = None  # FILE.py:function makes other rows of the rows of --dataset, before all else
+    convert: str | None = None  # FILE.py:function (list of rows) -> list of rows, used first on those of --dataset
     prompt_column: str | None = None  # None: prompt, question, ...
     reply_column: str | None = None  # None: completion, response, ...; or messages: each reply of a chat is learned
-    chat: bool = False  # texts are turns of a chat: prompts of its user, replies of its assistant
+    chat: bool = False  # write texts with the chat template: prompts as the user's, replies as the assistant's
     max_length: int = 1024  # tokens of prompt and reply together; longer demonstrations are left out
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 64_000  # demonstrations to learn from, summed over all epochs; a step is a demonstration
@@ -100,18 +100,18 @@ class Args:
     resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
-    eval_dataset: str | None = None  # all of it is for evaluation; None: demonstrations of --dataset are held out
-    eval_split: str | None = None  # of --eval-dataset, or without one, of --dataset
+    eval_dataset: str | None = None  # for evaluation, all of it; None: demonstrations of --dataset are held out
+    eval_split: str | None = None  # split of --eval-dataset; if there is none, of --dataset
     eval_demonstrations: int = 1000  # demonstrations held out, at most a tenth of all
-    eval_replies: int = 256  # replies that the model writes in an evaluation
-    max_new_tokens: int = 128  # of such a reply, at most
-    reward: str | None = None  # judges them: FILE.py:function (prompt, reply) -> number, or a reward model's folder
+    eval_replies: int = 256  # replies sampled in an evaluation; --micro-batch-size and processes change the draws
+    max_new_tokens: int = 128  # of such a reply, at most; a reply cut here is scored as if it had ended
+    reward: str | None = None  # scores them: FILE.py:function (prompt, reply) -> number, or a reward model's folder
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
     learning_rate: float = 5e-3  # of AdamW; paper: 9.65e-6 (6B), which suits large models; with LoRA rather 1e-4
-    warmup: float = 0.03  # share of the run over which the learning rate rises; besides, it falls to 0 over all of it
+    warmup: float = 0.03  # the learning rate falls to 0 over the whole run; in this share of it, it also rises from 0
     batch_size: int = 32  # demonstrations of an update, summed over all processes; paper: 32
-    micro_batch_size: int | None = None  # demonstrations of a forward pass of one process; None: all of its update
+    micro_batch_size: int | None = None  # of one pass of a process; lower it if memory runs out; None: its share
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
     weight_decay: float = 0.0  # of AdamW
     lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
@@ -127,11 +127,11 @@ class Args:
 
 
 class Demonstration(NamedTuple):
-    """Token ids, those of the reply up to the end of its turn. And the prompt as it was."""
+    """Token ids, of the reply with its end token; and the prompt as the data has it."""
 
     prompt: list[int]
     reply: list[int]
-    text: Text
+    prompt_text: Text
 
 
 def reply_losses(model: nn.Module, batch: list[Demonstration]) -> tuple[Tensor, Tensor]:
@@ -140,9 +140,8 @@ def reply_losses(model: nn.Module, batch: list[Demonstration]) -> tuple[Tensor, 
     ids = pad([row.prompt + row.reply for row in batch], 0).to(model.device)  # (B, T)
     # cross_entropy gives 0 at -100: no gradient comes from a prompt
     masked = pad([[-100] * len(row.prompt) + row.reply for row in batch], -100).to(model.device)
-    # Attention looks back only: padding behind a row changes nothing in it, and needs no mask
     targets = masked[:, first:].flatten()  # (B * K,)
-    # (B, K, vocabulary): the last K positions, each of which has read all before its target
+    # No mask: padding stands on the right, and causal attention never reads it. Logits: (B, K, vocabulary)
     logits = model(input_ids=ids[:, :-1], logits_to_keep=ids.shape[1] - first, use_cache=False).logits
     logits = logits.flatten(0, 1).float()
     losses = nn.functional.cross_entropy(logits, targets, reduction="none")  # [1], negated, token by token
@@ -150,12 +149,12 @@ def reply_losses(model: nn.Module, batch: list[Demonstration]) -> tuple[Tensor, 
 
 
 def update(run: "Run", batch: list[Demonstration], args: Args) -> dict[str, float]:
-    """One step. Each process takes its share of the batch, in micro-batches. Returns means over the batch's tokens."""
+    """One update. Each process takes its share of the batch, in micro-batches. Returns means over its tokens."""
     mine, size, sums = batch[RANK::PROCESSES], run.micro_batch_size, []
     tokens = sum(len(row.reply) for row in batch)  # of all processes
     parts = len(batch) / size  # accelerate divides the sum of all losses by this: micro-batches times processes
     for i in range(0, len(mine), size):
-        with run.accelerator.accumulate(run.model):  # only the last micro-batch steps, with the mean of all gradients
+        with run.accelerator.accumulate(run.model):  # averages the gradients; after the last micro-batch, an update
             losses, hits = reply_losses(run.model, mine[i : i + size])
             grad_norm = run.step(losses.sum() * parts / tokens)  # [2]
         sums.append(torch.stack((losses.sum(), hits.sum())).detach())
@@ -167,30 +166,29 @@ def evaluate(run: "Run", rows: list[Demonstration], args: Args) -> dict[str, flo
     """Loss and accuracy, means over the tokens of held-out replies; length and --reward of sampled replies."""
 
     def sums_of(batch: list[Demonstration]) -> Tensor:  # -> (B, 3): loss, hits, tokens
-        with run.accelerator.autocast():
-            both = reply_losses(run.model, batch)
+        both = reply_losses(run.model, batch)
         by_reply = zip(*(x.split([len(row.reply) for row in batch]) for x in both), strict=True)
         return torch.stack([torch.stack((x.sum(), hit.sum(), torch.ones_like(x).sum())) for x, hit in by_reply])
 
     by_length = sorted(rows, key=lambda row: len(row.prompt) + len(row.reply))  # neighbours need little padding
     loss, hits, tokens = run.share(sums_of, by_length).cpu().double().sum(0).tolist()
-    asked = itertools.cycle({str(row.text): row for row in rows}.values())  # each once, then all of them again
-    ends = sorted({row.reply[-1] for row in rows})
+    asked = itertools.cycle({str(row.prompt_text): row for row in rows}.values())  # each once, then again
+    ends = sorted({row.reply[-1] for row in rows})  # the tokens that end a reply in the data: sampling stops there
 
-    def judge(batch: list[tuple[int, Demonstration]]) -> Tensor:  # -> (B, 2): length, reward
+    def sampled(batch: list[tuple[int, Demonstration]]) -> Tensor:  # -> (B, 2): length, reward
         prompts = [row.prompt for _, row in batch]
         replies = sample(run.bare, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
         decoded = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
-        rewards = run.judge([row.text for _, row in batch], decoded) if run.judge else [0.0] * len(batch)
+        rewards = run.judge([row.prompt_text for _, row in batch], decoded) if run.judge else [0.0] * len(batch)
         return torch.tensor([[len(reply) for reply in replies], rewards]).T.to(run.accelerator.device)
 
-    length, reward = run.share(judge, [*enumerate(itertools.islice(asked, args.eval_replies))]).mean(0).tolist()
+    length, reward = run.share(sampled, [*enumerate(itertools.islice(asked, args.eval_replies))]).mean(0).tolist()
     result = {"eval/loss": loss / tokens, "eval/accuracy": hits / tokens, "eval/length": length}
     return result | ({"eval/reward": reward} if run.judge else {})
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a model and returns its last evaluation. From below the ruled line it needs Run and load_model."""
+    """Trains a model and returns its last evaluation."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         rows, held_out = training_and_held_out(run.tokenizer, model, args)
@@ -218,12 +216,12 @@ def train(args: Args) -> dict[str, float]:
 
 def show_replies(run: "Run", rows: list[Demonstration], args: Args) -> None:
     """To three prompts a reply of the model, with its reward."""
-    rows = [*{str(row.text): row for row in rows}.values()][:3]
+    rows = [*{str(row.prompt_text): row for row in rows}.values()][:3]
     ends = sorted({row.reply[-1] for row in rows})
     replies = sample(run.bare, [row.prompt for row in rows], ends, args.max_new_tokens, (args.seed, "shown"))
     for row, reply in zip(rows, run.tokenizer.batch_decode(replies, skip_special_tokens=True), strict=True):
-        worth = f"{run.judge([row.text], [reply])[0]:5.1f}" if run.judge else ""
-        run.accelerator.print(f"{row.text!s:.200}\n    {worth}  {reply}")
+        worth = f"{run.judge([row.prompt_text], [reply])[0]:5.1f}" if run.judge else ""
+        run.accelerator.print(f"{row.prompt_text!s:.200}\n    {worth}  {reply}")
 
 
 def load(run: "Run", name: str, args: Args) -> nn.Module:
@@ -245,7 +243,9 @@ def load(run: "Run", name: str, args: Args) -> nn.Module:
 def evaluate_saved(args: Args) -> dict[str, float]:
     """Evaluates the model in --run-dir as the last evaluation of the run did, or on another --dataset."""
     with contextlib.closing(Run(args)) as run:
-        run.model = run.bare = load(run, f"{args.run_dir}/model", args).to(run.accelerator.device)
+        model = load(run, f"{args.run_dir}/model", args)
+        run.model = run.accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)  # as in training
+        run.bare = run.accelerator.unwrap_model(run.model)
         _, held_out = training_and_held_out(run.tokenizer, run.model, args)
         show_replies(run, held_out, args)
         return evaluate(run, held_out, args)
@@ -315,7 +315,7 @@ def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) ->
     limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
     read = functools.partial(read_demonstrations, tokenizer=tokenizer, limit=limit, args=args)
     if args.evaluate and args.dataset != saved_args(args.run_dir).dataset:
-        return [], read(args.dataset, args.dataset_split)  # all of them
+        return [], read(args.dataset, args.dataset_split)  # --evaluate with another --dataset: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
         return [] if args.evaluate else read(args.dataset, args.dataset_split), held_out
@@ -334,7 +334,7 @@ def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) ->
 
 
 def batches_from(step: int, rows: list[Demonstration], args: Args) -> Iterator[list[Demonstration]]:
-    """Batches without end: in each epoch all demonstrations once, but for a rest."""
+    """Batches without end. An epoch has each demonstration at most once: an incomplete batch is dropped."""
     size, order, shown = args.batch_size, [], None
     for number in itertools.count(step // size):
         epoch, position = divmod(number, len(rows) // size)
@@ -343,9 +343,9 @@ def batches_from(step: int, rows: list[Demonstration], args: Args) -> Iterator[l
         yield order[position * size : (position + 1) * size]
 
 
-# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----
+# ---- Below this line: what does not depend on the algorithm; the other text scripts have the same functions ----
 # What a library offers is left to it: datasets reads files, the tokenizer's chat template writes chats, peft adds LoRA,
-# accelerate knows about GPUs and other processes. What train needs of it, it says.
+# accelerate knows about GPUs and other processes.
 
 
 class UsageError(Exception):
@@ -353,7 +353,7 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Fills in what is None."""
+    """Refuses numbers out of range: by default integers below 1, others below 0. Then sets defaults that are None."""
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
@@ -459,12 +459,12 @@ def common_length(sequences: list) -> int:
 
 
 def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
-    """Token ids of the prompt, then of each reply up to the end of its turn."""
+    """Token ids of the prompt, then of each reply with its end token, which is added if there is none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if isinstance(prompt, str):
         # Prompt and reply together, as the model reads them: alone, the reply's first token could be another one
         texts = tokenizer([prompt, *(prompt + reply for reply in replies)]).input_ids
-        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # one was written in the text
+        texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # the text had its own BOS: drop one
     else:
         turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
         write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
@@ -472,12 +472,12 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
             texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
         except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
             raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
-    start = common_length(texts)  # less than the whole prompt where a token spans prompt and reply
+    start = common_length(texts)  # the prompt's tokens; fewer if its last one merges with the reply's first
     if start == 0:  # the first token that is predicted must follow something
         start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
     encoded, ends = [texts[0][:start]], turn_ends(tokenizer)
     for ids in texts[1:]:
-        length = len(ids)  # some templates write a line break behind the end of the turn, which no model has to write
+        length = len(ids)  # without the line break that some templates write behind the end token
         while length > start and ids[length - 1] not in ends and tokenizer.decode(ids[length - 1]).isspace():
             length -= 1
         encoded.append(ids[start:length] if length > start and ids[length - 1] in ends else [*ids[start:], eos])
@@ -508,8 +508,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def load_model(name: str, kind: type, args: Args) -> nn.Module:
-    """Without dropout (eval): the same text has the same value in every pass, be it the policy's or the reference's."""
-    # Small steps get lost in bfloat16: it is for what LoRA freezes, and not on the CPU
+    """A model from the hub or a folder, in eval mode: without dropout, each pass over a text gives the same value."""
+    # On CUDA, LoRA's frozen weights are bfloat16. Trained weights are float32: bfloat16 would round small updates away
     half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
     options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
     options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
@@ -521,8 +521,9 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             import peft
 
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
+            model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
-            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # what new LoRA is based on
+            model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
         missing = sorted(info["missing_keys"])
@@ -530,7 +531,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             nn.init.zeros_(model.score.weight)
             missing = []
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
-        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+        ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
@@ -543,7 +544,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
 def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # it needs them in training; what is within them stays without dropout
+        for layer in model.modules():  # only these are in training mode, as checkpointing needs: no dropout within
             layer.training = isinstance(layer, GradientCheckpointingLayer)
     if args.lora_rank:
         import peft  # slow to import
@@ -559,7 +560,7 @@ def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
 @torch.no_grad()
 def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: int, seed: tuple) -> list[list[int]]:
     """A reply to each prompt, drawn from the model as it is (temperature 1), up to one of ends or this length."""
-    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # training draws nothing from there
+    torch.manual_seed(random.Random(repr(seed)).getrandbits(63))  # its own seed: a resumed run samples the same
     ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
@@ -575,11 +576,11 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    pad_id = model.config.get_text_config().pad_token_id  # the reward is at the last token that is another one
-    size = 1 if pad_id is None else 64  # without such a token no reply can stand beside a longer one
+    pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
+    size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
     @torch.no_grad()
-    def judge(prompts: list[Text], replies: list[str]) -> list[float]:
+    def rewards_of(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
         rows, rewards = [prompt + reply for prompt, reply in encoded], []
         for i in range(0, len(rows), size):
@@ -587,7 +588,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
             rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
         return rewards
 
-    return judge
+    return rewards_of
 
 
 class Run:
@@ -603,8 +604,8 @@ class Run:
         self.bar = self.metrics = self.wandb = None
         self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
         if args.batch_size % (self.micro_batch_size * PROCESSES) or args.total_timesteps % args.batch_size:
-            parts = f"--micro-batch-size {self.micro_batch_size} times {PROCESSES} processes"
-            raise UsageError(f"--batch-size {args.batch_size} must divide --total-timesteps; so must {parts} it")
+            sizes = f"--batch-size {args.batch_size}, and that of --micro-batch-size {self.micro_batch_size}"
+            raise UsageError(f"--total-timesteps must be a multiple of {sizes} times {PROCESSES} processes")
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
@@ -696,7 +697,7 @@ class Run:
         return not end
 
     def step(self, loss: Tensor) -> float:
-        """Adds the loss's gradient; with that of the last micro-batch, steps. Returns the norm before clipping."""
+        """Adds the loss's gradient and, after the last micro-batch, updates. Returns the norm before clipping."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -727,14 +728,12 @@ class Run:
         if self.wandb:
             with contextlib.suppress(Exception):  # W&B's troubles must not end the run
                 self.wandb.log(row)
-        if self.global_step == 50 * self.args.batch_size and abs(row.get("rewards/margins", 1)) < 1e-4:
-            tqdm.write("warning: after 50 updates the margins are still 0: raise --learning-rate", file=sys.stderr)
         if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
             tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model/ and checkpoint.pt; a kill at any moment leaves the old or the new ones."""
+        """Writes model/ and checkpoint.pt. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
         if RANK > 0:

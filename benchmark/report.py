@@ -129,7 +129,7 @@ HEADLINES = {  # of a short table, which has one row a script: the environment; 
     "td3": "HalfCheetah-v5", "sac": "HalfCheetah-v5", "maddpg": "simple_spread_v3",
 }  # fmt: skip
 BESIDE = {  # what the last evaluations found that a row of a table should say
-    "eval/bayes_accuracy": "the true reward itself {}", "eval/optimal_reward": "the optimum at this divergence {}",
+    "eval/reward_accuracy": "the true reward itself {}", "eval/optimal_reward": "the optimum at this divergence {}",
     "eval/reference_reward": "where it began {}",
 }  # fmt: skip
 ALSO_LOCKED = "python", "ale-py", "box2d", "pygame", "torchvision"  # physics and games that gymnasium brings along

@@ -230,7 +230,7 @@ FACTS = {
         resumed=[flags("--total-timesteps 1024 --checkpoint-frequency 100 --eval-frequency 512")],
         changes=TEXT_CHANGES | {"replies": None},  # tested in test_reward_model.py
         mistakes=TEXT_MISTAKES | {"--replies replies.jsonl": "--evaluate"},
-        logged=["loss", "rewards/margins", "rewards/accuracies", "losses/grad_norm", "eval/bayes_accuracy"],
+        logged=["loss", "rewards/margins", "rewards/accuracies", "losses/grad_norm", "eval/reward_accuracy"],
         model="model/model.safetensors", goes_on="--evaluate",
     ),
     "ppo_rlhf": Facts(

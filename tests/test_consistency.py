@@ -21,7 +21,7 @@ RULED_LINE = (
     "# ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----"
 )
 RULED_LINE_OF_TEXT = (
-    "# ---- Below this line every script on text is the same: command line, texts, models, replies, run folder ----"
+    "# ---- Below this line: what does not depend on the algorithm; the other text scripts have the same functions ----"
 )
 DIFFERS = {
     "Args": "each algorithm has flags of its own; the common ones are compared below",
@@ -49,11 +49,11 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
     },
     "alphazero": {"make_env": "a game of OpenSpiel", "evaluate": "both sides of a game, and its exact solution"},
     "dpo": {
-        "METRICS": "names of what it logs", "evaluate": "log-probabilities", "evaluate_saved": "replies",
+        "evaluate": "log-probabilities", "evaluate_saved": "replies",
         "load": "the policy",
     },
     "reward_model": {
-        "METRICS": "names of what it logs, other ones", "evaluate": "accuracies", "evaluate_saved": "rewards",
+        "evaluate": "accuracies", "evaluate_saved": "rewards",
         "load": "a model with another head",
     },
     "sft": {
@@ -85,8 +85,8 @@ LENGTHS = {  # lines at most above the ruled line, where the algorithm is
     "alphazero": 537,  # the aim is 350: the game, its exact solution, its picture and a game against you take 140
     "ppo": 356, "dqn": 355,  # the aim is 350: they also take images
     "sft": 345,  # the aim is 300: reading the columns of people's data sets takes 100
-    "grpo": 340, "ppo_rlhf": 365,
-    "reward_model": 368, "dpo": 413,  # the aim is 300: reading the columns of people's data sets takes 100 in each
+    "grpo": 336, "ppo_rlhf": 362,
+    "reward_model": 378, "dpo": 410,  # the aim is 300: reading the columns of people's data sets takes 100 in each
 }  # fmt: skip
 # Lines at most below it. The aim is 210. What had to be there before (command line, environments, evaluation, W&B, run
 # folder) takes about 220; exact resuming in mid-episode 35, loading a trained agent 15, longer runs and refused changes
@@ -94,7 +94,7 @@ LENGTHS = {  # lines at most above the ruled line, where the algorithm is
 SHARED_LENGTH = 363
 # The aim is 260. Reading files, chats and templates takes 110, models, LoRA and rewards 100, the rest 220. Those that
 # learn from replies of their own have what writes these, and what reads prompts: 130 more
-SHARED_LENGTH_OF_TEXT = {"reward_model": 433, "sft": 446, "dpo": 454, "grpo": 567, "ppo_rlhf": 567}
+SHARED_LENGTH_OF_TEXT = {"reward_model": 432, "sft": 445, "dpo": 453, "grpo": 566, "ppo_rlhf": 566}
 BROUGHT_BY_OTHERS = {"ale_py", "matplotlib", "minari", "peft"}  # an extra of Gymnasium; what only some flags need
 PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "pyspiel": "open-spiel"}  # of modules with another name
 

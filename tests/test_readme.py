@@ -166,7 +166,7 @@ def test_the_readme_is_short_enough_to_be_read():
 def test_the_lines_of_the_scripts_are_counted():
     """Down to the ruled line, to within ten: a small change of a script is no change of the page."""
     shown = re.findall(r"^\| \[(\w+)\]\(algorithms/\w+\.py\) \|.*\| (\d+) \|.*\|$", README, re.MULTILINE)
-    own = {path.stem: path.read_text().split("elow this line every script")[0].count("\n") for path in SCRIPTS}
+    own = {path.stem: path.read_text().split("# ---- Below this line")[0].count("\n") for path in SCRIPTS}
     assert {name for name, _ in shown} == own.keys()
     for name, lines in shown:
         assert abs(int(lines) - own[name]) <= 10, f"{name} has {own[name]} lines"

@@ -922,9 +922,9 @@ def test_what_the_last_evaluations_found_beside_the_score(call, tmp_path):
         run = make_run(tmp_path / "runs" / str(seed), "reward_model", "", seed)
         found = {"eval/accuracy": 0.7, "eval/return_std": 9.0, "losses/loss": 5.0}
         margin = 1.0 if seed == 1 else None  # what not all seeds know is left out
-        steps = {100: {"eval/bayes_accuracy": 0.0}, 200: {"eval/bayes_accuracy": 0.25 * seed, "eval/margin": margin}}
+        steps = {100: {"eval/reward_accuracy": 0.0}, 200: {"eval/reward_accuracy": 0.25 * seed, "eval/margin": margin}}
         write_rows(run, [{"global_step": step, "time": 1.0} | found | more for step, more in steps.items()])
-    row = {"script": "reward_model", "environment": "preferences, accuracy", "of": "bayes_accuracy"}
+    row = {"script": "reward_model", "environment": "preferences, accuracy", "of": "reward_accuracy"}
     row |= {"mean": 0.5, "by seed": [0.25, 0.5, 0.75]}
     assert call(tmp_path / "runs", "--save-baseline", path)[1][title] == [row]
     assert call(path)[1][title] == [row]

@@ -42,6 +42,7 @@ def started(folders, name="gpt2", **changes):
     with torch.no_grad():
         model.score.weight.copy_(torch.linspace(-1, 1, model.score.weight.numel())[None])
     pairs, held_out = reward_model.training_and_held_out(run.tokenizer, model, args)
+    reward_model.set_padding(run.tokenizer, model, pairs, args)
     run.start(model, torch.optim.SGD(model.parameters(), 0.1))
     return run, pairs, held_out
 
@@ -217,10 +218,61 @@ def test_the_saved_folder_scores_the_same_in_any_batch_in_plain_transformers(fol
 def test_a_tokenizer_keeps_how_it_reads_texts(folders):
     run = reward_model.Run(arguments(folders))
     for name in SIZES:
-        reward_model.load(run, str(folders / name), arguments(folders))
+        model = reward_model.load(run, str(folders / name), run.args)
+        reward_model.set_padding(run.tokenizer, model, [], run.args)
         plain = tokenizer_of({"gpt2": "gpt2", "llama": "llama2"}[name])
         for text in "the cup!", "<unk> & !!", "<pad>":
             assert run.tokenizer(text).input_ids == plain(text).input_ids
+
+
+def chats(folder):
+    """A model whose end token is <|endoftext|>, as the tokenizer says, but turns end with <|im_end|>; and pairs."""
+    save_model(folder, "llama", "qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    write_jsonl(folder / "pairs.jsonl", pairs_of_words())
+    return {"model_name": str(folder), "dataset": str(folder / "pairs.jsonl"), "chat": True, "device": "cpu",
+            "batch_size": 8, "total_timesteps": 16, "run_dir": "run"}  # fmt: skip
+
+
+def test_no_token_that_ends_a_reply_in_the_data_is_padding(tmp_path):
+    reward_model.train(reward_model.Args(**chats(tmp_path / "model")))
+    model, tokenizer = (
+        auto.from_pretrained("run/model") for auto in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
+    assert tokenizer.pad_token not in ("<|im_end|>", "<|endoftext|>")
+    prompt, reply = reward_model.encode(tokenizer, [{"role": "user", "content": "hi"}], ["yes"])
+    assert tokenizer.decode(reply[-1:]) == "<|im_end|>"
+    with torch.no_grad():
+        state = model.base_model(input_ids=torch.tensor([prompt + reply])).last_hidden_state[0, -1]
+        rewards = reward_model.pair_rewards(
+            model, [reward_model.Pair(prompt, reply, reply[:1] + reply, "")], tokenizer.pad_token_id
+        )
+    assert rewards[0].item() == pytest.approx((state @ model.score.weight[0]).item(), abs=1e-6)
+
+
+def test_replies_of_a_chat_are_read_as_those_of_the_data(tmp_path, capsys):
+    reward_model.train(reward_model.Args(**chats(tmp_path / "model")))
+    user, says = ({"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "yes")))
+    files = [{"prompt": "hi", "reply": "yes"}], [{"prompt": [user], "reply": [says]}]
+    files += ([{"system": "be kind", "prompt": "hi", "reply": "yes"}],)
+    capsys.readouterr()
+    for file in files:
+        write_jsonl(Path("replies.jsonl"), file)
+        reward_model.evaluate_saved(reward_model.saved_args("run", evaluate=True, replies="replies.jsonl"))
+    rewards = [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines()]
+    model, tokenizer = (
+        auto.from_pretrained("run/model") for auto in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
+    asked = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nyes<|im_end|>"
+    texts = [asked, asked, "<|im_start|>system\nbe kind<|im_end|>\n" + asked]
+    expected = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+    assert rewards == pytest.approx(expected, abs=1e-6)
+    assert rewards[0] != pytest.approx(rewards[2], abs=1e-5)
+    write_jsonl(Path("replies.jsonl"), [{"question": "hi", "reply": "yes"}])
+    with pytest.raises(reward_model.UsageError, match="columns prompt and reply, not question, reply"):
+        reward_model.evaluate_saved(reward_model.saved_args("run", evaluate=True, replies="replies.jsonl"))
 
 
 def test_lora_trains_its_matrices_and_the_head_and_loads_again(folders):
@@ -235,7 +287,7 @@ def test_lora_trains_its_matrices_and_the_head_and_loads_again(folders):
     last = [row for row in rows(Path("run")) if "eval/loss" in row][-1]
     result = reward_model.evaluate_saved(reward_model.saved_args("run", evaluate=True))
     assert result["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-4)
-    with pytest.raises(reward_model.UsageError, match="pad_token"):
+    with pytest.raises(reward_model.UsageError, match="could be padding"):
         reward_model.train(arguments(folders, "gpt2", run_dir="other", **flags))
 
 
@@ -251,7 +303,7 @@ def test_the_accuracy_of_a_known_reward_stands_beside(folders):
     run, _, held_out = started(folders, run_dir="run", reward="judge.py:by_length")
     texts = [[run.tokenizer.decode(ids, skip_special_tokens=True) for ids in pair[1:3]] for pair in held_out]
     wins = [(len(a) > len(b)) + (len(a) == len(b)) / 2 for a, b in texts]
-    assert reward_model.evaluate(run, held_out)["eval/bayes_accuracy"] == pytest.approx(sum(wins) / len(wins))
+    assert reward_model.evaluate(run, held_out)["eval/reward_accuracy"] == pytest.approx(sum(wins) / len(wins))
     for wrong in "judge.py:nothing", "nowhere.py:f":
         with pytest.raises(reward_model.UsageError, match="--reward"):
             reward_model.load_reward(wrong, arguments(folders), torch.device("cpu"))

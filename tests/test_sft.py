@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, rows, timeless
+from text_models import bfloat16_autocast
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from algorithms import sft
@@ -223,6 +224,16 @@ def test_lora_trains_little_and_its_folder_is_a_start_for_the_next(folders, tmp_
     assert again["eval/loss"] == pytest.approx(losses[-1], rel=1e-4)
 
 
+def test_evaluating_a_run_has_its_precision(folders, tmp_path):
+    (tmp_path / "reward.py").write_text("def letters(prompt, reply):\n    return len(reply)\n")
+    with bfloat16_autocast():
+        sft.train(arguments(folders, run_dir=str(tmp_path / "run"), reward=f"{tmp_path}/reward.py:letters"))
+        result = sft.evaluate_saved(sft.saved_args(str(tmp_path / "run"), evaluate=True))
+    last = [row for row in rows(tmp_path / "run") if "eval/loss" in row][-1]
+    assert result == {name: value for name, value in last.items() if name in result}
+    assert [*result] == ["eval/loss", "eval/accuracy", "eval/length", "eval/reward"]
+
+
 def test_of_a_chat_each_reply_is_learned(folders, tmp_path):
     turns = [("system", "the"), ("user", "cup"), ("assistant", "good"), ("user", "smell"), ("assistant", "bad .")]
     messages = [{"role": role, "content": text} for role, text in turns]
@@ -230,7 +241,7 @@ def test_of_a_chat_each_reply_is_learned(folders, tmp_path):
     tokenizer = sft.load_tokenizer(args.model_name)
     found = sft.read_demonstrations(args.dataset, None, tokenizer, 64, args)
     assert len(found) == 8
-    assert [found[0].text, found[1].text] == [messages[:2], messages[:4]]
+    assert [found[0].prompt_text, found[1].prompt_text] == [messages[:2], messages[:4]]
     assert [tokenizer.decode(row.reply) for row in found[:2]] == ["good <end>", "bad . <end>"]
 
 
@@ -252,7 +263,7 @@ def test_usual_columns(folders, tmp_path, record, prompt):
     args = arguments(folders, dataset=write(tmp_path / "rows.jsonl", [record] * 2))
     tokenizer = sft.load_tokenizer(args.model_name)
     row = sft.read_demonstrations(args.dataset, None, tokenizer, 64, args)[0]
-    assert row.text == prompt
+    assert row.prompt_text == prompt
     assert tokenizer.decode(row.reply) == "good <end>"
 
 

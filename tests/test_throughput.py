@@ -173,13 +173,16 @@ def test_trl_learns_the_same_from_the_same_pairs(script, tmp_path):
     run = script.Run(args)
     model = script.load(run, args.model_name, args)
     pairs, _ = script.training_and_held_out(run.tokenizer, model, args)
+    if script is reward_model:
+        script.set_padding(run.tokenizer, model, pairs, args)
     assert len(pairs) == 320
     tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) / len(pairs)
     assert work.note == "(115 tokens a pair)"
     assert tokens == pytest.approx(115, rel=0.05)
     with FlopCounterMode(display=False) as counter:
         for pair in pairs[:40]:
-            both = dpo.pair_log_probs(model, [pair]) if script is dpo else reward_model.pair_rewards(model, [pair], 0)
+            asked = [pair.prompt] * 2, [pair.chosen, pair.rejected]
+            both = dpo.log_probs(model, *asked) if script is dpo else reward_model.pair_rewards(model, [pair], 0)
             sum(both).sum().backward()
     padded = sum(2 * (len(p.prompt) + max(len(p.chosen), len(p.rejected))) for p in pairs[:40])
     forward_and_backward = counter.get_total_flops() / padded * 115

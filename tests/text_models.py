@@ -4,11 +4,16 @@ A token is a byte, or one of a family's special tokens, so any text can be writt
 what the families publish: who speaks, where a turn ends, where a system turn and tools go, and what is refused.
 """
 
+import contextlib
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
@@ -85,6 +90,15 @@ def save_model(
     kind.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextlib.contextmanager
+def bfloat16_autocast() -> Iterator[None]:
+    """As on a GPU: within it, runs have mixed precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is one for the whole process
+    with mock.patch.dict(os.environ, ACCELERATE_MIXED_PRECISION="bf16"):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
