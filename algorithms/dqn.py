@@ -104,6 +104,7 @@ class Args:
     huber: bool = False  # [3] as Huber loss of e = y - Q: e^2 / 2, and |e| - 1/2 where |e| > 1; paper: yes
     double_q: bool = True  # [2] Double DQN; paper: no
     dueling: bool = False  # [4] dueling network
+    compile: bool = False  # torch.compile the gradient step, which takes some 10 s once
 
     def __post_init__(self) -> None:
         bounds = (0, math.inf if self.exploration == "boltzmann" else 1)
@@ -162,14 +163,10 @@ class QNetwork(nn.Module):
             hidden_dim = 128
         self.head = nn.Linear(hidden_dim, int(space.n))  # Q, or the advantages A of [4]
         self.value = nn.Linear(hidden_dim, 1) if args.dueling else None
-        self.obs_stats = RunningMeanStd(*obs_shape) if args.norm_obs and len(obs_shape) == 1 else None
+        self.obs_stats = RunningMeanStd(*obs_shape) if args.norm_obs and len(obs_shape) == 1 else nn.Identity()
 
     def forward(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, A), for A actions
-        if len(self.obs_shape) == 3:
-            obs = obs / 255
-        elif self.obs_stats:
-            obs = self.obs_stats(obs)
-        hidden = self.hidden(obs)
+        hidden = self.hidden(obs / 255 if len(self.obs_shape) == 3 else self.obs_stats(obs))
         if self.value is None:
             return self.head(hidden)
         advantages = self.head(hidden)
@@ -287,13 +284,13 @@ def update(
 ) -> dict[str, Tensor]:
     """A gradient step with a batch of the buffer. Returns what to log."""
     obs, actions, rewards, terminated, next_obs = batch
+    optimizer.zero_grad()
     with torch.no_grad():
         target_q = target_network(next_obs)
         choosing_q = q_network(next_obs) if args.double_q else target_q  # [2] or [1]
         targets = td_target(rewards, terminated, target_q, choosing_q, args.gamma)
     loss, values = q_loss(q_network(obs), actions, targets, args.huber)
     metrics = {"losses/td_loss": loss.detach(), "losses/q_values": values.detach().mean()}
-    optimizer.zero_grad()
     loss.backward()
     if args.max_grad_norm is not None:
         metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
@@ -320,7 +317,10 @@ def train(args: Args) -> dict[str, float]:
         held.register_buffer("actions", torch.zeros(args.num_envs, dtype=torch.int64))
         held.register_buffer("steps_left", torch.zeros(args.num_envs, dtype=torch.int64))
         run.start(model=q_network, target=target_network, optimizer=optimizer, buffer=buffer, held=held)
-
+        gradient_step = torch.compile(update) if args.compile else update
+        if args.compile:  # forward and backward become one program; the optimizer's fused step is one already
+            torch._dynamo.config.trace_autograd_ops = True
+            optimizer.step = torch.compiler.disable(optimizer.step)
         while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: one step in each of N environments
             obs, step = run.obs, run.global_step  # where an episode has ended, run.obs is the first of the next
@@ -330,7 +330,7 @@ def train(args: Args) -> dict[str, float]:
             actions = explore(q_values, epsilon, held, args).numpy()
             next_obs, rewards, terminated, truncated, _ = run.step(actions + q_network.action_space.start)
             held.steps_left[torch.from_numpy(terminated | truncated)] = 0
-            if q_network.obs_stats:
+            if args.norm_obs and len(run.obs_shape) == 1:
                 q_network.obs_stats.update(torch.from_numpy(run.obs).to(run.device))
             if args.env_id.startswith("ALE/"):
                 rewards = np.sign(rewards)  # as in the paper: -1, 0 or 1; the logged returns are not clipped
@@ -343,7 +343,7 @@ def train(args: Args) -> dict[str, float]:
             due = max(0, run.global_step - args.learning_starts) // args.train_frequency
             for number in range(made + 1, due + 1):
                 batch = [part.to(run.device) for part in buffer.sample(args.batch_size)]
-                metrics = update(q_network, target_network, optimizer, batch, args)
+                metrics = gradient_step(q_network, target_network, optimizer, batch, args)
                 if number % args.target_network_frequency == 0:
                     with torch.no_grad():
                         for target, online in zip(target_network.parameters(), q_network.parameters(), strict=True):

@@ -5,10 +5,15 @@
     python benchmark/throughput.py --only start                # how soon a script learns
     python benchmark/throughput.py --only solve                # how soon ppo has learned LunarLander
     python benchmark/throughput.py --only memory               # what a million steps of Atari take
+    python benchmark/throughput.py --only dqn --cores 2        # both sides on two cores
 
-Every measurement is a process of its own with one thread, and only the steps after a warm-up count: no imports, no
-evaluation. Script and peer take turns, so that a machine that grows slower or faster does it to both. The result is the
-median over the repeats of the ratio of two neighbours, with the smallest and the largest.
+Every measurement is a process of its own, pinned to one core, with --cores to more, and only the steps after a warm-up
+count: no imports, no evaluation. Script and peer take turns, so that a machine that grows slower or faster does it to
+both. The result is the median over the repeats of the ratio of two neighbours, with the smallest and the largest.
+
+SBX, whose gradient step is one program of JAX, and our --compile take time before they are fast. What a start takes is
+the time to the end of the warm-up, less what its steps take at the later speed; imports are not in it. The faster side
+pays after as many steps as make up for its longer start.
 
 Beside it stand two limits: the environment stepped with random actions and nothing else, and the steps for which the
 matrix products alone would leave time, at the float32 rate that a big product reaches on this machine in this run.
@@ -42,9 +47,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -53,7 +60,9 @@ from typing import NoReturn
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-ONE_CORE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")} | {"CUDA_VISIBLE_DEVICES": ""}
+PACKAGES = "torch", "gymnasium", "numpy", "stable-baselines3", "sbx-rl", "jax", "trl"
+ONE_CORE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+ONE_CORE |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
 
 
 @dataclass
@@ -61,6 +70,7 @@ class Args:
     only: tuple[str, ...] = ()  # scripts, environments, both as in ppo/CartPole-v1, start, solve, memory; none: all
     repeats: int = 5  # measurements of each side
     steps: int = 50_000  # environment steps of a measurement, after a warm-up of a tenth of them
+    cores: int = 1  # what both sides are pinned to, on Linux; JAX has a thread for each, our scripts one for vectors
     output: Path = ROOT / "benchmark" / "results"  # folder for throughput.json and throughput.md
 
 
@@ -73,7 +83,7 @@ class Work:
     settings: dict[str, int | float | bool | str]  # our flags; the peer's arguments are made from them
     peer: str
     peer_arguments: Callable[[dict], dict]  # settings -> what the peer is called with
-    time_peer: Callable[[str, dict, int, int], float]  # env_id, settings, warm-up, steps -> steps a second
+    time_peer: Callable[[str, dict, int, int], tuple]  # env_id, settings, warm-up, steps -> steps a second, start in s
     multiple: int  # steps come in multiples of it
     flop_per_step: float  # of the matrix products; 0: there are none worth the name
     note: str = ""  # what tells it from the others of this script and environment
@@ -106,28 +116,37 @@ def sb3_ppo_arguments(ours: dict) -> dict:
     return {theirs: ours[name] for theirs, name in names.items()} | {"batch_size": batch_size, "device": "cpu"}
 
 
-def sb3_ppo(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
+def time_learning(model: object, warm_up: int, steps: int) -> tuple[float, float]:
+    """Steps a second of a model of SB3 or SBX after the warm-up, and the seconds that its start takes."""
+    began = time.perf_counter()
+    model.learn(warm_up)
+    started = time.perf_counter()
+    model.learn(steps, reset_num_timesteps=False)
+    seconds = time.perf_counter() - started
+    return steps / seconds, started - began - warm_up * seconds / steps
+
+
+def sb3_ppo(
+    env_id: str, settings: dict, warm_up: int, steps: int, library: str = "stable_baselines3"
+) -> tuple[float, float]:
     import torch
-    from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
     torch.set_num_threads(1)
     envs = make_vec_env(env_id, settings["num_envs"])  # with its Monitor: both sides record every episode's return
-    model = PPO("MlpPolicy", envs, seed=1, **sb3_ppo_arguments(settings))  # two layers of 64 with tanh, as ours
-    model.learn(warm_up)
-    started = time.perf_counter()
-    model.learn(steps, reset_num_timesteps=False)
-    return steps / (time.perf_counter() - started)
+    # Two layers of 64 with tanh, as ours
+    model = import_module(library).PPO("MlpPolicy", envs, seed=1, **sb3_ppo_arguments(settings))
+    return time_learning(model, warm_up, steps)
 
 
 def sb3_dqn_arguments(ours: dict) -> dict:
     """The arguments of SB3's DQN that say the same as ours. It counts in steps of all environments together."""
     names = (
         "learning_rate", "buffer_size", "learning_starts", "batch_size", "tau", "gamma", "exploration_fraction",
-        "max_grad_norm",
+        "max_grad_norm",  # SBX has none
     )  # fmt: skip
     every = math.lcm(ours["num_envs"], ours["train_frequency"])  # environment steps from one learning to the next
-    return {name: ours[name] for name in names} | {
+    return {name: ours[name] for name in names if name in ours} | {
         "train_freq": every // ours["num_envs"], "gradient_steps": every // ours["train_frequency"],
         "target_update_interval": ours["target_network_frequency"] * ours["train_frequency"],
         "exploration_initial_eps": ours["start_e"], "exploration_final_eps": ours["end_e"],
@@ -135,17 +154,16 @@ def sb3_dqn_arguments(ours: dict) -> dict:
     }  # fmt: skip
 
 
-def sb3_dqn(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
+def sb3_dqn(
+    env_id: str, settings: dict, warm_up: int, steps: int, library: str = "stable_baselines3"
+) -> tuple[float, float]:
     import torch
-    from stable_baselines3 import DQN
     from stable_baselines3.common.env_util import make_vec_env
 
     torch.set_num_threads(1)
-    model = DQN("MlpPolicy", make_vec_env(env_id, settings["num_envs"]), seed=1, **sb3_dqn_arguments(settings))
-    model.learn(warm_up)
-    started = time.perf_counter()
-    model.learn(steps, reset_num_timesteps=False)
-    return steps / (time.perf_counter() - started)
+    envs = make_vec_env(env_id, settings["num_envs"])
+    model = import_module(library).DQN("MlpPolicy", envs, seed=1, **sb3_dqn_arguments(settings))
+    return time_learning(model, warm_up, steps)
 
 
 def sb3_td3_arguments(ours: dict) -> dict:
@@ -166,29 +184,27 @@ def sb3_sac_arguments(ours: dict) -> dict:
     return arguments | {name: ours[name] for name in names}
 
 
-def sb3_actor_critic(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
+def sb3_actor_critic(
+    env_id: str, settings: dict, warm_up: int, steps: int, library: str = "stable_baselines3"
+) -> tuple[float, float]:
     """SAC where the settings have a temperature, else TD3."""
     import numpy as np
     import torch
-    from stable_baselines3 import SAC, TD3
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.noise import NormalActionNoise
 
     torch.set_num_threads(1)
-    env = make_vec_env(env_id, 1)
+    env, peers = make_vec_env(env_id, 1), import_module(library)
     if "alpha" in settings:
-        model = SAC("MlpPolicy", env, seed=1, **sb3_sac_arguments(settings))
+        model = peers.SAC("MlpPolicy", env, seed=1, **sb3_sac_arguments(settings))
     else:
         sigma = np.full(env.action_space.shape, settings["exploration_noise"])
         noise = NormalActionNoise(np.zeros_like(sigma), sigma)
-        model = TD3("MlpPolicy", env, seed=1, action_noise=noise, **sb3_td3_arguments(settings))
-    model.learn(warm_up)
-    started = time.perf_counter()
-    model.learn(steps, reset_num_timesteps=False)
-    return steps / (time.perf_counter() - started)
+        model = peers.TD3("MlpPolicy", env, seed=1, action_noise=noise, **sb3_td3_arguments(settings))
+    return time_learning(model, warm_up, steps)
 
 
-def numpy_q_learning(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
+def numpy_q_learning(env_id: str, settings: dict, warm_up: int, steps: int) -> tuple[float, float]:
     """Q-learning as a textbook has it: a table, a loop, nothing logged."""
     import gymnasium as gym
     import numpy as np
@@ -205,7 +221,7 @@ def numpy_q_learning(env_id: str, settings: dict, warm_up: int, steps: int) -> f
         target = reward + gamma * np.max(q[next_state]) * (not terminated)
         q[state, action] += alpha * (target - q[state, action])
         state = env.reset()[0] if terminated or truncated else next_state
-    return steps / (time.perf_counter() - started)
+    return steps / (time.perf_counter() - started), 0.0
 
 
 def solved_after(returns: list[float]) -> int:
@@ -241,9 +257,9 @@ def sb3_replay_bytes(steps: int) -> int:
     return sum(array.nbytes for array in vars(buffer).values() if isinstance(array, np.ndarray)) * steps // 1000
 
 
-def environment_alone(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
+def environment_alone(env_id: str, settings: dict, warm_up: int, steps: int) -> tuple[float, float]:
     """Where there is no peer: 1 minus the ratio is the share of the time that the script spends on all else."""
-    return time_env(env_id, steps)
+    return time_env(env_id, steps), 0.0
 
 
 def make_pairs(folder: str, steps: int) -> dict:
@@ -285,7 +301,7 @@ def trl_arguments(ours: dict) -> dict:
     }  # fmt: skip
 
 
-def trl_trainer(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
+def trl_trainer(env_id: str, settings: dict, warm_up: int, steps: int) -> tuple[float, float]:
     """DPO where the settings have a beta, else a reward model."""
     import datasets
     import torch
@@ -313,7 +329,7 @@ def trl_trainer(env_id: str, settings: dict, warm_up: int, steps: int) -> float:
             model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
             trainer = trl.RewardTrainer(model, args=config, **rest | {"train_dataset": data.remove_columns("prompt")})
         trainer.train()
-        return steps / (time.perf_counter() - clock.started)
+        return steps / (time.perf_counter() - clock.started), 0.0
 
 
 def time_model(env_id: str, steps: int, scores: bool = False) -> float:
@@ -373,14 +389,16 @@ DQN_SETTINGS = {  # CleanRL's schedule
 }  # fmt: skip
 
 
-def dqn_work(env_id: str, observations: int, actions: int, num_envs: int) -> Work:
-    settings = {"num_envs": num_envs} | DQN_SETTINGS
+def dqn_work(env_id: str, observations: int, actions: int, num_envs: int, settings: dict = DQN_SETTINGS) -> Work:
+    settings = {"num_envs": num_envs} | settings
     every = settings["train_frequency"]
     forward = mlp_flop(observations, 128, 128, actions)
     flop = forward + settings["batch_size"] * 4 * forward / every  # a batch: forward and backward, and the target's
     multiple = math.lcm(num_envs, every)
-    note = f"({num_envs} env{'s' if num_envs > 1 else ''})"
-    return Work("dqn", env_id, settings, "stable-baselines3 DQN", sb3_dqn_arguments, sb3_dqn, multiple, flop, note)
+    note = f"({num_envs} env{'s' if num_envs > 1 else ''}{', a gradient step a step' if every == 1 else ''})"
+    share = 1.0 if every > 1 else 0.2
+    peer = "stable-baselines3 DQN", sb3_dqn_arguments, sb3_dqn
+    return Work("dqn", env_id, settings, *peer, multiple, flop, note, share_of_steps=share)
 
 
 Q_SETTINGS = {
@@ -451,6 +469,27 @@ def preference_work(script: str, peer: str, settings: dict, passes: int) -> Work
     return Work(script, "pairs", settings, peer, trl_arguments, trl_trainer, **common, **special)
 
 
+DQN_DEFAULTS = {  # of our script, but for what SBX lacks; it learns earlier, so that the warm-up compiles
+    "train_frequency": 1, "batch_size": 128, "target_network_frequency": 1, "tau": 0.01, "learning_rate": 5e-4,
+    "anneal_lr": False, "buffer_size": 100_000, "learning_starts": 100, "gamma": 0.99, "start_e": 1.0, "end_e": 0.05,
+    "exploration_fraction": 0.2, "norm_obs": False, "huber": False, "double_q": False,
+}  # fmt: skip
+
+
+def beside_sbx(work: Work, note: str = "", **settings: bool) -> Work:
+    """The same work, but with Stable Baselines in JAX as the peer.
+
+    Its DQN has no Huber loss, never clips, and moves the target at most once in a step of all environments.
+    """
+    settings = work.settings | settings
+    if work.script == "dqn":
+        settings.pop("max_grad_norm", None)
+    peer = work.peer.replace("stable-baselines3", "SBX")
+    time_peer = partial(work.time_peer, library="sbx")
+    note = " ".join(filter(None, [work.note, note, "beside SBX"]))
+    return replace(work, peer=peer, time_peer=time_peer, note=note, settings=settings)
+
+
 WORKS = [
     preference_work("dpo", "TRL DPOTrainer", PREFERENCE_SETTINGS | {"beta": 0.1, "eval_replies": 1}, 4),
     preference_work("reward_model", "TRL RewardTrainer", PREFERENCE_SETTINGS, 3),
@@ -463,6 +502,15 @@ WORKS = [
     td3_work("HalfCheetah-v5", 17, 6),
     sac_work("HalfCheetah-v5", 17, 6),
 ]
+BESIDE_SBX = [
+    beside_sbx(ppo_work("LunarLander-v3", 8, 4)),
+    beside_sbx(dqn_work("CartPole-v1", 4, 2, num_envs=1), huber=False),
+    beside_sbx(dqn_work("CartPole-v1", 4, 2, num_envs=8, settings=DQN_DEFAULTS)),
+    beside_sbx(dqn_work("CartPole-v1", 4, 2, num_envs=8, settings=DQN_DEFAULTS), "compiled", compile=True),
+    beside_sbx(td3_work("HalfCheetah-v5", 17, 6)),
+    beside_sbx(sac_work("HalfCheetah-v5", 17, 6)),
+]
+WORKS += BESIDE_SBX
 
 ACTING = "--eval-episodes 1 --eval-frequency 1000 --checkpoint-frequency 1000"
 STARTS = {  # what a script can't do without, and the flags of a run of one learning step
@@ -511,8 +559,8 @@ def time_command(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def time_script(work: Work, warm_up: int, steps: int) -> tuple[float, list[str]]:
-    """Steps a second of our script, and its flags.
+def time_script(work: Work, warm_up: int, steps: int) -> tuple[float, float, list[str]]:
+    """Steps a second of our script, the seconds that its start takes, and its flags.
 
     The clock is metrics.jsonl's, from the row of the learning step that ends the warm-up to that of the last one: all
     that lies between is in it, logging too. The only evaluation and the only checkpoint come after the last row. Where
@@ -534,17 +582,18 @@ def time_script(work: Work, warm_up: int, steps: int) -> tuple[float, list[str]]
     if len(timed) < 2:
         refuse(f"--steps: {work.name} learns too seldom in {steps} steps to be timed; give more")
     (first, started), (last, ended) = timed[0], timed[-1]
+    sps = (last - first) / (ended - started)
     # The data are made and gone: in the record, FOLDER is where they were
-    return (last - first) / (ended - started), [flag.replace(folder, "FOLDER") for flag in flags]
+    return sps, started - first / sps, [flag.replace(folder, "FOLDER") for flag in flags]
 
 
-def in_new_process(function: Callable, *args: object) -> float:
+def in_new_process(function: Callable, *args: object) -> float | tuple[float, float]:
     os.environ.update(ONE_CORE)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool:  # it was killed, as by a lack of memory
-            print(f"error: the process of {function.__name__} died", file=sys.stderr)
+            print(f"error: the process of {getattr(function, '__name__', function)} died", file=sys.stderr)
             raise SystemExit(1) from None
 
 
@@ -568,8 +617,6 @@ def time_env(env_id: str, steps: int) -> float:
 
 def time_parallel_env(env_id: str, steps: int) -> float:
     """The same for one of mpe2, without what maddpg.py adds to it."""
-    from importlib import import_module
-
     env = import_module(f"mpe2.{env_id}").parallel_env()
     for i, name in enumerate(env.possible_agents):
         env.action_space(name).seed(i)
@@ -596,16 +643,25 @@ def time_matmul(size: int = 1024) -> float:
     return best
 
 
+def pays_after(speed: float, start: float, other_speed: float, other_start: float) -> float:
+    """Steps after which the faster one has made up for its longer start; 0 if it is not longer."""
+    return max(0.0, (start - other_start) / (1 / other_speed - 1 / speed)) if speed != other_speed else math.inf
+
+
 def measure(work: Work, args: Args) -> dict:
     steps = args.steps * work.share_of_steps
     steps, warm_up = (math.ceil(n / work.multiple) * work.multiple for n in (steps, steps / 10))
-    row = {"name": f"{work.name} {work.note}".strip(), "peer": work.peer, "steps": steps, "warm_up": warm_up}
+    notes = [work.name, work.note, f"({args.cores} cores)" if args.cores > 1 else ""]
+    row = {"name": " ".join(filter(None, notes)), "peer": work.peer, "steps": steps, "warm_up": warm_up}
     row |= {"settings": work.settings, "peer_arguments": work.peer_arguments(work.settings)}
-    ours, theirs, env = [], [], []
+    ours, theirs, env, our_starts, their_starts = [], [], [], [], []
     for i in range(args.repeats):
-        sps, flags = time_script(work, warm_up, steps)
+        sps, start, flags = time_script(work, warm_up, steps)
         ours.append(sps)
-        theirs.append(in_new_process(work.time_peer, work.env_id, work.settings, warm_up, steps))
+        our_starts.append(start)
+        sps, start = in_new_process(work.time_peer, work.env_id, work.settings, warm_up, steps)
+        theirs.append(sps)
+        their_starts.append(start)
         env.append(in_new_process(work.time_alone or time_env, work.env_id, steps))
         print(f"{work.name} {i + 1}: {ours[-1]:,.0f} steps/s, {work.peer} {theirs[-1]:,.0f}", flush=True)
     flop_per_s = in_new_process(time_matmul)
@@ -614,6 +670,7 @@ def measure(work: Work, args: Args) -> dict:
         "command": ["python", f"algorithms/{work.script}.py", *flags], "ours": ours, "theirs": theirs,
         "ratios": ratios, "ratio": statistics.median(ratios), "env_only": env, "gflop_per_s": flop_per_s / 1e9,
         "matmul_limit": work.flop_per_step and flop_per_s / work.flop_per_step,
+        "our_starts": our_starts, "their_starts": their_starts,
     }  # fmt: skip
 
 
@@ -743,7 +800,7 @@ def provenance(rows: list[dict]) -> list[str]:
     """What each row ran on, with the rows that have it in common in one line."""
     names = {}
     for row in rows:
-        where = f"{row['hardware']}, one thread each; {row['versions']}; commit {row['commit']}"
+        where = f"{row['hardware']}, {row.get('pinned', 'one thread each')}; {row['versions']}; commit {row['commit']}"
         names.setdefault(where, []).append(row["name"])
     return [f"{', '.join(of)}: {where}." for where, of in names.items()]
 
@@ -763,6 +820,15 @@ def speeds(rows: list[dict]) -> list[str]:
         limits = f"{median(row['env_only']):,.0f}", limit
         cells = [row["name"], f"{median(row['ours']):,.0f}", row["peer"], f"{median(row['theirs']):,.0f}", ratio]
         lines.append("| " + " | ".join([*cells, *limits]) + " |")
+    for row in rows:
+        if "SBX" in row["peer"] and "our_starts" in row:
+            ours, start, theirs, their_start = (
+                median(row[name]) for name in ("ours", "our_starts", "theirs", "their_starts")
+            )
+            faster = "the script" if ours > theirs else "SBX"
+            after = pays_after(ours, start, theirs, their_start)
+            text = f"{row['name']}: the script's start takes {start:.1f} s, SBX's {their_start:.1f} s"
+            lines += ["", f"{text}; {faster} is ahead after {after:,.0f} steps."]
     settings = {" ".join(f"{k}={v}" for k, v in row["settings"].items()): row["name"] for row in rows}
     lines += ["", *(f"Settings of {name.split('/')[0]} and its peer: {text}." for text, name in settings.items()), ""]
     return lines if rows else []
@@ -779,12 +845,18 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.repeats < 1 or args.steps < 1:
         refuse("--repeats and --steps must be at least 1")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if not 1 <= args.cores <= (len(cores) or 1):
+        refuse(f"--cores {args.cores}: there are {len(cores) or 'no'} to pin to")
     starting = {"start": [*STARTS]} | {f"start/{script}": [script] for script in STARTS}
     known = {name for work in WORKS for name in (work.script, work.env_id, work.name)}
     known |= starting.keys() | {"solve", "memory"}
     if unknown := [name for name in args.only if name not in known]:
         refuse(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
     works = [w for w in WORKS if not args.only or {w.script, w.env_id, w.name} & set(args.only)]
+    if not find_spec("sbx") and any(work in BESIDE_SBX for work in works):
+        print("the rows beside SBX are left out: pip install sbx-rl")
+        works = [work for work in works if work not in BESIDE_SBX]
     scripts = [script for name in args.only or ["start"] for script in starting.get(name, [])]
     path = args.output / "throughput.json"
     try:
@@ -796,15 +868,19 @@ def main() -> None:
     git_status, commit = subprocess.getstatusoutput(git)
     cpu_status, cpu = subprocess.getstatusoutput("grep -m 1 'model name' /proc/cpuinfo")
     cpu = cpu.split(": ")[-1] if cpu_status == 0 else platform.machine()
+    installed = {distribution.name: distribution.version for distribution in distributions()}
     where = {
         "commit": commit if git_status == 0 else "unknown",
         "hardware": f"{os.cpu_count()} cores ({cpu}), {platform.system()}",
-        "versions": " ".join(f"{n} {version(n)}" for n in ("torch", "gymnasium", "numpy", "stable-baselines3", "trl")),
+        "versions": " ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed),
+        "pinned": f"pinned to {args.cores} core{'s' if args.cores > 1 else ''}" if cores else "one thread each",
     }
     jobs = [("rows", work) for work in works] + [("starts", script) for script in scripts]
     for name, kind, script in ("solve", "solves", "ppo"), ("memory", "memory", "dqn"):
         if not args.only or name in args.only:
             jobs.append((kind, script))
+    if cores:
+        os.sched_setaffinity(0, cores[-args.cores :])  # what is started from here is pinned too
     for kind, what in jobs:
         row = KINDS[kind](what, args) | where
         kept = kept_rows(path)  # read now: another measurement may have added to it

@@ -183,7 +183,7 @@ FACTS = {
             "anneal_lr": False, "buffer_size": 100, "batch_size": 8, "learning_starts": 200, "train_frequency": 8,
             "target_network_frequency": 7, "tau": 0.5, "gamma": 0.9, "exploration": "boltzmann", "start_e": 0.5,
             "end_e": 0.3, "exploration_fraction": 0.5, "max_grad_norm": 0.01, "huber": True, "double_q": False,
-            "dueling": True, "norm_obs": False,
+            "dueling": True, "norm_obs": False, "compile": None,
         },
         mistakes={
             "--buffer-size 1": "--buffer-size",

@@ -83,7 +83,7 @@ LENGTHS = {  # lines at most above the ruled line, where the algorithm is
     "q_learning": 290, "reinforce": 290, "td3": 270, "sac": 270, "her": 350, "maddpg": 400,
     "iql": 350,
     "alphazero": 537,  # the aim is 350: the game, its exact solution, its picture and a game against you take 140
-    "ppo": 356, "dqn": 355,  # the aim is 350: they also take images
+    "ppo": 356, "dqn": 355,  # the aim is 350: they also take images, and compile
     "sft": 345,  # the aim is 300: reading the columns of people's data sets takes 100
     "grpo": 336, "ppo_rlhf": 362,
     "reward_model": 378, "dpo": 410,  # the aim is 300: reading the columns of people's data sets takes 100 in each

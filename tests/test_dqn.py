@@ -533,7 +533,7 @@ def test_normaliser_has_seen_what_the_environments_showed_and_serves_both_networ
     assert network.obs_stats.mean.item() == pytest.approx(np.mean(shown), rel=1e-5)
     assert network.obs_stats.var.item() == pytest.approx(np.var(shown), rel=1e-5)
     plain = copy.deepcopy(network)
-    plain.obs_stats = None
+    plain.obs_stats = torch.nn.Identity()
     seen = (obs - np.mean(shown)) / np.std(shown)
     torch.testing.assert_close(network(obs), plain(seen), rtol=1e-4, atol=1e-4)
     q_network, target_network, _ = networks[-1]
@@ -799,3 +799,20 @@ def test_a_time_limit_is_no_terminal_state():
 def test_learns_cartpole():
     args = dqn.Args(total_timesteps=24_000, eval_frequency=24_000)
     assert dqn.train(args)["eval/episodic_return"] >= 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"max_grad_norm": 0.3, "dueling": True}], ids=["default", "clipped"])
+def test_compiled_gradient_steps_are_those_of_the_plain_code(tmp_path, flags):
+    agents, steps = [], 50
+    for compile_ in False, True:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        run_dir = str(tmp_path / str(compile_))
+        flags |= {"compile": compile_, "run_dir": run_dir, "eval_episodes": 1, "eval_frequency": 1000}
+        dqn.train(dqn.Args(total_timesteps=100 + steps, learning_starts=100, num_envs=1, learning_rate=0.01, **flags))
+        agents.append(dqn.load(run_dir).state_dict())
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == compile_, "one for all gradient steps, though the learning rate falls"
+    for name, plain in agents[0].items():
+        torch.testing.assert_close(agents[1][name], plain, atol=1e-4, rtol=1e-4, msg=name)

@@ -26,7 +26,7 @@ def fake_script(folder, body):
 
 def work_of(script="fake"):
     return throughput.Work(
-        script, "CartPole-v1", {"num_envs": 4, "norm": False}, "nobody", dict, lambda *_: 1.0, 4, 1.0
+        script, "CartPole-v1", {"num_envs": 4, "norm": False}, "nobody", dict, lambda *_: (1.0, 0.0), 4, 1.0
     )
 
 
@@ -135,7 +135,7 @@ def test_the_tables_peer_learns_what_the_table_learns():
     args = tyro.cli(q_learning.Args, args=[throughput.to_flag(name, value) for name, value in settings.items()])
     assert {name: getattr(args, name) for name in settings} == settings
     assert (args.algorithm, args.exploration) == ("q-learning", "epsilon-greedy")
-    assert 100 < throughput.numpy_q_learning("Taxi-v4", settings, 10, 1000) < 10_000_000
+    assert 100 < throughput.numpy_q_learning("Taxi-v4", settings, 10, 1000)[0] < 10_000_000
 
 
 def test_maddpg_stands_beside_its_environment_alone():
@@ -151,7 +151,7 @@ def test_maddpg_stands_beside_its_environment_alone():
         2 * sum(p.numel() for p in networks.parameters() if p.dim() > 1) for networks in (agent.actor_n, agent.critic_n)
     )
     assert work.flop_per_step == actors + 1024 * (4 * actors + 6 * critics) / 100
-    assert 100 < work.time_peer(work.env_id, work.settings, 10, 1000) < 100_000
+    assert 100 < work.time_peer(work.env_id, work.settings, 10, 1000)[0] < 100_000
 
 
 @pytest.mark.slow
@@ -227,8 +227,9 @@ def test_the_clock_runs_from_the_end_of_the_warm_up_to_the_last_learning_step(mo
     body = f"print(*map(json.dumps, {rows!r}), sep=chr(10), file=open(d + '/metrics.jsonl', 'w'))"
     fake_script(tmp_path, body)
     monkeypatch.setattr(throughput, "ROOT", tmp_path)
-    sps, flags = throughput.time_script(work_of(), 150, 250)
+    sps, start, flags = throughput.time_script(work_of(), 150, 250)
     assert sps == (400 - 200) / (100 - 60)
+    assert start == 60 - 200 / sps  # 20 s: of the 60 until step 200, these are 40 at the later speed
     assert {"--num-envs=4", "--no-norm", "--total-timesteps=400", "--eval-frequency=400"} <= set(flags)
 
 
@@ -237,7 +238,7 @@ def test_the_record_names_no_folder_of_this_machine(monkeypatch, tmp_path):
     fake_script(tmp_path, f"print(json.dumps({row}), file=open(d + '/metrics.jsonl', 'w'))")
     monkeypatch.setattr(throughput, "ROOT", tmp_path)
     work = replace(work_of(), make_data=lambda folder, steps: {"dataset": f"{folder}/{steps}.jsonl"})
-    sps, flags = throughput.time_script(work, 150, 250)
+    sps, _, flags = throughput.time_script(work, 150, 250)
     assert sps == 100
     assert "--dataset=FOLDER/400.jsonl" in flags
 
@@ -292,17 +293,18 @@ def test_repeats_alternate_and_their_median_counts(monkeypatch):
 
     def time_script(work, warm_up, steps):
         calls.append("ours")
-        return next(ours), ["--flag"]
+        return next(ours), 2.0, ["--flag"]
 
     def in_new_process(function, *args):
         calls.append({peer: "theirs", env: "env", matmul: "matmul"}[function])
-        return {peer: lambda: next(theirs), env: lambda: 1000.0, matmul: lambda: 2e9}[function]()
+        return {peer: lambda: (next(theirs), 12.0), env: lambda: 1000.0, matmul: lambda: 2e9}[function]()
 
     monkeypatch.setattr(throughput, "time_script", time_script)
     monkeypatch.setattr(throughput, "in_new_process", in_new_process)
-    work = throughput.Work("ppo", "CartPole-v1", {}, "peer", dict, peer, 512, 1e6)
-    row = throughput.measure(work, throughput.Args(repeats=3, steps=5000))
+    work = throughput.Work("ppo", "CartPole-v1", {}, "SBX PPO", dict, peer, 512, 1e6)
+    row = throughput.measure(work, throughput.Args(repeats=3, steps=5000, cores=2))
     assert calls == ["ours", "theirs", "env"] * 3 + ["matmul"]
+    assert row["name"] == "ppo/CartPole-v1 (2 cores)"
     assert (row["ratios"], row["ratio"]) == ([2, 3, 1], 2)
     assert (row["steps"], row["warm_up"]) == (5120, 512)  # whole batches
     assert (row["gflop_per_s"], row["matmul_limit"]) == (2, 2000)
@@ -310,6 +312,56 @@ def test_repeats_alternate_and_their_median_counts(monkeypatch):
     result["rows"] = [row | {"hardware": "this", "versions": "torch 1", "commit": "abc"}]
     cells = "| **2.00** (1.00-3.00) | 1,000 | 2,000 (2 GFLOP/s), of which 10% are reached |"
     assert cells in throughput.to_markdown(result)
+    pays = "the script's start takes 2.0 s, SBX's 12.0 s; the script is ahead after 0 steps."
+    assert pays in throughput.to_markdown(result)
+
+
+def test_a_long_start_pays_when_the_speed_has_made_up_for_it():
+    # 10 s more at the start; 1/100 s less for each step: 1000 steps later both have taken 20 s
+    assert throughput.pays_after(100, 10, 50, 0) == pytest.approx(1000)
+    assert 10 + 1000 / 100 == 0 + 1000 / 50
+    assert throughput.pays_after(50, 0, 100, 10) == pytest.approx(1000), "from either side"
+    assert throughput.pays_after(100, 1, 50, 3) == 0
+    assert throughput.pays_after(50, 1, 50, 3) == float("inf")
+
+
+def test_the_start_of_a_model_is_what_its_warm_up_takes_beyond_its_steps(monkeypatch):
+    class Model:
+        def learn(self, steps, reset_num_timesteps=True):
+            calls.append((steps, reset_num_timesteps))
+
+    calls = []
+    monkeypatch.setattr(throughput.time, "perf_counter", iter([100.0, 109.0, 119.0]).__next__)
+    # 200 steps in 10 s; the 60 before took 9 s, 6 more than 60 do
+    assert throughput.time_learning(Model(), 60, 200) == (20.0, 6.0)
+    assert calls == [(60, True), (200, False)]
+
+
+@pytest.mark.parametrize("work", throughput.BESIDE_SBX, ids=lambda work: work.name)
+def test_sbx_learns_as_often_as_ours_with_networks_of_the_same_size(work):
+    sbx, jax = pytest.importorskip("sbx"), pytest.importorskip("jax")
+    script = {"ppo": ppo, "dqn": dqn, "td3": td3, "sac": sac}[work.script]
+    settings = work.settings | {"env_id": work.env_id}
+    args = tyro.cli(script.Args, args=[throughput.to_flag(name, value) for name, value in settings.items()])
+    assert {name: getattr(args, name) for name in work.settings} == work.settings
+    num_envs = work.settings.get("num_envs", 1)
+    from stable_baselines3.common.env_util import make_vec_env
+
+    arguments = work.peer_arguments(work.settings)
+    model = getattr(sbx, work.script.upper())("MlpPolicy", make_vec_env(work.env_id, num_envs), **arguments)
+    if work.script == "dqn":
+        assert (args.max_grad_norm, args.huber, args.double_q, args.norm_obs) == (None, False, False, False)
+        learns = model.train_freq.frequency * num_envs / model.gradient_steps
+        assert learns == args.train_frequency
+        assert model.target_update_interval == args.target_network_frequency * args.train_frequency
+    states = {"ppo": ["actor_state", "vf_state"], "dqn": ["qf_state"]}.get(work.script, ["actor_state", "qf_state"])
+    params = [jax.tree_util.tree_leaves(getattr(model.policy, name).params) for name in states]
+    env = script.make_env(args)
+    agent = script.make_agent(args, env.observation_space.shape, env.action_space)
+    ours = [p for name, p in agent.named_parameters() if not name.startswith("target_") and name != "log_alpha"]
+    assert sum(p.numel() for p in ours) == sum(leaf.size for leaves in params for leaf in leaves)
+    warm_up = throughput.Args().steps * work.share_of_steps / 10
+    assert warm_up > settings.get("learning_starts", 0), "what is compiled at the first gradient step is not timed"
 
 
 @pytest.mark.slow
@@ -424,6 +476,9 @@ def test_every_script_has_a_start():
 
 @pytest.mark.slow
 def test_a_tiny_run_end_to_end_keeps_what_was_measured_before(monkeypatch, tmp_path):
+    pinned = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: pinned.append((process, len(cores))))
+
     def run(*flags):
         output = "--output", str(tmp_path / "results")
         monkeypatch.setattr(sys, "argv", ["throughput.py", *flags, "--repeats", "1", "--steps", "512", *output])
@@ -440,6 +495,7 @@ def test_a_tiny_run_end_to_end_keeps_what_was_measured_before(monkeypatch, tmp_p
     assert row["peer_arguments"]["n_steps"] == row["settings"]["num_steps"] == 128
     assert "--num-steps=128" in row["command"]
     assert "stable-baselines3" in row["versions"]
+    assert pinned == [(0, 1)]
 
     path, measure_start = tmp_path / "results" / "throughput.json", throughput.measure_start
     elsewhere = row | {"name": "measured meanwhile"}
@@ -469,6 +525,8 @@ def test_a_tiny_run_end_to_end_keeps_what_was_measured_before(monkeypatch, tmp_p
         (["--only", "nothing"], "ppo/CartPole-v1"),
         (["--repeats", "0"], "--repeats"),
         (["--steps", "0"], "--steps"),
+        (["--cores", "0"], "--cores"),
+        (["--cores", "999"], "--cores"),
         (["--output", "file"], "--output"),
         (["--output", "damaged"], "--output"),
     ],
