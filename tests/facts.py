@@ -436,11 +436,11 @@ FACTS = {
         },
     ),
     "iql": Facts(
-        task="FrozenLake-v1", env_class="gymnasium.envs.toy_text.FrozenLakeEnv", quarter=64,
+        task="FrozenLake-v1", env_class="gymnasium.envs.toy_text.FrozenLakeEnv", quarter=128,
         logged=["losses/value_loss", "losses/actor_loss", "losses/qf1_loss", "losses/values", "losses/clipfrac"],
         tiny=flags(
-            "--env-id FrozenLake-v1 --batch-size 8 --eval-episodes 2 --eval-frequency 64 --checkpoint-frequency 64"
-            " --total-timesteps 256"
+            "--env-id FrozenLake-v1 --batch-size 8 --eval-episodes 2 --eval-frequency 128 --checkpoint-frequency 128"
+            " --total-timesteps 512"
         ),
         resumed=[flags("--total-timesteps 1024 --norm-obs")],
         changes={
@@ -459,6 +459,36 @@ FACTS = {
             "--max-weight -1": "--max-weight",
             "--return-range -1": "--return-range",
             "--norm-obs maybe": "maybe",
+            "--env-id CliffWalking-v1": "FrozenLake-v1",
+            "--env-id CarRacing-v3": "ppo.py",
+            "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+            "--env-id OddIntegerAction-v0": "Box",
+        },
+    ),
+    "cql": Facts(
+        task="FrozenLake-v1", env_class="gymnasium.envs.toy_text.FrozenLakeEnv", quarter=128,
+        logged=["losses/qf1_loss", "losses/q_values", "losses/penalty"],
+        tiny=flags(
+            "--env-id FrozenLake-v1 --batch-size 8 --eval-episodes 2 --eval-frequency 128 --checkpoint-frequency 128"
+            " --total-timesteps 512"
+        ),
+        resumed=[flags("--total-timesteps 1024 --cql-alpha 0.5")],
+        changes={
+            "seed": 2, "total_timesteps": 64, "eval_frequency": 32, "checkpoint_frequency": 64,
+            "capture_video": True, "learning_rate": 1e-2, "anneal_lr": False, "gamma": 0.5, "tau": 0.5,
+            "batch_size": 16, "cql_alpha": 0.0, "reward_scale": 10.0,
+            "num_samples": None,  # tested in test_cql.py
+            "env_id": None, "dataset": None, "eval_episodes": None,  # tested in test_iql.py
+        },
+        mistakes={
+            "--dataset nothing-here.npz": "nothing-here",
+            "--dataset nothing-here": "minari",
+            "--tau 1.1": "--tau",
+            "--batch-size 0": "--batch-size",
+            "--cql-alpha -1": "--cql-alpha",
+            "--num-samples 0": "--num-samples",
+            "--reward-scale -1": "--reward-scale",
+            "--anneal-lr maybe": "maybe",
             "--env-id CliffWalking-v1": "FrozenLake-v1",
             "--env-id CarRacing-v3": "ppo.py",
             "--env-id OddMultiBinaryAction-v0": "MultiBinary",

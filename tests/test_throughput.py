@@ -383,7 +383,7 @@ def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch):
     assert lines[-1] == "start/dqn: this, one thread each; torch 1; commit abc."
 
 
-@pytest.mark.parametrize("name", ["alphazero", "dqn", "her", "iql", "maddpg", "ppo", "reinforce", "sac", "td3"])
+@pytest.mark.parametrize("name", ["alphazero", "cql", "dqn", "her", "iql", "maddpg", "ppo", "reinforce", "sac", "td3"])
 def test_a_start_learns_once(name, tmp_path):
     script = pytest.importorskip(f"algorithms.{name}")
     args = tyro.cli(script.Args, args=throughput.STARTS[name][1].split())
