@@ -65,6 +65,8 @@ def load_agent(run_dir: str) -> tuple[object, object, object]:
         module = importlib.import_module(f"algorithms.{script}")
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(f"--run-dir {run_dir} is no run folder: {error}") from None
+    if hasattr(module, "History"):
+        raise UsageError(f"--run-dir {run_dir}: {script} must be told what it earns, and is not recorded")
     try:
         return module, module.saved_args(run_dir), module.load(run_dir)
     except module.UsageError as error:

@@ -97,7 +97,7 @@ SCRIPT_COLORS = {
     "q_learning": "#946c00", "reinforce": "#d6409f", "dqn": "#e8710a", "ppo": "#2563eb", "td3": "#1a8f4a",
     "sac": "#8b3fd1", "her": "#d92d20", "maddpg": "#0e8a9c", "reward_model": "#7a5195", "dpo": "#c2255c",
     "sft": "#5c7a29", "ppo_rlhf": "#3b5bdb", "grpo": "#e07b00", "alphazero": "#111827",
-    "iql": "#7f1d1d", "cql": "#0369a1",
+    "iql": "#7f1d1d", "cql": "#0369a1", "decision_transformer": "#a16207",
 }  # fmt: skip
 SPARE_COLORS = "#3b82f6", "#b45309", "#22a06b", "#a371f7", "#e5484d", "#12a5b8", "#db61a2", "#6b7280"  # other scripts
 LINES = "-", "--", ":", "-."  # of experiments of one script

@@ -528,6 +528,7 @@ STARTS = {  # what a script can't do without, and the flags of a run of one lear
                   f"--train-frequency 9 --num-simulations 2 --eval-simulations 1 --eval-positions 1 {ACTING}"),
     "iql": ("gymnasium, torch", f"--total-timesteps 1 {ACTING}"),
     "cql": ("gymnasium, torch", f"--total-timesteps 1 {ACTING}"),
+    "decision_transformer": ("gymnasium, torch", f"--total-timesteps 1 {ACTING}"),
     "reward_model": ("transformers.models.gpt2.modeling_gpt2, accelerate", "--total-timesteps 16 --batch-size 16"),
     "dpo": ("transformers.models.gpt2.modeling_gpt2, accelerate",
             "--total-timesteps 16 --batch-size 16 --eval-replies 1"),

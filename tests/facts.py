@@ -495,6 +495,41 @@ FACTS = {
             "--env-id OddIntegerAction-v0": "Box",
         },
     ),
+    "decision_transformer": Facts(
+        task="FrozenLake-v1", env_class="gymnasium.envs.toy_text.FrozenLakeEnv", quarter=64,
+        logged=["losses/action_loss", "losses/grad_norm"],
+        tiny=flags(
+            "--env-id FrozenLake-v1 --batch-size 8 --hidden-size 16 --num-layers 1 --context-length 4 --warmup 10"
+            " --eval-episodes 2 --eval-frequency 64 --checkpoint-frequency 64 --total-timesteps 256"
+        ),
+        resumed=[flags("--total-timesteps 1024 --norm-obs")],
+        changes={
+            "seed": 2, "total_timesteps": 128, "eval_frequency": 64, "checkpoint_frequency": 128,
+            "capture_video": True, "target_return": 0.5, "draw_actions": True, "condition": False, "context_length": 5,
+            "num_layers": 2, "hidden_size": 8, "max_timestep": 50, "learning_rate": 1e-2, "warmup": 1,
+            "max_grad_norm": 0.01, "batch_size": 16, "norm_obs": True,
+            "env_id": None, "dataset": None, "eval_episodes": None,  # tested in test_decision_transformer.py
+        },
+        mistakes={
+            "--dataset nothing-here.npz": "nothing-here",
+            "--dataset nothing-here": "minari",
+            "--target-return nan": "--target-return",
+            "--target-return best": "--target-return",
+            "--draw-actions maybe": "maybe",
+            "--condition maybe": "maybe",
+            "--context-length 0": "--context-length",
+            "--num-layers 0": "--num-layers",
+            "--hidden-size 0": "--hidden-size",
+            "--max-timestep 0": "--max-timestep",
+            "--warmup 0": "--warmup",
+            "--max-grad-norm -1": "--max-grad-norm",
+            "--batch-size 0": "--batch-size",
+            "--env-id CliffWalking-v1": "FrozenLake-v1",
+            "--env-id CarRacing-v3": "ppo.py",
+            "--env-id OddMultiBinaryAction-v0": "MultiBinary",
+            "--env-id OddIntegerAction-v0": "Box",
+        },
+    ),
     "td3": Facts(
         task="Pendulum-v1", env_class="gymnasium.envs.classic_control.PendulumEnv", rate="q-lr",
         tiny=flags(

@@ -39,6 +39,7 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
     "reinforce": {"make_env": VECTORS},
     "iql": {"make_env": VECTORS},
     "cql": {"make_env": VECTORS},
+    "decision_transformer": {"make_env": VECTORS, "evaluate": "the agent remembers each episode, and what it earned"},
     "q_learning": {
         "make_env": "states are numbers", "evaluate": "exact returns as well", "Run.__init__": "states are numbers",
         "Run.start": "states have no shape", "Run.step": "one environment; arrays would take most of the time",
@@ -74,17 +75,19 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
 HEADINGS = ["Run", "Evaluation", "Algorithm"]  # of the flags
 MISSING_FLAGS = {
     "q_learning": {"num_envs", "device"}, "reinforce": {"num_envs"}, "iql": {"num_envs"}, "cql": {"num_envs"},
+    "decision_transformer": {"num_envs"},
 }  # fmt: skip
 OWN_WORDS = {  # common flags with another comment
     "maddpg": {"env_id"},  # Gymnasium has none of its environments
     "alphazero": {"env_id", "device"},  # nor of its; and each board is a vector, so auto is always the CPU
     "q_learning": {"total_timesteps"}, "reinforce": {"total_timesteps"},  # of one environment
-    "iql": {"total_timesteps"}, "cql": {"total_timesteps"},  # gradient steps
+    # Gradient steps
+    "iql": {"total_timesteps"}, "cql": {"total_timesteps"}, "decision_transformer": {"total_timesteps"},
 }  # fmt: skip
 OWN_FLAGS_OF_PREFERENCES = {"model_name", "total_timesteps", "eval_replies", "max_new_tokens", "reward", "replies"}
 LENGTHS = {  # lines at most above the ruled line, where the algorithm is
     "q_learning": 290, "reinforce": 290, "td3": 270, "sac": 270, "her": 350, "maddpg": 400,
-    "iql": 350, "cql": 350,
+    "iql": 350, "cql": 350, "decision_transformer": 350,
     "alphazero": 537,  # the aim is 350: the game, its exact solution, its picture and a game against you take 140
     "ppo": 356, "dqn": 355,  # the aim is 350: they also take images, and compile
     "sft": 345,  # the aim is 300: reading the columns of people's data sets takes 100

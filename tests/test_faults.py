@@ -562,6 +562,7 @@ OTHERS = {
     "maddpg": ["simple_tag_v3", "fault_envs:PlainTeam"],
     "iql": ["CliffWalking-v1", "CartPole-v1"],
     "cql": ["CliffWalking-v1", "CartPole-v1"],
+    "decision_transformer": ["CliffWalking-v1", "CartPole-v1"],
     "alphazero": ["connect_four(rows=4,columns=4,x_in_row=3)", "othello"],
 }
 

@@ -40,7 +40,8 @@ def test_floating_point_operations_by_hand():
 
 def gradient_steps(script, args, folder):
     """How often a run learns."""
-    name = "update" if hasattr(script, "update") else "alphazero_loss"  # of each gradient step
+    names = "update", "alphazero_loss", "imitation_loss"  # the first that it has is called in each gradient step
+    name = next(name for name in names if hasattr(script, name))
     numbers, update = [], getattr(script, name)
 
     def counted(*arguments):
@@ -383,7 +384,10 @@ def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch):
     assert lines[-1] == "start/dqn: this, one thread each; torch 1; commit abc."
 
 
-@pytest.mark.parametrize("name", ["alphazero", "cql", "dqn", "her", "iql", "maddpg", "ppo", "reinforce", "sac", "td3"])
+@pytest.mark.parametrize(
+    "name",
+    ["alphazero", "cql", "decision_transformer", "dqn", "her", "iql", "maddpg", "ppo", "reinforce", "sac", "td3"],
+)
 def test_a_start_learns_once(name, tmp_path):
     script = pytest.importorskip(f"algorithms.{name}")
     args = tyro.cli(script.Args, args=throughput.STARTS[name][1].split())

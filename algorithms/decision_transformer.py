@@ -1,0 +1,695 @@
+"""Decision Transformer: learn from logs alone, by imitation of those who got the return that one asks for.
+
+The logs say what was done, and what it earned in the end. A transformer learns to predict each action from the return
+that followed, the state, and the steps before. To act, ask it for a high return: it does what was done in episodes with
+such a return. There are no values, no discount, no target networks; training is that of a language model.
+
+    [1] return-to-go: R_t = r_t + r_{t+1} + ... + r_T, to the end T of the episode in the logs                     DT
+    [2] sequence:     R_1, s_1, a_1, R_2, s_2, a_2, ..., of which the newest K steps                               DT
+    [3] policy:       pi(a_t | R_1, s_1, a_1, ..., R_t, s_t), the output at s_t, which sees nothing later          DT
+    [4] loss:         minimise E[-log pi(a_t|...)], or E[(a_t - pi(...))^2] for a Box                              DT
+    [5] acting:       R_1 is the return that one asks for, and R_{t+1} = R_t - r_t with the true reward            DT
+
+What it can't do. It doesn't put pieces of different episodes together to a better one (stitching), as iql.py does. And
+it takes luck for skill: if a foolish action has earned a lot by chance, asking for a lot gives the foolish action
+(arXiv:2205.15967). Both hurt on the default logs, of a slippery lake. In worlds without chance the second is no danger.
+
+Paper: Chen et al. 2021, arXiv:2106.01345, "Decision Transformer: Reinforcement Learning via Sequence Modeling".
+
+Differs from the paper:
+- Layers are normalised at their start, and have no dropout. The networks are smaller.
+- Returns-to-go are divided by the largest in the data, not by a constant for each environment.
+- Contexts are padded to the longest of their batch, not to K. Padding is hidden, and changes nothing.
+- Discrete actions are vectors with a single 1. Evaluations take the likeliest; the authors' code for Atari draws.
+
+    python algorithms/decision_transformer.py
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium[atari,box2d,classic-control,mujoco,toy-text]>=1.4,<2", "moviepy>=2.2", "mujoco>=3.11,<3.12",
+#     "numpy>=2", "opencv-python-headless>=4.10", "torch>=2.13", "tqdm>=4.66", "tyro>=1", "wandb>=0.31",
+# ]
+# ///
+
+import contextlib
+import inspect
+import io
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import distributions
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+DATA = Path(__file__).parent.parent / "benchmark" / "offline" / "frozenlake"  # the default data set
+
+
+@dataclass
+class Args:
+    # Run
+    env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id if a module registers it
+    seed: int = 1  # seed of environments, networks and sampling
+    total_timesteps: int = 1_000  # gradient steps; authors' code: 100,000
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
+    checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "plainrl"  # W&B project
+    run_dir: str | None = None  # folder of the run; None: a new one in runs/
+    resume: bool = False  # go on with the run in --run-dir; a larger --total-timesteps makes it longer
+    # Evaluation
+    eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
+    eval_episodes: int = 100  # episodes of an evaluation
+    eval_max_steps: int = 27_000  # steps after which an episode of an evaluation is cut: Atari's half an hour
+    capture_video: bool = False  # film the first episode of each evaluation
+    evaluate: bool = False  # only evaluate the model in --run-dir
+    # Algorithm
+    dataset: str = str(DATA)  # .npz file, folder with data.npz, or a data set of Minari: its id or folder
+    target_return: float | None = None  # [5] the return that evaluations ask for; None: the best in the data
+    draw_actions: bool = False  # draw discrete actions in evaluations, not the likeliest ones; authors' code: True
+    condition: bool = True  # on returns; False: it sees 0 for each of them, and clones the behaviour in the data
+    context_length: int = 10  # [2] K; paper: 20, and 30 to 50 for Atari
+    num_layers: int = 2  # of the transformer; paper: 3, and 6 for Atari
+    hidden_size: int = 64  # numbers in a token; paper: 128
+    max_timestep: int = 1_000  # later steps of an episode have the embedding of this one
+    learning_rate: float = 1e-3  # paper: 1e-4
+    warmup: int = 100  # gradient steps in which the learning rate rises to its full size; authors' code: 10,000
+    max_grad_norm: float = 0.25  # longer gradients are shortened to this
+    batch_size: int = 64  # contexts in a gradient step
+    norm_obs: bool = False  # normalise observations; paper: True
+
+    num_envs = 1  # no flag: environments are for evaluation only
+
+    def __post_init__(self) -> None:
+        check_ranges(self, target_return=(-math.inf, math.inf))
+
+
+class Normalizer(nn.Module):
+    """(observation - mean) / std, from the data. Part of the model; nothing changes it after fit."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def fit(self, obs: Tensor) -> None:  # (T, obs_dim)
+        self.mean[:], self.std[:] = obs.mean(0), obs.std(0, unbiased=False) + 1e-3  # some numbers never change
+
+    def forward(self, obs: Tensor) -> Tensor:
+        assert obs.shape[-1:] == self.mean.shape  # one number must not stand for all
+        return (obs - self.mean) / self.std
+
+
+class History:
+    """An episode in progress: tell earn each reward. With a seed, discrete actions are drawn, else the likeliest."""
+
+    def __init__(self, target_return: float, seed: int | None = None):
+        self.return_to_go, self.steps = float(target_return), []
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def earn(self, reward: float) -> None:
+        self.return_to_go -= np.asarray(reward).item()  # [5]
+
+
+def side_by_side(contexts: list[dict[str, Tensor]], device: str | torch.device) -> dict[str, Tensor]:
+    """Contexts of up to K steps, (k, ...) each, as a batch, (B, K, ...), with zeros on the left. mask: true steps."""
+    contexts = [context | {"mask": torch.ones(len(context["timesteps"]), dtype=torch.bool)} for context in contexts]
+    columns = {name: [context[name] for context in contexts] for name in contexts[0]}
+    return {name: pad_sequence(c, batch_first=True, padding_side="left").to(device) for name, c in columns.items()}
+
+
+class DecisionTransformer(nn.Module):
+    """Box actions are in [-1, 1] here, discrete ones count from 0; to_env gives the environment's."""
+
+    def __init__(self, args: Args, obs_shape: tuple[int, ...], space: gym.Space):  # space: of the actions
+        super().__init__()
+        self.obs_shape, self.action_space, self.discrete = obs_shape, space, isinstance(space, gym.spaces.Discrete)
+        (obs_dim,), self.action_dim = obs_shape, int(space.n) if self.discrete else math.prod(space.shape)
+        self.context_length, self.condition, size = args.context_length, args.condition, args.hidden_size
+        self.normalize = Normalizer(obs_dim)
+        self.register_buffer("return_scale", torch.ones(()))  # from the data, as the next
+        self.register_buffer("target_return", torch.zeros(()))  # what act asks for if nobody says
+        self.embed = nn.ModuleList([nn.Linear(dim, size) for dim in (1, obs_dim, self.action_dim)])  # of R, s, a
+        self.embed_time = nn.Embedding(args.max_timestep + 1, size)
+        nn.init.normal_(self.embed_time.weight, std=0.02)  # PyTorch's 1 would drown the rest
+        self.norm = nn.LayerNorm(size)
+        shape = {"nhead": 1, "dim_feedforward": 4 * size, "dropout": 0.0, "activation": "gelu", "norm_first": True}
+        layer = nn.TransformerEncoderLayer(size, **shape, batch_first=True)
+        self.transformer = nn.TransformerEncoder(layer, args.num_layers, nn.LayerNorm(size), enable_nested_tensor=False)
+        self.predict_action = nn.Linear(size, self.action_dim)
+
+    def forward(self, context: dict[str, Tensor]) -> Tensor:
+        """The policy at each step, (B, K, action_dim): logits, or actions in [-1, 1].
+
+        returns_to_go, timesteps, mask: (B, K). observations: (B, K, obs_dim). actions: (B, K), or (B, K, action_dim).
+        """
+        actions, mask = context["actions"], context["mask"].repeat_interleave(3, 1)  # (B, L) with L = 3 K
+        actions = nn.functional.one_hot(actions, self.action_dim).float() if self.discrete else actions
+        returns_to_go = context["returns_to_go"][..., None] / self.return_scale * self.condition
+        parts = returns_to_go, self.normalize(context["observations"]), actions  # (B, K, ...)
+        time_token = self.embed_time(context["timesteps"].clamp(max=self.embed_time.num_embeddings - 1))  # (B, K, H)
+        tokens = [embed(part) + time_token for embed, part in zip(self.embed, parts, strict=True)]
+        x = self.norm(torch.stack(tokens, 2).flatten(1, 2))  # [2] R_1, s_1, a_1, R_2, ...: (B, L, H)
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()  # [3] (L, L)
+        visible = causal & mask[:, None] | causal & causal.T  # (B, L, L); itself, too: padding would become NaN
+        output = self.predict_action(self.transformer(x, mask=~visible)[:, 1::3])  # [3] at s_1, s_2, ...
+        return output if self.discrete else output.tanh()
+
+    def to_env(self, actions: Tensor) -> np.ndarray:  # (..., action_dim) -> (..., *action shape), or (...,) -> (...,)
+        space, actions = self.action_space, actions.cpu().numpy()
+        if self.discrete:
+            return actions + space.start  # the environment counts from start
+        actions = actions.reshape(*actions.shape[:-1], *space.shape)
+        return np.clip((space.high + space.low) / 2 + (space.high - space.low) / 2 * actions, space.low, space.high)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, histories: History | list[History] | None = None) -> np.ndarray:
+        """The action for an observation, (obs_dim,), or for each of a batch, (B, obs_dim), each with its history.
+
+        Without histories these are first steps of episodes, and the return asked for is that of the training.
+        """
+        obs = torch.tensor(np.asarray(obs), dtype=torch.float32)  # a copy, to remember
+        if obs.ndim == 1:
+            return self.act(obs[None], None if histories is None else [histories])[0]
+        histories = [History(self.target_return.item()) for _ in obs] if histories is None else histories
+        unknown = torch.tensor(0) if self.discrete else torch.zeros(self.action_dim)  # and unseen: it comes after s_t
+        for row, history in zip(obs, histories, strict=True):
+            step = {"returns_to_go": torch.tensor(history.return_to_go), "timesteps": torch.tensor(len(history.steps))}
+            history.steps.append(step | {"observations": row, "actions": unknown})
+        newest = [history.steps[-self.context_length :] for history in histories]
+        contexts = [{name: torch.stack([step[name] for step in steps]) for name in steps[0]} for steps in newest]
+        output = self(side_by_side(contexts, self.return_scale.device))[:, -1].cpu()  # (B, action_dim): the last step
+        for history, action in zip(histories, output, strict=True):
+            if self.discrete and history.generator:
+                action = torch.multinomial(action.softmax(-1), 1, generator=history.generator)[0]
+            history.steps[-1]["actions"] = action.argmax() if self.discrete and action.ndim else action
+        return self.to_env(torch.stack([history.steps[-1]["actions"] for history in histories]))
+
+
+ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
+
+
+def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
+    """The arrays of a data set, (T, ...) each, and the id of its environment where that stands beside them."""
+    path = Path(dataset)
+    file = path / "data.npz" if path.is_dir() else path
+    if path == DATA and not path.exists():
+        raise UsageError("the default data set is not beside this script: give it --dataset and --env-id")
+    try:
+        if file.suffix == ".npz" and (file.exists() or not path.is_dir()):
+            with np.load(file) as stored:  # data only: it executes no code
+                arrays = {name: stored[name] for name in ARRAYS}
+            about = file.with_name("data.json")
+            return arrays, json.loads(about.read_text())["env_id"] if about.exists() else None
+        import minari
+
+        folder = path / "data" if (path / "data").is_dir() else path
+        stored = minari.MinariDataset(folder) if path.is_dir() else minari.load_dataset(dataset)
+        episodes = list(stored.iterate_episodes())  # an episode of n steps has n + 1 observations
+        parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}
+        parts["observations"] = [episode.observations[:-1] for episode in episodes]
+        parts["next_observations"] = [episode.observations[1:] for episode in episodes]
+        return {name: np.concatenate(parts[name]) for name in ARRAYS}, getattr(stored.env_spec, "id", None)
+    except ImportError:
+        hint = "no .npz file or folder with data.npz; Minari's data sets need pip install 'minari[hdf5]'"
+        raise UsageError(f"--dataset {dataset} is {hint}") from None
+    except Exception as error:  # missing or damaged files raise many kinds
+        raise UsageError(f"--dataset {dataset} can't be read: {type(error).__name__}: {error!s:.200}") from None
+
+
+def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
+    """All T transitions, in the order in which they were made, after a comparison with the environment.
+
+    observations, next_observations: (T, obs_dim). actions: (T,) from 0, or (T, action_dim) in [-1, 1]. rewards: (T,).
+    terminations, truncations: (T,) of 0 and 1. Only a termination means that nothing can be earned any more.
+    """
+    arrays, env_id = open_dataset(args.dataset)
+    observes, acts, num_rows = env.env.observation_space, env.action_space, len(np.atleast_1d(arrays["rewards"]))
+
+    def check(condition: bool, message: str) -> None:
+        if not condition:
+            raise UsageError(f"--dataset {args.dataset}: {message}")
+
+    def vectors(name: str, space: gym.Space) -> np.ndarray:  # (T, ...) -> (T, D)
+        array = arrays[name]
+        if isinstance(space, gym.spaces.Discrete) and array.ndim == 1:  # numbers of states or actions: one-hot
+            inside = np.isin(array, space.start + np.arange(space.n))
+            check(inside.all(), f"{name} from {array.min()} to {array.max()}, but {args.env_id} has {space}")
+            return np.eye(space.n, dtype=np.float32)[array.astype(np.int64) - space.start]
+        array = array.reshape(num_rows, -1).astype(np.float32)
+        check(array.shape[1] == gym.spaces.flatdim(space), f"{name} {array.shape}, but {args.env_id} has {space}")
+        return array
+
+    check(env_id in (None, args.env_id), f"it was made in {env_id}, not in {args.env_id}: add --env-id {env_id}")
+    data = {}
+    for name, array in arrays.items():
+        numbers = name in ("rewards", "terminations", "truncations")  # one a row
+        shape = (num_rows,) if numbers else (num_rows, *array.shape[1:])
+        check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
+        check(array.dtype.kind in "biuf", f"{name} are of the type {array.dtype}, not numbers")
+        check(np.isfinite(array).all(), f"NaN or infinity in {name}")
+        data[name] = array.astype(np.float32) if numbers else vectors(name, acts if name == "actions" else observes)
+    ends = data["terminations"] + data["truncations"]
+    check(np.isin(ends, (0, 1, 2)).all(), "terminations and truncations must be 0 or 1")
+    moved = (data["next_observations"][:-1] != data["observations"][1:]).any(-1) & (ends[:-1] == 0)
+    check(not moved.any(), f"row {moved.nonzero()[0][:1]} does not lead to the next row, but no episode ends there")
+    if isinstance(acts, gym.spaces.Discrete):
+        data["actions"] = data["actions"].argmax(-1)
+    else:
+        low, high, actions = acts.low.flatten(), acts.high.flatten(), data["actions"]
+        check((actions >= low - 1e-3).all() and (actions <= high + 1e-3).all(), f"actions beyond the bounds of {acts}")
+        data["actions"] = (2 * (actions - low) / (high - low) - 1).clip(-1, 1)
+    return {name: torch.from_numpy(array) for name, array in data.items()}
+
+
+def split_episodes(data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The episodes of the logs. One of n steps has returns_to_go, timesteps, observations, actions: (n, ...)."""
+    ended = data["terminations"] + data["truncations"] > 0
+    ended[-1] = True
+    stops, episodes = (ended.nonzero().flatten() + 1).tolist(), []
+    for start, stop in zip([0, *stops[:-1]], stops, strict=True):
+        returns_to_go = data["rewards"][start:stop].flip(0).cumsum(0).flip(0)  # [1]
+        episode = {"returns_to_go": returns_to_go, "timesteps": torch.arange(stop - start)}
+        episodes.append(episode | {name: data[name][start:stop] for name in ("observations", "actions")})
+    return episodes
+
+
+def sample(episodes: list[dict[str, Tensor]], lengths: Tensor, args: Args, device: str) -> dict[str, Tensor]:
+    """Contexts of random episodes, of long ones more often: K steps from a random one on, or fewer at the end."""
+    contexts = []
+    for i in torch.multinomial(lengths, args.batch_size, replacement=True).tolist():
+        start = torch.randint(int(lengths[i]), ())
+        contexts.append({name: array[start : start + args.context_length] for name, array in episodes[i].items()})
+    return side_by_side(contexts, device)
+
+
+def imitation_loss(predicted: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+    """The mean over all true steps. (B, K, action_dim), (B, K) or (B, K, action_dim), (B, K)"""
+    loss = nn.functional.cross_entropy if actions.ndim == 2 else nn.functional.mse_loss
+    return loss(predicted[mask], actions[mask])  # [4]
+
+
+def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> DecisionTransformer:
+    floats = isinstance(action_space, gym.spaces.Box) and np.issubdtype(action_space.dtype, np.floating)
+    bounded = floats and np.abs([action_space.low, action_space.high]).max() < 1e6
+    if not bounded and not isinstance(action_space, gym.spaces.Discrete):
+        raise UsageError(f"--env-id {args.env_id} acts in {action_space}, not Discrete or a Box of floats below 1e6")
+    return DecisionTransformer(args, obs_shape, action_space)
+
+
+def train(args: Args) -> dict[str, float]:
+    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
+    with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
+        agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
+        data = read_dataset(args, run.envs[0])
+        if args.norm_obs:
+            agent.normalize.fit(data["observations"])
+        episodes = split_episodes(data)
+        lengths = torch.tensor([len(episode["timesteps"]) for episode in episodes], dtype=torch.float32)
+        agent.return_scale.fill_(max(episode["returns_to_go"].abs().max().item() for episode in episodes) or 1.0)
+        best = max(episode["returns_to_go"][0].item() for episode in episodes)
+        agent.target_return.fill_(best if args.target_return is None else args.target_return)
+        optimizer = torch.optim.AdamW(agent.parameters(), args.learning_rate, weight_decay=1e-4, fused=True)
+        run.actions = []  # training plays no episodes, so a checkpoint has none to play again
+        run.start(model=agent, optimizer=optimizer)  # what a checkpoint holds
+        while run.goes_on():  # evaluates and saves where that is due; False at the end
+            # 1. Draw contexts
+            batch = sample(episodes, lengths, args, run.device)
+            # 2. Learn
+            rate = args.learning_rate * min(1, (run.global_step + 1) / args.warmup)
+            optimizer.param_groups[0]["lr"] = rate
+            loss = imitation_loss(agent(batch), batch["actions"], batch["mask"])
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            run.global_step += 1
+            if run.global_step % 100 == 0:  # 3. Log
+                metrics = {"losses/action_loss": loss.detach(), "losses/grad_norm": grad_norm}
+                run.log(metrics | {"charts/learning_rate": rate})
+        return run.result
+
+
+# ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
+# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
+
+
+class UsageError(Exception):
+    """A mistake of the user: main prints it as one line, which says what to do, and ends with exit code 2."""
+
+
+def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
+    """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
+    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+    if args.total_timesteps % getattr(args, "num_envs", 1):
+        raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
+    args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
+    args.checkpoint_frequency = args.checkpoint_frequency or math.ceil(args.total_timesteps / 10)
+
+
+def saved_args(run_dir: str | Path, **changes: object) -> Args:
+    """The arguments of a run, with changes. train(saved_args("runs/...", resume=True)) goes on with it."""
+    try:
+        config = json.loads(Path(run_dir, "config.json").read_text())
+        assert config["script"] == Path(__file__).stem, f"it is a run of {config['script']}.py"
+        return Args(**config["args"] | {"run_dir": str(run_dir)} | changes)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"--run-dir must be a sound run of {Path(__file__).name}, not {run_dir}: {error!r}") from None
+
+
+def parse_args() -> Args:
+    """The command line. --help prints Args. With --resume or --evaluate, flags not given are those of the run."""
+    if {"-h", "--help"} & {*sys.argv}:
+        flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
+        flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+    default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
+    if {"--resume", "--evaluate"} & {*sys.argv}:
+        default = {"default": saved_args(run_dirs[-1])}
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            return tyro.cli(Args, **default)
+        except SystemExit:  # tyro draws a box around its message
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
+
+
+def make_env(args: Args, film: Path | None = None) -> gym.Env:
+    """An environment that observes vectors, (D,) float32."""
+    env, expected = None, Exception if film else (gym.error.Error, ImportError, TypeError, UsageError)
+    try:
+        env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
+        if not env.observation_space.is_np_flattenable or gym.spaces.flatdim(env.observation_space) > 3000:
+            raise UsageError(f"observations are no vector, but {env.observation_space}: see ppo.py, dqn.py")
+        if film:
+            env.reset()
+            assert env.render() is not None, "render() returns no picture"
+            options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
+            env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
+    except expected as error:  # another one comes from within the environment: its traceback helps most
+        if env is not None:
+            env.close()
+        hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
+        raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
+    return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
+
+
+def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
+    """Plays eval_episodes episodes, from the same seeds every time, each in its own environment. Films the first."""
+    seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # 1: training has 0
+    returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())  # some environments draw from these two
+        stack.callback(np.random.set_state, np.random.get_state())
+        random.seed(args.seed)
+        np.random.seed(seeds)
+        films = [film if args.capture_video else None] + [None] * (len(seeds) - 1)
+        envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
+        here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
+        if here != there:
+            raise UsageError(f"--env-id {args.env_id} observes and acts in {here}, the trained agent in {there}")
+        playing = {i: env.reset(seed=seed)[0] for i, (env, seed) in enumerate(zip(envs, seeds, strict=True))}
+        target = agent.target_return.item() if args.target_return is None else args.target_return
+        histories = [History(target, seed if args.draw_actions else None) for seed in seeds]
+        while playing and not Run.stop_signal:
+            actions = agent.act(np.stack([*playing.values()]), [histories[i] for i in playing])
+            for i, action in zip(list(playing), actions, strict=True):
+                playing[i], reward, terminated, truncated, _ = envs[i].step(action)
+                returns[i : i + 1] += reward  # some environments return an array of one element
+                histories[i].earn(reward)
+                lengths[i] += 1
+                if terminated or truncated or lengths[i] == args.eval_max_steps:
+                    del playing[i]
+    if lengths.max() == args.eval_max_steps:
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
+    result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
+    return {} if playing else result | {"eval/episodic_length": lengths.mean()}
+
+
+def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
+    """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state
+    except Exception as error:  # a damaged file can raise anything
+        raise UsageError(f"{path} is missing, damaged or of another script ({type(error).__name__})") from None
+
+
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+
+
+def load(run_dir: str) -> nn.Module:
+    """The trained agent of a run, without its environment: load("runs/...").act(observation) is an action."""
+    state = load_file(Path(run_dir, "model.pt"))
+    kind, dtype, values = state["action_space"]
+    values = {name: value.numpy()[()] for name, value in values.items()}  # [()]: a 0-d array becomes a number
+    space = getattr(gym.spaces, kind)(**values, dtype=np.dtype(dtype).type)
+    agent = make_agent(saved_args(run_dir), tuple(state["obs_shape"]), space)
+    load_file(Path(run_dir, "model.pt"), model=agent)
+    return agent
+
+
+class Run:
+    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
+
+    stop_signal = 0  # main sets it when a signal arrives
+
+    def __init__(self, args: Args):
+        name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
+        self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
+        self.command = shlex.join([sys.executable, __file__, "--run-dir", str(self.dir)])
+        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        try:
+            torch.zeros(1, device=args.device.replace("auto", "cpu"))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(f"--device {args.device} can't be used, --device cpu can ({error!s:.99})") from None
+        if args.capture_video:
+            make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        with contextlib.ExitStack() as stack:
+            self.envs = [stack.enter_context(contextlib.closing(make_env(args))) for _ in range(args.num_envs)]
+            self.opened = stack.pop_all()  # what close will close; start adds to it
+        self.obs_shape, self.action_space = self.envs[0].observation_space.shape, self.envs[0].action_space
+        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
+        self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
+        self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
+        self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
+        torch.set_num_threads(1 if small else torch.get_num_threads())
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
+        torch.manual_seed(args.seed)
+
+    def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
+
+        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
+        """
+        args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
+        if args.resume:
+            saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
+            changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device"}
+            if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
+                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+        elif path.exists() or checkpoint.exists():
+            raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
+        else:
+            folder = shlex.quote(str(Path(__file__).parent))
+            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            status, commit = subprocess.getstatusoutput(git)
+            config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
+            config["commit"] = None if status else commit
+            config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["wandb_id"] = os.urandom(8).hex()
+        config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.wandb = None
+            if args.track:
+                import wandb
+
+                names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+                self.wandb = wandb.init(dir=self.dir.resolve(), config=config["args"], resume="allow", **names)
+                self.opened.callback(self.wandb.finish)
+                self.wandb.define_metric("*", step_metric="global_step")
+            path.write_text(json.dumps(config, indent=1))
+            self.metrics = self.opened.enter_context(open(self.dir / "metrics.jsonl", "ab"))
+        except Exception as error:  # W&B's have many kinds: no key, no network
+            hint = "--run-dir must be writable" if isinstance(error, OSError) else "WANDB_MODE=offline needs no account"
+            raise UsageError(f"{error}: {hint}") from None
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": self.actions, "streams": []}
+        if args.resume and checkpoint.exists():
+            state = load_file(checkpoint, **parts)
+        if self.metrics.tell() < state["bytes"]:
+            raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
+        self.metrics.truncate(state["bytes"])  # later rows will be written again
+        self.metrics.seek(state["bytes"])
+        self.global_step, self.last_step = state["step"], state["last_step"]
+        self.started -= state["seconds"]
+        for i, actions in enumerate(state["actions"]):
+            whole = self.begin_episode(i, np.array(actions))
+            if not whole or ("obs" in state and (self.obs[i] != state["obs"][i].numpy()).any()):
+                tqdm.write(f"{args.env_id} can't be replayed exactly: the present episode of environment {i} ends here")
+                self.begin_episode(i)
+        setters = random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for setter, stream in zip(setters, state["streams"], strict=False):
+            setter(stream)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        self.opened.callback(self.bar.close)
+        kind = "vectors" if len(self.obs_shape) == 1 else "images"
+        print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
+
+    def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
+        """Resets environment i. After --resume, it takes the episode's actions so far again: they lead to its state.
+
+        False if the episode ended on the way, so that it can't be repeated.
+        """
+        began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
+        seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
+        obs, _ = self.envs[i].reset(seed=seed)
+        self.returns[i], self.actions[i] = 0.0, list(actions)
+        for action in actions:
+            obs, reward, terminated, truncated, _ = self.envs[i].step(action)
+            self.returns[i : i + 1] += reward
+            if terminated or truncated:
+                return False
+        assert np.shape(obs) == self.obs[i].shape, f"{self.args.env_id} shows {obs}, of another shape than its space's"
+        if not np.isfinite(obs).all():
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {obs}")
+        self.obs[i] = obs
+        return True
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
+
+        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        """
+        next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
+        terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
+        for i, (env, action) in enumerate(zip(self.envs, actions.copy(), strict=True)):  # step may change actions
+            self.actions[i].append(action)
+            next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
+            infos.append(info)
+        if not math.isfinite(next_obs.sum() + rewards.sum()):
+            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: rewards {rewards}, {next_obs}")
+        self.obs = next_obs.copy()
+        self.global_step += len(self.envs)
+        self.returns += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            self.log({"charts/episodic_return": self.returns[i], "charts/episodic_length": len(self.actions[i])})
+            self.begin_episode(i)
+        return next_obs, rewards, terminated, truncated, infos
+
+    def goes_on(self) -> bool:
+        """Evaluates and saves where that is due. False at the end of the run."""
+        args, step, last = self.args, self.global_step, self.last_step
+        end, self.last_step = step == args.total_timesteps, step
+        if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
+            if result := evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}"):
+                self.log(result)
+                self.result = result
+            else:  # a signal has stopped it: after --resume it is due again
+                self.last_step = last
+        if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
+            self.save()
+        if Run.stop_signal:
+            print(f"Stopped at step {step}. To go on:\n    {self.command} --resume")
+            raise SystemExit(128 + Run.stop_signal)
+        if end:
+            print(f"Done: {self.dir}/model.pt. To watch it:\n    {self.command} --evaluate --capture-video")
+        return not end
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""
+        seconds = time.time() - self.started
+        row = {"global_step": self.global_step, "time": round(seconds, 3)} | {k: float(v) for k, v in row.items()}
+        if "charts/learning_rate" in row:
+            row["charts/SPS"] = self.global_step / seconds  # since the run began, evaluations included
+        if broken := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in {', '.join(broken)}")
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+        if self.wandb:
+            with contextlib.suppress(Exception):  # W&B's troubles must not end the run
+                self.wandb.log(row)
+        if evaluation := [f"{name[5:]} {value:.4g}" for name, value in row.items() if name.startswith("eval/")]:
+            tqdm.write(f"step {self.global_step:>10,}: {', '.join(evaluation)}")
+        self.bar.update(self.global_step - self.bar.n)
+
+    def save(self) -> None:
+        """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
+        space, (_, keys, *rest) = self.action_space, np.random.get_state()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(math.isfinite(values.sum()) for values in state["model"].values()):
+            raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape}
+        model["action_space"] = type(space).__name__, str(space.dtype), values
+        state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
+        streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
+            torch.save(content, self.dir / f"{name}.tmp")
+            os.replace(self.dir / f"{name}.tmp", self.dir / name)
+
+    def close(self) -> None:
+        self.opened.close()
+        if self.last_step and isinstance(sys.exc_info()[1], Exception):
+            print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 a mistake of the user, 130 or 143 stopped by a signal, 1 everything else."""
+
+    def stop(number: int, _: object) -> None:
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
+    gym.logger.min_level = gym.logger.ERROR  # warnings of libraries would stand around our one line
+    warnings.simplefilter("ignore")
+    try:
+        args = parse_args()
+        if args.evaluate:
+            film = Path(args.run_dir, "videos", f"evaluation-{datetime.now():%Y%m%d-%H%M%S-%f}")
+            result = evaluate(load(args.run_dir), args, film)
+            if Run.stop_signal:
+                sys.exit(128 + Run.stop_signal)
+            print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
+            print(*film.parent.glob(f"{film.name}*.mp4"))
+        else:
+            train(args)
+    except (UsageError, FloatingPointError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+if __name__ == "__main__":
+    main()
