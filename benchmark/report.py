@@ -1158,6 +1158,7 @@ def square_roots(axes: Axes, furthest: float) -> None:
     """An axis of divergences that shows small ones, too: the optimum begins on it as a straight line."""
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     ticks = [tick for tick in (0, 0.2, 1, 2, 4, 8, 16, 32, 64, 128) if tick < 1.2 * furthest]
+    ticks = [0] + [tick for tick in ticks if tick > furthest / 150]  # closer ones would be written over one another
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlim(0, 1.2 * furthest)
     axes.set_xlabel("KL divergence from the reference policy, per reply")
@@ -1185,7 +1186,7 @@ def draw_frontier(axes: Axes, experiments: list[Experiment]) -> None:
             axes.plot(kls[shown], rewards[shown], ":", color=GREY, linewidth=1.4, label=name)
     elif np.isfinite(everything[:, 2]).any():
         axes.plot(*everything[:, [0, 2]].T, "_", color=INK, markersize=14, label="the optimum at the same divergence")
-    names, drawn = names_in_a_legend([*groups]), defaultdict(int)
+    names, drawn, labelled = names_in_a_legend([*groups]), defaultdict(int), []
     for (label, by_beta), look in zip(groups.items(), looks_of([*members.values()]), strict=True):
         means = sorted((*np.mean(points, axis=0), str(beta)) for beta, points in by_beta.items())  # by divergence
         kls, rewards, _, _, betas = zip(*means, strict=True)
@@ -1195,8 +1196,13 @@ def draw_frontier(axes: Axes, experiments: list[Experiment]) -> None:
         points = np.concatenate([*by_beta.values()])[:, :2].T
         axes.scatter(*points, color=look["color"], marker=marker, s=12, linewidth=0, alpha=0.5, zorder=3)
         for kl, reward, beta in zip(kls, rewards, betas, strict=True):
-            place = {"textcoords": "offset points", "fontsize": 8, "color": look["color"]}
-            axes.annotate(f"β = {beta}", (kl, reward), (6, -11), **place)
+            # Where a label stands already, a second one goes above, and the same one is left out
+            spot = np.array([math.sqrt(max(kl, 0) / max(furthest, 1e-9)), reward / max(np.ptp(everything[:, 1]), 1e-9)])
+            near = {other for other, place in labelled if abs(place - spot).max() < 0.03}
+            if beta not in near:
+                offset, labelled = (-36, 6) if near else (6, -11), [*labelled, (beta, spot)]
+                look_of_text = {"textcoords": "offset points", "fontsize": 8, "color": look["color"]}
+                axes.annotate(f"β = {beta}", (kl, reward), offset, **look_of_text)
     square_roots(axes, furthest)
     if len(references):
         axes.plot(0, references.mean(), "s", color=GREY, markersize=6, label="the reference policy", clip_on=False)
@@ -1227,7 +1233,8 @@ def draw_over_optimisation(axes: Axes, experiments: list[Experiment], everything
         axes.plot(line[1], line[2], color=color, label=name + f", β = {e.beta:g}" * bool(e.beta), zorder=3)
         axes.plot(line[1], line[3], color=color, linestyle="--", linewidth=1.5, zorder=3)
         axes.plot(kls, rewards, ".", color=color, markersize=5, markeredgewidth=0, alpha=0.4)
-    furthest = max(e.along[..., 1].max() for e in everything)
+    # Further away the true reward is as low as it can be, and the score flat
+    furthest = min(max(e.along[..., 1].max() for e in experiments), 40)
     if curve := optimum([run for e in everything for run in e.done], furthest):
         axes.plot(*curve, color=INK, linewidth=1.2, label="the optimum")
     axes.plot([], [], color=GREY, marker=".", label="solid, dots: the true reward")
@@ -1269,8 +1276,8 @@ def captions(experiments: list[Experiment], threshold: float | None) -> dict[str
     if any(len(run.along) for e in experiments for run in e.done):
         frontier += " Below, policies while they learn from reward models, without and with a price of the divergence: "
         frontier += "the true reward, and what the reward model believes. Its scores, of which only "
-        frontier += "differences have a meaning, are shifted to begin at the true reward. Dots: evaluations of all "
-        frontier += "seeds; lines: their means at about the same divergence."
+        frontier += "differences have a meaning, are shifted to begin at the true reward. The axis ends at 48 at the "
+        frontier += "latest. Dots: evaluations of all seeds; lines: their means at about the same divergence."
     seeds = f"thick the mean over seeds, thin each seed (with more than {FEW} of them, their 95 % interval instead)"
     steps, clock = (f"Evaluation during training{axis}: {seeds}." for axis in ("", ", over the seconds since it began"))
     dotted = " Dotted: the reference by which scores are normalised, where it is near; its steps are its own."

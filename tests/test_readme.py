@@ -43,7 +43,6 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "python benchmark/run.py --suite preference --workers 2": "the same",
     "python benchmark/run.py --suite frontier --workers 2": "the same",
     "python benchmark/report.py runs/frontier": "test_report.py",
-    "python benchmark/report.py runs/frontier --table frontier": "the same",
     "make rlhf": "test_make_rlhf_ends_with_replies_and_goes_on",
     "python benchmark/run.py --suite smoke --workers 2": "test_the_smoke_suite_and_its_report",
     "python benchmark/report.py runs/smoke": "the same",
