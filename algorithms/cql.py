@@ -1,9 +1,9 @@
 """Conservative Q-learning (CQL): learn to act from logs alone, and doubt every action that the logs don't show.
 
-Q-learning takes the best action in the next state. Of actions that nobody tried there, a network guesses the value, the
-maximum finds the guesses that are too high, and no experience corrects them. CQL adds a penalty to the critics' loss:
-it lowers Q where Q is high, and raises Q at the actions of the logs. The critics promise too little rather than too
-much: Q tends to lie below the true value of the policy. All else is SAC, or double DQN where actions are discrete.
+Q-learning takes the best action in the next state. A network only guesses the values of actions that nobody tried
+there. The maximum finds the guesses that are too high. No experience corrects them. CQL adds a penalty to the critics'
+loss: it lowers Q where Q is high, and raises Q at the actions of the logs. The critics promise too little rather than
+too much: Q tends to lie below the true value of the policy. All else is SAC, or double DQN where actions are discrete.
 
     [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal           SAC
         discrete: y = r + gamma Q'(s', a*) with a* = argmax_a Q(s', a), or y = r where s' is terminal      Double DQN
@@ -15,16 +15,16 @@ much: Q tends to lie below the true value of the policy. All else is SAC, or dou
     [7] Z_i(s) = integral of exp(Q_i(s, a)) over a = E[exp(Q_i(s, a)) / density of a], a from any density          CQL
         discrete: Z_i(s) = sum_a exp(Q_i(s, a))
 
-s, a, r, s' are from the data, but in [3], [5], [7] a is drawn. i counts the critics, one if actions are discrete. c is
---cql-alpha (the paper's alpha): 0 is SAC, or double DQN, on logs. log Z is a soft maximum of Q over the actions.
+s, a, r, s' are from the data; in [2], [3], [5], [7] a is drawn. Q' is a slow copy of Q, with weights theta'. i counts
+the critics, one if actions are discrete. c is --cql-alpha (the paper's alpha). log Z is a soft maximum of Q.
 
 Paper: Kumar et al. 2020, arXiv:2006.04779, "Conservative Q-Learning for Offline Reinforcement Learning".
 
 Differs from the paper:
-- c is fixed: no Lagrange multiplier. As in the authors' code, there is no 1/2 before the square in [4], and in [7] a
-  third each of the actions is from a uniform density, from pi(.|s), and from pi(.|s').
-- Unlike there: entropy in [1], two hidden layers, no imitation of the logs at first, DQN in place of QR-DQN.
-- Rewards are scaled, rates fall along a cosine. At a time limit, y still has the value of the last observation.
+- c is fixed: no Lagrange multiplier. As in the authors' code: no 1/2 before the square in [4]; a third of [7]'s actions
+  each from a uniform density, pi(.|s), pi(.|s'); at a time limit, y has the value of the last observation.
+- Unlike there: entropy in [1], alpha starts at 0.2, two hidden layers, no imitation at first, the actor learns from the
+  updated critics, rewards are scaled, rates fall; double DQN with soft targets in place of QR-DQN.
 
     python algorithms/cql.py
 """
@@ -65,6 +65,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 DATA = Path(__file__).parent.parent / "benchmark" / "offline" / "frozenlake"  # the default data set
+ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
-    dataset: str = str(DATA)  # .npz file, folder with data.npz, or a data set of Minari: its id or folder
+    dataset: str = str(DATA)  # folder with data.npz, .npz, Minari id or folder; default: benchmark/offline/frozenlake
     learning_rate: float = 1e-3  # of all networks; authors' code: 3e-4, and the actor's 1e-4
     anneal_lr: bool = True  # let the learning rate fall to 0 along a cosine
     gamma: float = 0.99  # [1] discount
@@ -120,9 +121,9 @@ class CQL(nn.Module):
             self.actor = network(obs_dim, 2 * action_dim)  # mean and log of the standard deviation of u in [2]
             self.critics = nn.ModuleList([network(obs_dim + action_dim, 1) for _ in range(2)])
         self.target_critics = copy.deepcopy(self.critics)
-        self.log_alpha = nn.Parameter(torch.tensor(0.2).log())  # of the temperature: alpha > 0
+        self.log_alpha = nn.Parameter(torch.tensor(0.2).log())  # of the temperature: alpha > 0; unused if discrete
 
-    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, obs_dim) -> (B, action_dim), (B,)
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (..., obs_dim) -> (..., action_dim), (...,)
         mean, log_std = self.actor(obs).chunk(2, -1)
         return squashed_normal(mean, log_std.clamp(-20, 2), torch.randn_like(mean))  # clamped as in the authors' code
 
@@ -144,9 +145,6 @@ def q_values(critics: nn.ModuleList, obs: Tensor, actions: Tensor) -> Tensor:
     """Q_i(s, a) of each of n critics. (B, obs_dim), (B, action_dim) -> (n, B)"""
     inputs = torch.cat([obs, actions], -1)
     return torch.stack([critic(inputs).squeeze(-1) for critic in critics])
-
-
-ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
 
 
 def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
@@ -178,7 +176,7 @@ def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
 
 
 def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
-    """All T transitions, in the order in which they were made, after a comparison with the environment.
+    """All T transitions, compared with the environment. In order: a forgotten truncation would join two episodes.
 
     observations, next_observations: (T, obs_dim). actions: (T,) from 0, or (T, action_dim) in [-1, 1]. rewards: (T,).
     terminations, truncations: (T,) of 0 and 1. Only a termination means that nothing can be earned any more.
@@ -201,13 +199,15 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         return array
 
     check(env_id in (None, args.env_id), f"it was made in {env_id}, not in {args.env_id}: add --env-id {env_id}")
+    needed = 8e-9 * num_rows * gym.spaces.flatdim(observes)  # GB of both observations: a float32 has four bytes
+    memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
     data = {}
     for name, array in arrays.items():
         numbers = name in ("rewards", "terminations", "truncations")  # one a row
         shape = (num_rows,) if numbers else (num_rows, *array.shape[1:])
         check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
-        check(array.dtype.kind in "biuf", f"{name} are of the type {array.dtype}, not numbers")
-        check(np.isfinite(array).all(), f"NaN or infinity in {name}")
+        check(array.dtype.kind in "biuf" and np.isfinite(array).all(), f"words, NaN or infinity in {name}")
         data[name] = array.astype(np.float32) if numbers else vectors(name, acts if name == "actions" else observes)
     ends = data["terminations"] + data["truncations"]
     check(np.isin(ends, (0, 1, 2)).all(), "terminations and truncations must be 0 or 1")
@@ -286,7 +286,7 @@ def update(agent: CQL, optimizers: dict, batch: dict[str, Tensor], args: Args) -
         q, log_z, next_values = discrete_values(agent, obs, actions, next_obs)
     else:
         q, log_z, next_values = box_values(agent, obs, actions, next_obs, args.num_samples)
-    # Truncations are not used: Q' knows what comes after a time limit
+    # Truncations are not used: after a time limit, Q' estimates the rest
     targets = td_target(batch["rewards"], batch["terminations"], next_values, args.gamma)
     critic_losses = (q - targets).square().mean(-1)  # [4]; (n, B) - (B,) -> (n,)
     penalties = (log_z - q).mean(-1)  # [4]; (n, B) -> (n,)

@@ -1,24 +1,23 @@
-"""Decision Transformer: learn from logs alone, by imitation of those who got the return that one asks for.
+"""Decision Transformer: learn from logs alone. It imitates the episodes that had the return you ask for.
 
-The logs say what was done, and what it earned in the end. A transformer learns to predict each action from the return
-that followed, the state, and the steps before. To act, ask it for a high return: it does what was done in episodes with
-such a return. There are no values, no discount, no target networks; training is that of a language model.
+A transformer learns to predict each action of the logs from the return that followed, the state, and the steps before.
+To act, ask it for a high return. There are no values and no discount; training is that of a language model.
 
-    [1] return-to-go: R_t = r_t + r_{t+1} + ... + r_T, to the end T of the episode in the logs                     DT
+    [1] return-to-go: R_t = r_t + r_{t+1} + ... + r_n, to the end n of the episode in the logs                     DT
     [2] sequence:     R_1, s_1, a_1, R_2, s_2, a_2, ..., of which the newest K steps                               DT
     [3] policy:       pi(a_t | R_1, s_1, a_1, ..., R_t, s_t), the output at s_t, which sees nothing later          DT
     [4] loss:         minimise E[-log pi(a_t|...)], or E[(a_t - pi(...))^2] for a Box                              DT
     [5] acting:       R_1 is the return that one asks for, and R_{t+1} = R_t - r_t with the true reward            DT
 
 What it can't do. It doesn't put pieces of different episodes together to a better one (stitching), as iql.py does. And
-it takes luck for skill: if a foolish action has earned a lot by chance, asking for a lot gives the foolish action
-(arXiv:2205.15967). Both hurt on the default logs, of a slippery lake. In worlds without chance the second is no danger.
+it takes luck for skill: if a foolish action earned a lot by chance, asking for a lot gives that action (Paster et al.
+2022, arXiv:2205.15967). Both hurt on the default logs, of a slippery lake. Where nothing is random, luck is no problem.
 
 Paper: Chen et al. 2021, arXiv:2106.01345, "Decision Transformer: Reinforcement Learning via Sequence Modeling".
 
 Differs from the paper:
-- Layers are normalised at their start, and have no dropout. The networks are smaller.
-- Returns-to-go are divided by the largest in the data, not by a constant for each environment.
+- No dropout (authors' code: 0.1), and GELU in place of ReLU. The networks are smaller. As there, weight decay is 1e-4.
+- Returns-to-go are divided by their largest absolute value in the data, not by a constant for each environment.
 - Contexts are padded to the longest of their batch, not to K. Padding is hidden, and changes nothing.
 - Discrete actions are vectors with a single 1. Evaluations take the likeliest; the authors' code for Atari draws.
 
@@ -61,6 +60,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 DATA = Path(__file__).parent.parent / "benchmark" / "offline" / "frozenlake"  # the default data set
+ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
 
 
 @dataclass
@@ -82,11 +82,11 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
-    dataset: str = str(DATA)  # .npz file, folder with data.npz, or a data set of Minari: its id or folder
+    dataset: str = str(DATA)  # folder with data.npz, .npz, Minari id or folder; default: benchmark/offline/frozenlake
     target_return: float | None = None  # [5] the return that evaluations ask for; None: the best in the data
-    draw_actions: bool = False  # draw discrete actions in evaluations, not the likeliest ones; authors' code: True
+    draw_actions: bool = False  # evaluations draw discrete actions, not the likeliest; Box: no effect; authors: True
     condition: bool = True  # on returns; False: it sees 0 for each of them, and clones the behaviour in the data
-    context_length: int = 10  # [2] K; paper: 20, and 30 to 50 for Atari
+    context_length: int = 10  # [2] K; paper: 20 (MuJoCo)
     num_layers: int = 2  # of the transformer; paper: 3, and 6 for Atari
     hidden_size: int = 64  # numbers in a token; paper: 128
     max_timestep: int = 1_000  # later steps of an episode have the embedding of this one
@@ -99,7 +99,7 @@ class Args:
     num_envs = 1  # no flag: environments are for evaluation only
 
     def __post_init__(self) -> None:
-        check_ranges(self, target_return=(-math.inf, math.inf))
+        check_ranges(self, target_return=(-math.inf, math.inf), max_grad_norm=(1e-6, math.inf))
 
 
 class Normalizer(nn.Module):
@@ -114,12 +114,12 @@ class Normalizer(nn.Module):
         self.mean[:], self.std[:] = obs.mean(0), obs.std(0, unbiased=False) + 1e-3  # some numbers never change
 
     def forward(self, obs: Tensor) -> Tensor:
-        assert obs.shape[-1:] == self.mean.shape  # one number must not stand for all
+        assert obs.shape[-1:] == self.mean.shape  # else a last dimension of 1 would be broadcast
         return (obs - self.mean) / self.std
 
 
 class History:
-    """An episode in progress: tell earn each reward. With a seed, discrete actions are drawn, else the likeliest."""
+    """One episode so far. Call earn(reward) after each step. With a seed, discrete actions are drawn."""
 
     def __init__(self, target_return: float, seed: int | None = None):
         self.return_to_go, self.steps = float(target_return), []
@@ -129,8 +129,8 @@ class History:
         self.return_to_go -= np.asarray(reward).item()  # [5]
 
 
-def side_by_side(contexts: list[dict[str, Tensor]], device: str | torch.device) -> dict[str, Tensor]:
-    """Contexts of up to K steps, (k, ...) each, as a batch, (B, K, ...), with zeros on the left. mask: true steps."""
+def collate(contexts: list[dict[str, Tensor]], device: str | torch.device) -> dict[str, Tensor]:
+    """Contexts of k <= K steps, (k, ...), left-padded to a batch, (B, K, ...). mask: False for padding."""
     contexts = [context | {"mask": torch.ones(len(context["timesteps"]), dtype=torch.bool)} for context in contexts]
     columns = {name: [context[name] for context in contexts] for name in contexts[0]}
     return {name: pad_sequence(c, batch_first=True, padding_side="left").to(device) for name, c in columns.items()}
@@ -145,14 +145,14 @@ class DecisionTransformer(nn.Module):
         (obs_dim,), self.action_dim = obs_shape, int(space.n) if self.discrete else math.prod(space.shape)
         self.context_length, self.condition, size = args.context_length, args.condition, args.hidden_size
         self.normalize = Normalizer(obs_dim)
-        self.register_buffer("return_scale", torch.ones(()))  # from the data, as the next
-        self.register_buffer("target_return", torch.zeros(()))  # what act asks for if nobody says
+        self.register_buffer("return_scale", torch.ones(()))  # the largest absolute return-to-go of the data
+        self.register_buffer("target_return", torch.zeros(()))  # what act asks for without a history
         self.embed = nn.ModuleList([nn.Linear(dim, size) for dim in (1, obs_dim, self.action_dim)])  # of R, s, a
         self.embed_time = nn.Embedding(args.max_timestep + 1, size)
-        nn.init.normal_(self.embed_time.weight, std=0.02)  # PyTorch's 1 would drown the rest
+        nn.init.normal_(self.embed_time.weight, std=0.02)  # authors' Gym code: PyTorch's 1, large beside the rest
         self.norm = nn.LayerNorm(size)
         shape = {"nhead": 1, "dim_feedforward": 4 * size, "dropout": 0.0, "activation": "gelu", "norm_first": True}
-        layer = nn.TransformerEncoderLayer(size, **shape, batch_first=True)
+        layer = nn.TransformerEncoderLayer(size, **shape, batch_first=True)  # one head, as in the authors' Gym code
         self.transformer = nn.TransformerEncoder(layer, args.num_layers, nn.LayerNorm(size), enable_nested_tensor=False)
         self.predict_action = nn.Linear(size, self.action_dim)
 
@@ -169,7 +169,7 @@ class DecisionTransformer(nn.Module):
         tokens = [embed(part) + time_token for embed, part in zip(self.embed, parts, strict=True)]
         x = self.norm(torch.stack(tokens, 2).flatten(1, 2))  # [2] R_1, s_1, a_1, R_2, ...: (B, L, H)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()  # [3] (L, L)
-        visible = causal & mask[:, None] | causal & causal.T  # (B, L, L); itself, too: padding would become NaN
+        visible = causal & mask[:, None] | causal & causal.T  # (B, L, L); each sees itself, or padding is NaN
         output = self.predict_action(self.transformer(x, mask=~visible)[:, 1::3])  # [3] at s_1, s_2, ...
         return output if self.discrete else output.tanh()
 
@@ -190,21 +190,18 @@ class DecisionTransformer(nn.Module):
         if obs.ndim == 1:
             return self.act(obs[None], None if histories is None else [histories])[0]
         histories = [History(self.target_return.item()) for _ in obs] if histories is None else histories
-        unknown = torch.tensor(0) if self.discrete else torch.zeros(self.action_dim)  # and unseen: it comes after s_t
+        unknown = torch.tensor(0) if self.discrete else torch.zeros(self.action_dim)  # in a_t's place, unseen by s_t
         for row, history in zip(obs, histories, strict=True):
             step = {"returns_to_go": torch.tensor(history.return_to_go), "timesteps": torch.tensor(len(history.steps))}
             history.steps.append(step | {"observations": row, "actions": unknown})
         newest = [history.steps[-self.context_length :] for history in histories]
         contexts = [{name: torch.stack([step[name] for step in steps]) for name in steps[0]} for steps in newest]
-        output = self(side_by_side(contexts, self.return_scale.device))[:, -1].cpu()  # (B, action_dim): the last step
+        output = self(collate(contexts, self.return_scale.device))[:, -1].cpu()  # (B, action_dim): the last step
         for history, action in zip(histories, output, strict=True):
             if self.discrete and history.generator:
                 action = torch.multinomial(action.softmax(-1), 1, generator=history.generator)[0]
-            history.steps[-1]["actions"] = action.argmax() if self.discrete and action.ndim else action
+            history.steps[-1]["actions"] = action.argmax() if self.discrete and action.ndim else action  # ndim 0: drawn
         return self.to_env(torch.stack([history.steps[-1]["actions"] for history in histories]))
-
-
-ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
 
 
 def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
@@ -236,7 +233,7 @@ def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
 
 
 def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
-    """All T transitions, in the order in which they were made, after a comparison with the environment.
+    """All T transitions, compared with the environment. In order: a forgotten truncation would join two episodes.
 
     observations, next_observations: (T, obs_dim). actions: (T,) from 0, or (T, action_dim) in [-1, 1]. rewards: (T,).
     terminations, truncations: (T,) of 0 and 1. Only a termination means that nothing can be earned any more.
@@ -259,13 +256,15 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         return array
 
     check(env_id in (None, args.env_id), f"it was made in {env_id}, not in {args.env_id}: add --env-id {env_id}")
+    needed = 8e-9 * num_rows * gym.spaces.flatdim(observes)  # GB of both observations: a float32 has four bytes
+    memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
     data = {}
     for name, array in arrays.items():
         numbers = name in ("rewards", "terminations", "truncations")  # one a row
         shape = (num_rows,) if numbers else (num_rows, *array.shape[1:])
         check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
-        check(array.dtype.kind in "biuf", f"{name} are of the type {array.dtype}, not numbers")
-        check(np.isfinite(array).all(), f"NaN or infinity in {name}")
+        check(array.dtype.kind in "biuf" and np.isfinite(array).all(), f"words, NaN or infinity in {name}")
         data[name] = array.astype(np.float32) if numbers else vectors(name, acts if name == "actions" else observes)
     ends = data["terminations"] + data["truncations"]
     check(np.isin(ends, (0, 1, 2)).all(), "terminations and truncations must be 0 or 1")
@@ -298,7 +297,7 @@ def sample(episodes: list[dict[str, Tensor]], lengths: Tensor, args: Args, devic
     for i in torch.multinomial(lengths, args.batch_size, replacement=True).tolist():
         start = torch.randint(int(lengths[i]), ())
         contexts.append({name: array[start : start + args.context_length] for name, array in episodes[i].items()})
-    return side_by_side(contexts, device)
+    return collate(contexts, device)
 
 
 def imitation_loss(predicted: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
@@ -325,7 +324,8 @@ def train(args: Args) -> dict[str, float]:
         episodes = split_episodes(data)
         lengths = torch.tensor([len(episode["timesteps"]) for episode in episodes], dtype=torch.float32)
         agent.return_scale.fill_(max(episode["returns_to_go"].abs().max().item() for episode in episodes) or 1.0)
-        best = max(episode["returns_to_go"][0].item() for episode in episodes)
+        whole = episodes if data["terminations"][-1] else episodes[:-1] or episodes  # the last one may be cut
+        best = max(episode["returns_to_go"][0].item() for episode in whole)
         agent.target_return.fill_(best if args.target_return is None else args.target_return)
         optimizer = torch.optim.AdamW(agent.parameters(), args.learning_rate, weight_decay=1e-4, fused=True)
         run.actions = []  # training plays no episodes, so a checkpoint has none to play again

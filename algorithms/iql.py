@@ -12,16 +12,16 @@ in the data: near the best. Q learns from V. The policy imitates the data, and g
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                           IQL
 
 s, a, r, s' are always from the data. i counts critics. Q' is a slow copy of Q, with weights theta'. L is the expectile
-loss, and e the expectile (in the paper: tau, and alpha for tau). With e = 1/2, V is the mean: the value of the policy
-that made the data. The closer e is to 1, the closer V is to the largest Q'. beta is called the (inverse) temperature.
+loss, e the expectile. The paper writes tau for our e, and alpha for our tau. With e = 1/2, V is the mean: the value of
+the policy of the data. The closer e is to 1, the closer V is to the largest Q'. beta is the (inverse) temperature.
 
 Paper: Kostrikov, Nair and Levine 2021, arXiv:2110.06169, "Offline Reinforcement Learning with Implicit Q-Learning".
 
 Differs from the paper:
 - Discrete actions, too: a critic then has an output for each action, and the policy is categorical.
-- Rewards are scaled in every environment. Observations can be normalised, by the data's mean and standard deviation.
-- A time limit is not a terminal state: V of the last observation stands for the rest of the episode.
-- Here a step is a gradient step. There is no fine-tuning in the environment, which is only for evaluation.
+- Rewards are scaled in every environment; in mazes, no 1 is subtracted a step. Observations can be normalised.
+- As in the authors' code, a time limit is not terminal: y has the value of the last observation.
+- PyTorch's own initialisation, not an orthogonal one. No fine-tuning in the environment, which is only for evaluation.
 
     python algorithms/iql.py
 """
@@ -62,6 +62,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 DATA = Path(__file__).parent.parent / "benchmark" / "offline" / "frozenlake"  # the default data set
+ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
-    dataset: str = str(DATA)  # .npz file, folder with data.npz, or a data set of Minari: its id or folder
+    dataset: str = str(DATA)  # folder with data.npz, .npz, Minari id or folder; default: benchmark/offline/frozenlake
     learning_rate: float = 1e-3  # of all networks; paper: 3e-4
     anneal_lr: bool = True  # let the policy's learning rate fall to 0 along a cosine
     gamma: float = 0.99  # [2] discount
@@ -92,13 +93,14 @@ class Args:
     expectile: float = 0.98  # [1] e; paper: 0.7, and 0.9 in mazes
     temperature: float = 3.0  # [4] beta: 0 imitates all actions of the data alike; paper: 3, and 10 in mazes
     max_weight: float = 100.0  # [4] w_max
-    return_range: float = 100.0  # rewards are scaled so that the best return less the worst is this; 0: not scaled
+    return_range: float = 100.0  # rewards are scaled: best minus worst return is this; 0: unscaled; authors' code: 1000
     norm_obs: bool = False  # normalise observations
 
     num_envs = 1  # no flag: environments are for evaluation only
 
     def __post_init__(self) -> None:
-        check_ranges(self, tau=(0, 1), expectile=(0, 1), temperature=(0, math.inf), return_range=(0, math.inf))
+        ranges = {"expectile": (1e-6, 1 - 1e-6), "max_weight": (1e-6, math.inf)}  # without their bounds
+        check_ranges(self, tau=(0, 1), temperature=(0, math.inf), return_range=(0, math.inf), **ranges)
 
 
 def network(in_dim: int, out_dim: int) -> nn.Sequential:
@@ -117,7 +119,7 @@ class Normalizer(nn.Module):
         self.mean[:], self.std[:] = obs.mean(0), obs.std(0, unbiased=False) + 1e-3  # some numbers never change
 
     def forward(self, obs: Tensor) -> Tensor:
-        assert obs.shape[-1:] == self.mean.shape  # one number must not stand for all
+        assert obs.shape[-1:] == self.mean.shape  # else a last dimension of 1 would be broadcast
         return (obs - self.mean) / self.std
 
 
@@ -152,7 +154,7 @@ class IQL(nn.Module):
         output = self.actor(self.normalize(obs))
         if self.discrete:
             return output.log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
-        # As in the authors' code, only the mean goes through tanh: with sac.py's density, data at a bound give infinity
+        # As in the authors' code: a normal around tanh(mean). sac.py's has atanh(a), infinite where a is -1 or 1
         log_std = self.log_std.clamp(-5, 2)
         noise = (actions - output.tanh()) / log_std.exp()
         return (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -170,9 +172,6 @@ class IQL(nn.Module):
         obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
         output = self.actor(self.normalize(obs))
         return self.to_env(output.argmax(-1) if self.discrete else output.tanh())
-
-
-ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
 
 
 def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
@@ -204,7 +203,7 @@ def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
 
 
 def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
-    """All T transitions, in the order in which they were made, after a comparison with the environment.
+    """All T transitions, compared with the environment. In order: a forgotten truncation would join two episodes.
 
     observations, next_observations: (T, obs_dim). actions: (T,) from 0, or (T, action_dim) in [-1, 1]. rewards: (T,).
     terminations, truncations: (T,) of 0 and 1. Only a termination means that nothing can be earned any more.
@@ -227,13 +226,15 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         return array
 
     check(env_id in (None, args.env_id), f"it was made in {env_id}, not in {args.env_id}: add --env-id {env_id}")
+    needed = 8e-9 * num_rows * gym.spaces.flatdim(observes)  # GB of both observations: a float32 has four bytes
+    memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
     data = {}
     for name, array in arrays.items():
         numbers = name in ("rewards", "terminations", "truncations")  # one a row
         shape = (num_rows,) if numbers else (num_rows, *array.shape[1:])
         check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
-        check(array.dtype.kind in "biuf", f"{name} are of the type {array.dtype}, not numbers")
-        check(np.isfinite(array).all(), f"NaN or infinity in {name}")
+        check(array.dtype.kind in "biuf" and np.isfinite(array).all(), f"words, NaN or infinity in {name}")
         data[name] = array.astype(np.float32) if numbers else vectors(name, acts if name == "actions" else observes)
     ends = data["terminations"] + data["truncations"]
     check(np.isin(ends, (0, 1, 2)).all(), "terminations and truncations must be 0 or 1")
@@ -249,12 +250,13 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
 
 
 def reward_scale(data: dict[str, Tensor], return_range: float) -> float:
-    """The factor with which the returns of the best and the worst episode of the data differ by return_range."""
+    """With this factor the best and the worst return of the data differ by return_range. 1 if all returns are equal."""
     ends = (data["terminations"] + data["truncations"] > 0).long()
     episode = ends.cumsum(0) - ends  # (T,): the number of each transition's episode
     returns = torch.zeros(int(episode[-1]) + 1).index_add(0, episode, data["rewards"])
+    returns = returns if data["terminations"][-1] or len(returns) == 1 else returns[:-1]  # the last may be cut
     gap = (returns.max() - returns.min()).item()
-    return return_range / gap if return_range and gap else 1.0
+    return return_range / gap if return_range and gap > 1e-4 * returns.abs().max() else 1.0  # less is rounding
 
 
 def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
@@ -296,7 +298,7 @@ def update(agent: IQL, optimizers: dict, batch: dict[str, Tensor], args: Args) -
     optimizers["actor_optimizer"].zero_grad()
     actor_loss.backward()
     optimizers["actor_optimizer"].step()
-    with torch.no_grad():  # truncations are not used: V knows what comes after a time limit
+    with torch.no_grad():  # truncations are not used: after a time limit, V estimates the rest
         targets = td_target(batch["rewards"], batch["terminations"], agent.v(next_obs), args.gamma)
     q = agent.q(agent.critics, obs, actions)  # (2, B)
     critic_losses = (q - targets).square().mean(-1)  # [3]; (2, B) - (B,) -> (2,)
@@ -305,8 +307,8 @@ def update(agent: IQL, optimizers: dict, batch: dict[str, Tensor], args: Args) -
     optimizers["critic_optimizer"].step()
     soft_update(agent.target_critics, agent.critics, args.tau)
     losses = {"value_loss": value_loss, "actor_loss": actor_loss, "qf1_loss": critic_losses[0], "q_values": q.mean()}
-    losses |= {"values": values.mean(), "weights": weights.mean()}
-    losses["clipfrac"] = (weights == args.max_weight).float().mean()
+    clipfrac = (weights == args.max_weight).float().mean()
+    losses |= {"values": values.mean(), "weights": weights.mean(), "clipfrac": clipfrac}
     return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
 
@@ -326,11 +328,9 @@ def train(args: Args) -> dict[str, float]:
         data["rewards"] *= reward_scale(data, args.return_range)
         if args.norm_obs:
             agent.normalize.fit(data["observations"])
-        optimizers = {
-            "actor_optimizer": torch.optim.Adam([*agent.actor.parameters(), agent.log_std], rate, fused=True),
-            "critic_optimizer": torch.optim.Adam(agent.critics.parameters(), rate, fused=True),
-            "value_optimizer": torch.optim.Adam(agent.value.parameters(), rate, fused=True),
-        }
+        learned = {"actor_optimizer": [*agent.actor.parameters(), agent.log_std]}
+        learned |= {"critic_optimizer": agent.critics.parameters(), "value_optimizer": agent.value.parameters()}
+        optimizers = {name: torch.optim.Adam(part, rate, fused=True) for name, part in learned.items()}
         run.actions = []  # training plays no episodes, so a checkpoint has none to play again
         run.start(model=agent, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due; False at the end

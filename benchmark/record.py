@@ -6,7 +6,7 @@
     python benchmark/record.py --run-dir runs/hopper --replay-buffer --output data/hopper-replay
 
 The first plays the trained agent of a run folder. Of several agents, each plays an episode in turn. The last one takes
-what a run of sac, td3 or dqn has kept to learn from: from its first random actions to its last good ones.
+the newest --steps transitions of the replay buffer of a run of sac, td3 or dqn, from where an episode begins.
 
 The folder gets data.npz, data.json (how it was made, and how good the behaviour was) and README.md. data.npz has six
 arrays with one row for each transition, in the order in which they were made, one episode after another: observations,
@@ -66,7 +66,9 @@ def load_agent(run_dir: str) -> tuple[object, object, object]:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(f"--run-dir {run_dir} is no run folder: {error}") from None
     if hasattr(module, "History"):
-        raise UsageError(f"--run-dir {run_dir}: {script} must be told what it earns, and is not recorded")
+        raise UsageError(f"--run-dir {run_dir}: {script} needs the reward of each step, and is not recorded")
+    if not hasattr(module, "make_env"):
+        raise UsageError(f"--run-dir {run_dir}: {script} learns from text, and has no environment")
     try:
         return module, module.saved_args(run_dir), module.load(run_dir)
     except module.UsageError as error:
@@ -87,8 +89,8 @@ def play(args: Args, env_id: str, agents: list) -> dict[str, np.ndarray]:
         if agent.obs_shape != vector or agent.action_space != env.action_space:
             raise UsageError(f"{env_id} is not what the agent was trained in: {agent.obs_shape}, {agent.action_space}")
 
-    def see(obs: object) -> np.ndarray:  # as it is recorded
-        return np.asarray(obs) if discrete else gym.spaces.flatten(space, obs).astype(np.float32)
+    def see(obs: object) -> np.ndarray:  # as it is recorded: a copy, for some environments use their array again
+        return np.array(obs) if discrete else gym.spaces.flatten(space, obs).astype(np.float32)
 
     def choose(agent: object, obs: object) -> np.ndarray:
         if agent is None or rng.random() < args.random_share:
@@ -106,9 +108,10 @@ def play(args: Args, env_id: str, agents: list) -> dict[str, np.ndarray]:
             agent = agents[episode % len(agents)] if agents else None
             obs, _ = env.reset(seed=np.random.SeedSequence([args.seed, 3, episode]).generate_state(1).item())
         action = choose(agent, obs)
+        before = see(obs), np.array(action)  # step may change both
         next_obs, reward, terminated, truncated, _ = env.step(action)
         ended = terminated or truncated
-        new = see(obs), np.asarray(action), float(reward), bool(terminated), bool(truncated), see(next_obs)
+        new = *before, float(reward), bool(terminated), bool(truncated), see(next_obs)
         for name, value in zip(ARRAYS, new, strict=True):
             rows[name].append(value)
         obs = next_obs
@@ -121,10 +124,13 @@ def play(args: Args, env_id: str, agents: list) -> dict[str, np.ndarray]:
 ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
 
 
-def take_buffer(run_dir: str, module: object, saved: object, agent: object, steps: int) -> dict[str, np.ndarray]:
+def take_buffer(
+    run_dir: str, module: object, saved: object, agent: object, steps: int
+) -> tuple[dict[str, np.ndarray], list[int]]:
     """The replay buffer in a run's checkpoint: first all of environment 0, then all of environment 1, and so on.
 
-    A buffer does not keep time limits. One has passed where a transition does not lead to the next one.
+    Also the last row of each. What is left of an episode whose first steps are lost is left out. A buffer does not keep
+    time limits. A time limit shows only where the next episode begins in another state.
     """
     script = Path(module.__file__).stem
     if script not in ("sac", "td3", "dqn"):
@@ -143,23 +149,31 @@ def take_buffer(run_dir: str, module: object, saved: object, agent: object, step
         size = len(columns["obs"])
         kept = np.arange(max(0, added - size), added) % size
         columns = {name: column[kept] for name, column in columns.items()}
-    last = max(1, steps // num_envs)  # rows
-    columns = {name: column[-last:].swapaxes(0, 1) for name, column in columns.items()}
+    newest = max(1, steps // num_envs)  # rows
+    columns = {name: column[-newest:].swapaxes(0, 1) for name, column in columns.items()}
     terminated = columns["terminated"] > 0  # (N, rows)
     follows = (columns["next_obs"][:, :-1] == columns["obs"][:, 1:]).all(-1)
     truncated = np.concatenate([~follows, np.ones((num_envs, 1), bool)], 1) & ~terminated
     actions = columns["actions"]
     actions = actions + agent.action_space.start if script == "dqn" else agent.to_env(torch.from_numpy(actions.copy()))
     arrays = columns["obs"], actions, columns["rewards"], terminated, truncated, columns["next_obs"]
-    return {name: np.concatenate(array) for name, array in zip(ARRAYS, arrays, strict=True)}
+    all_rows = added // num_envs if script == "dqn" else added
+    first = np.full((num_envs, 1), all_rows == terminated.shape[1])  # is the first one of the whole run still here?
+    begins = np.concatenate([first, (terminated | truncated)[:, :-1]], 1)
+    whole = begins.cumsum(1) > 0  # (N, rows): from the first beginning of an episode on
+    if not whole.any():
+        raise UsageError(f"{run_dir}: in these transitions no episode begins; ask for more --steps")
+    data = {name: array[whole] for name, array in zip(ARRAYS, arrays, strict=True)}
+    return data, [int(row) - 1 for row in whole.sum(1).cumsum() if row]
 
 
-def summary(data: dict[str, np.ndarray], env_id: str) -> dict[str, object]:
-    """Number and returns of the episodes. The last one may be cut: it is left out where there are others."""
+def summary(data: dict[str, np.ndarray], env_id: str, last_rows: list[int]) -> dict[str, object]:
+    """Number and returns of the episodes. The last one of each environment may be cut: left out if there are others."""
     ends = np.flatnonzero(data["terminations"] | data["truncations"])
     starts = np.concatenate([[0], ends[:-1] + 1])
     returns = np.add.reduceat(data["rewards"], starts)
-    whole = returns[:-1] if len(returns) > 1 else returns
+    whole = returns[~np.isin(ends, last_rows)]
+    whole = whole if len(whole) else returns
     result = {"episodes": len(whole), "mean_return": whole.mean(), "std_return": whole.std()}
     result |= {"min_return": whole.min(), "max_return": whole.max()}
     name = env_id.split("/")[-1].split("-")[0]
@@ -192,16 +206,16 @@ def main() -> None:
         raise UsageError("--steps is at least 1, --random-share from 0 to 1, --seed at least 0")
     if (args.policy == "random") == bool(args.run_dir) or (args.policy == "random" and not args.env_id):
         raise UsageError("give it --run-dir, or --policy random and --env-id")
-    if args.replay_buffer and (len(args.run_dir) != 1 or args.random_share):
-        raise UsageError("--replay-buffer takes the transitions of one --run-dir as they are")
+    if args.replay_buffer and (len(args.run_dir) != 1 or args.random_share or args.env_id):
+        raise UsageError("--replay-buffer takes one --run-dir as it is: no --random-share, no --env-id")
     torch.set_num_threads(1)
     loaded = [load_agent(run_dir) for run_dir in args.run_dir]
     env_id = args.env_id or loaded[0][1].env_id
     if args.replay_buffer:
-        data = take_buffer(args.run_dir[0], *loaded[0], args.steps)
+        data, last_rows = take_buffer(args.run_dir[0], *loaded[0], args.steps)
     else:
         try:
-            data = play(args, env_id, [agent for _, _, agent in loaded])
+            data, last_rows = play(args, env_id, [agent for _, _, agent in loaded]), [args.steps - 1]
         except (gym.error.Error, ImportError) as error:
             raise UsageError(f"--env-id {env_id}: {error}") from None
     names = [f"{module.__name__.split('.')[-1]} on {saved.env_id}, seed {saved.seed}" for module, saved, _ in loaded]
@@ -211,7 +225,7 @@ def main() -> None:
     about |= {"behaviour": behaviour + ("; its replay buffer" if args.replay_buffer else "")}
     configs = [json.loads(Path(run_dir, "config.json").read_text()) for run_dir in args.run_dir]
     about["trained_by"] = [shlex.join(["python", *config["command"]]) for config in configs]
-    about |= {"transitions": len(data["rewards"])} | summary(data, env_id)
+    about |= {"transitions": len(data["rewards"])} | summary(data, env_id, last_rows)
     about["versions"] = {name: version(name) for name in ("gymnasium", "numpy", "torch")}
     args.output.mkdir(parents=True, exist_ok=True)
     shapes = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in data.items())

@@ -107,7 +107,7 @@ def test_each_step_of_the_logs_begins_a_context_equally_often_and_none_leaves_it
 def test_padding_by_hand():
     short = {"timesteps": torch.tensor([3]), "observations": torch.tensor([[1.0, 2.0]])}
     long = {"timesteps": torch.tensor([0, 1, 2]), "observations": torch.arange(6.0).view(3, 2)}
-    batch = dt.side_by_side([short, long], "cpu")
+    batch = dt.collate([short, long], "cpu")
     assert batch["mask"].tolist() == [[False, False, True], [True, True, True]]
     assert batch["timesteps"].tolist() == [[0, 0, 3], [0, 1, 2]]
     assert batch["observations"].tolist() == [[[0, 0], [0, 0], [1, 2]], [[0, 1], [2, 3], [4, 5]]]
@@ -122,7 +122,7 @@ def test_tokens_are_return_state_action_and_actions_are_predicted_at_states(spac
     agent.normalize.fit(torch.randn(50, 4) * 3 + 1)
     agent.transformer.register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
     agent.transformer.register_forward_hook(lambda _, inputs, output: seen.update(output=output))
-    context = dt.side_by_side([random_steps(space, 4), random_steps(space, 4, seed=2)], "cpu")
+    context = dt.collate([random_steps(space, 4), random_steps(space, 4, seed=2)], "cpu")
     predicted = agent(context)
     assert seen["tokens"].shape == (2, 12, 16)
     for b in range(2):
@@ -146,12 +146,12 @@ def test_an_action_depends_on_the_past_and_the_present_alone(space):
     """Bit for bit: neither on later steps, nor on itself. And it does depend on all that came before."""
     agent = make_agent(space)
     steps = random_steps(space, 5)
-    before = agent(dt.side_by_side([steps], "cpu"))[0]
+    before = agent(dt.collate([steps], "cpu"))[0]
     for name in "returns_to_go", "observations", "actions", "timesteps":
         for k in range(5):
             others = copy.deepcopy(steps)
             others[name][k] = changed(others[name][k])
-            moved = (agent(dt.side_by_side([others], "cpu"))[0] != before).any(-1)
+            moved = (agent(dt.collate([others], "cpu"))[0] != before).any(-1)
             first = k + 1 if name == "actions" else k
             assert moved.tolist() == [t >= first for t in range(5)], (name, k)
 
@@ -160,7 +160,7 @@ def test_an_action_depends_on_the_past_and_the_present_alone(space):
 def test_what_stands_in_the_padding_changes_nothing(space):
     agent = make_agent(space)
     short, long = random_steps(space, 2), random_steps(space, 5, seed=2)
-    alone, batch = agent(dt.side_by_side([short], "cpu")), dt.side_by_side([short, long], "cpu")
+    alone, batch = agent(dt.collate([short], "cpu")), dt.collate([short, long], "cpu")
     padded = agent(batch)
     torch.testing.assert_close(padded[0, -2:], alone[0], atol=1e-6, rtol=1e-5)
     for name in "returns_to_go", "observations", "actions", "timesteps":
@@ -175,12 +175,12 @@ def test_the_loss_is_the_mean_over_true_steps_and_so_is_its_gradient(space):
     short, long = random_steps(space, 2), random_steps(space, 5, seed=2)
     parts = []
     for steps in short, long:
-        predicted = agent(dt.side_by_side([steps], "cpu"))[0]
+        predicted = agent(dt.collate([steps], "cpu"))[0]
         for output, action in zip(predicted, steps["actions"], strict=True):
             by_hand = -output.log_softmax(-1)[action] if space is DISCRETE else ((output - action) ** 2).mean()
             parts.append(by_hand)
     expected = sum(parts) / 7
-    batch = dt.side_by_side([short, long], "cpu")
+    batch = dt.collate([short, long], "cpu")
     loss = dt.imitation_loss(agent(batch), batch["actions"], batch["mask"])
     torch.testing.assert_close(loss, expected)
     used = [p for name, p in agent.named_parameters()]
@@ -193,13 +193,13 @@ def test_the_loss_is_the_mean_over_true_steps_and_so_is_its_gradient(space):
 @each_kind
 def test_returns_are_scaled_or_not_seen_at_all(space):
     agent, steps = make_agent(space), random_steps(space, 3)
-    before = agent(dt.side_by_side([steps], "cpu"))
+    before = agent(dt.collate([steps], "cpu"))
     tenfold = steps | {"returns_to_go": steps["returns_to_go"] * 8}
-    assert not torch.equal(agent(dt.side_by_side([tenfold], "cpu")), before)
+    assert not torch.equal(agent(dt.collate([tenfold], "cpu")), before)
     agent.return_scale.fill_(16.0)
-    assert torch.equal(agent(dt.side_by_side([tenfold], "cpu")), before)
+    assert torch.equal(agent(dt.collate([tenfold], "cpu")), before)
     cloning = make_agent(space, condition=False)
-    outputs = [cloning(dt.side_by_side([each], "cpu")) for each in (steps, tenfold)]
+    outputs = [cloning(dt.collate([each], "cpu")) for each in (steps, tenfold)]
     assert torch.equal(*outputs)
 
 
@@ -283,7 +283,7 @@ def test_a_played_episode_is_predicted_as_a_logged_one(space):
     )
     for t in range(9):
         context = {name: values[max(0, t - 4) : t + 1] for name, values in episode.items()}
-        torch.testing.assert_close(agent(dt.side_by_side([context], "cpu"))[0, -1], played[t], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(agent(dt.collate([context], "cpu"))[0, -1], played[t], atol=1e-5, rtol=1e-4)
 
 
 def test_a_lone_observation_is_the_first_step_of_an_episode():
@@ -303,7 +303,7 @@ def test_actions_are_drawn_from_the_policy_and_a_seed_says_which():
         agent.predict_action.bias += torch.tensor([1.0, 0.0, -1.0])
     first = {"returns_to_go": torch.ones(1), "timesteps": torch.zeros(1, dtype=torch.int64),
              "observations": torch.ones(1, 4), "actions": torch.tensor([0])}  # fmt: skip
-    policy = agent(dt.side_by_side([first], "cpu"))[0, 0].softmax(-1).detach()
+    policy = agent(dt.collate([first], "cpu"))[0, 0].softmax(-1).detach()
     drawn = agent.act(np.tile(obs, (4000, 1)), [dt.History(1.0, seed) for seed in range(4000)]) - 5
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, policy, atol=0.03)
     assert agent.act(obs, dt.History(1.0)) == 5 + policy.argmax()
@@ -345,6 +345,27 @@ def test_what_is_asked_for(cli, monkeypatch):
         assert {target for target, _ in asked} == {0.25}
         assert None not in {seed for _, seed in asked}
         asked.clear()
+
+
+def test_a_cut_episode_is_no_target(cli, tmp_path):
+    """It has lost less than all others: on the cliff, one of three steps -3. Where it is the only one, it counts."""
+    stored = dict(np.load(SHIPPED / "data.npz"))
+    ends = np.flatnonzero(stored["terminations"] | stored["truncations"])
+    cases = {"cut": (ends[3] + 2, -4.0), "whole": (ends[3] + 1, -4.0), "alone": (ends[0], -2.0)}
+    for name, (stop, _) in cases.items():
+        data = {key: array[:stop].copy() for key, array in stored.items()}
+        data["rewards"] = np.zeros(stop)
+        if name == "alone":
+            data["rewards"][-1] = -2.0
+        else:
+            data["rewards"][ends[:4]] = [-6.0, -5, -8, -4]
+            data["rewards"][ends[3] + 1 :] = -1.0
+        data["truncations"][-1] |= not data["terminations"][-1]
+        np.savez(tmp_path / f"{name}.npz", **data)
+    assert stored["terminations"][ends[3]], "the last whole one is whole"
+    for name, (_, best) in cases.items():
+        assert cli("decision_transformer", *QUICK, "--dataset", f"{name}.npz", "--run-dir", name)[0] == 0
+        assert dt.load(name).target_return == best, name
 
 
 def test_it_is_not_recorded_as_if_each_step_were_the_first(cli):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, call
 
-from algorithms import iql
+from algorithms import cql, decision_transformer, iql
 
 SHIPPED = ROOT / "benchmark" / "offline" / "frozenlake"
 BOX = gym.spaces.Box(np.array([-2, 0], np.float32), np.array([2, 1], np.float32))
@@ -101,9 +101,17 @@ def test_weights_are_clipped_after_the_exponential():
 def test_rewards_are_scaled_by_the_returns_of_episodes():
     data = {"rewards": [1, 2, 3, -1, 5, 0], "terminations": [0, 1, 0, 0, 0, 0], "truncations": [0, 0, 0, 1, 0, 1]}
     data = {name: torch.tensor(values, dtype=torch.float32) for name, values in data.items()}
-    assert iql.reward_scale(data, 100.0) == pytest.approx(100 / (5 - 2))  # returns 3, 2, 5
-    assert iql.reward_scale(data, 0.0) == 1
-    assert iql.reward_scale(data | {"rewards": torch.zeros(6)}, 100.0) == 1
+    assert iql.reward_scale(data, 100.0) == pytest.approx(100 / (3 - 2)), "returns 3, 2; the last, 5, may be cut"
+    whole = data | {"terminations": torch.tensor([0.0, 1, 0, 0, 0, 1])}
+    assert iql.reward_scale(whole, 100.0) == pytest.approx(100 / (5 - 2))
+    assert iql.reward_scale(whole, 0.0) == 1
+    assert iql.reward_scale(whole | {"rewards": torch.zeros(6)}, 100.0) == 1
+    one = {name: values[2:4] for name, values in data.items()}
+    assert iql.reward_scale(one, 100.0) == 1, "a single episode, also if it is cut"
+    tenths = torch.tensor([0.1] * 10 + [0.5, 0.5])  # two returns of 1, but for rounding
+    ends = torch.zeros(12).scatter(0, torch.tensor([9, 11]), 1)
+    equal = {"rewards": tenths + 1e-7 * ends, "terminations": ends, "truncations": torch.zeros(12)}
+    assert iql.reward_scale(equal, 100.0) == 1, "rounding is no difference"
 
 
 def test_log_probabilities_of_both_policies():
@@ -136,7 +144,7 @@ def test_actions_are_those_of_the_environment():
 @each_kind
 def test_each_loss_reaches_its_own_network_alone(space):
     """The gradients that a step leaves are those of each loss by itself: V's touches no Q, and Q's touches no V."""
-    args, agent, batch = iql.Args(expectile=0.8), make_agent(space), random_batch(space)
+    args, agent, batch = iql.Args(expectile=0.8, tau=0.005), make_agent(space), random_batch(space)
     obs, actions, next_obs = batch["observations"], batch["actions"], batch["next_observations"]
     for critic in agent.target_critics:  # so that Q' is not Q
         critic[-1].bias.data += torch.randn(critic[-1].bias.shape)
@@ -298,6 +306,22 @@ def test_wrong_data_get_one_line(case, tmp_path, cli):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("module", [iql, cql, decision_transformer])
+def test_too_many_vectors_for_the_memory_are_refused_before_they_are_made(module, tmp_path, monkeypatch):
+    """Five rows of 16 numbers, twice, in four bytes each: 640 bytes."""
+    folder = write(tmp_path / "d")
+    args = module.Args(dataset=str(folder))
+    with closing(module.make_env(args)) as env:
+        for memory, fits in (712, True), (710, False):
+            monkeypatch.setattr(module.os, "sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get, raising=False)
+            if fits:
+                assert module.read_dataset(args, env)["observations"].shape == (5, 16)
+            else:
+                monkeypatch.setattr(module.np, "eye", None)
+                with pytest.raises(module.UsageError, match="this machine has"):
+                    module.read_dataset(args, env)
 
 
 def test_data_of_another_environment_and_files_that_are_none(tmp_path):

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -133,10 +134,103 @@ def test_shares_of_random_actions_and_agents_in_turn(trained, monkeypatch):
 def test_scores_of_d4rl_by_hand():
     data = {"rewards": np.array([1000.0, 477.13, 5.0]), "terminations": np.array([False, True, False])}
     data["truncations"] = np.array([False, False, True])
-    about = record.summary(data, "Hopper-v5")
+    about = record.summary(data, "Hopper-v5", [2])
     assert about["episodes"] == 1
     assert about["d4rl_score"] == pytest.approx(100 * (1477.13 + 20.272305) / (3234.3 + 20.272305))
-    assert "d4rl_score" not in record.summary(data, "FrozenLake-v1")
+    assert "d4rl_score" not in record.summary(data, "FrozenLake-v1", [2])
+
+
+def test_of_each_environment_the_last_episode_is_left_out():
+    data = {"rewards": np.array([1.0, 2, 3, 4, 5, 6, 7]), "truncations": np.zeros(7, bool)}
+    data["terminations"] = np.array([0, 1, 1, 1, 0, 1, 1], bool)
+    about = record.summary(data, "FrozenLake-v1", [2, 6])  # returns 3, 3, 4, 11, 7
+    assert (about["episodes"], about["min_return"], about["max_return"]) == (3, 3, 11)
+    about = record.summary({name: array[2:4] for name, array in data.items()}, "FrozenLake-v1", [0, 1])
+    assert (about["episodes"], about["mean_return"]) == (2, 3.5), "there are no others"
+
+
+class Careless(gym.Env):
+    """Shows the same array again and again, and changes the actions that it is given."""
+
+    observation_space, action_space = gym.spaces.Box(-9, 99, (1,), np.float32), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs = np.zeros(1, np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        self.obs += 1
+        action[:] = 7.0
+        return self.obs, 0.0, False, bool(self.obs[0] == 5), {}
+
+
+gym.register("Careless-v0", Careless, disable_env_checker=True)
+
+
+def test_rows_hold_what_was_seen_and_done_before_the_step(monkeypatch):
+    run(monkeypatch, "--policy", "random", "--env-id", "Careless-v0", "--steps", 12, "--output", "a")
+    data, _ = data_of("a")
+    assert data["observations"][:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert data["next_observations"][:, 0].tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
+    assert (np.abs(data["actions"]) <= 1).all()
+    assert len(np.unique(data["actions"])) == 12
+
+
+EPISODES = [3, 4, 2], [5, 1, 4, 2]  # lengths of the episodes of two environments, again and again
+
+
+def stream(num_rows):
+    """Rows of two environments: observations [environment, episode, t], and ends of both kinds in turn."""
+    rows = [[], []]
+    for env, lengths in enumerate(EPISODES):
+        episode, t = 0, 0
+        for _ in range(num_rows):
+            ends = t + 1 == lengths[episode % len(lengths)]
+            rows[env].append(([env, episode, t], [env, episode, t + 1], ends and episode % 2 == 0))
+            episode, t = (episode + 1, 0) if ends else (episode, t + 1)
+    return rows
+
+
+@pytest.mark.parametrize("script", ["sac", "dqn"])
+@pytest.mark.parametrize(
+    ("added", "size", "steps"), [(6, 10, 99), (10, 10, 99), (23, 10, 99), (23, 10, 14), (9, 10, 8)]
+)
+def test_a_buffer_begins_where_an_episode_begins(script, added, size, steps):
+    """By brute force: added rows of two environments, of which the buffer keeps size, and steps are asked for."""
+    rows = stream(added)
+    ring = np.zeros((size, 2, 7), np.float32)
+    for i in range(added):
+        for env in range(2):
+            obs, next_obs, terminated = rows[env][i]
+            ring[i % size, env] = [*obs, *next_obs, terminated]
+    buffer = {"obs": ring[..., :3], "next_obs": ring[..., 3:6], "terminated": ring[..., 6], "rewards": ring[..., 2]}
+    buffer["actions"] = np.zeros((size, 2), np.int64) if script == "dqn" else np.zeros((size, 2, 1), np.float32)
+    if script == "dqn":
+        buffer = {name: array.reshape(2 * size, *array.shape[2:]) for name, array in buffer.items()}
+    buffer = {name: torch.tensor(array) for name, array in buffer.items()}
+    buffer["added"] = torch.tensor(2 * added) if script == "dqn" else added
+    module = SimpleNamespace(__file__=f"{script}.py", load_file=lambda _: {"buffer": buffer})
+    agent = SimpleNamespace(action_space=gym.spaces.Discrete(2), to_env=lambda actions: actions.numpy())
+    data, last_rows = record.take_buffer("run", module, SimpleNamespace(num_envs=2), agent, steps)
+
+    expected, lasts = [], []
+    for env in range(2):
+        oldest = max(0, added - min(size, steps // 2))  # where an end before it would be lost, too
+        first = next(i for i in range(oldest, added) if i == 0 or (i > oldest and rows[env][i][0][2] == 0))
+        expected += [obs for obs, *_ in rows[env][first:]]
+        lasts.append(len(expected) - 1)
+    assert data["observations"].tolist() == expected
+    assert last_rows == lasts
+    assert_in_order(data)
+    for i in 0, lasts[0] + 1:
+        assert data["observations"][i, 2] == 0, "an episode begins"
+
+
+def test_a_buffer_in_which_no_episode_begins_is_refused(trained, monkeypatch):
+    run_dir = trained("sac")
+    with pytest.raises(record.UsageError, match="no episode begins"):
+        run(monkeypatch, "--run-dir", run_dir, "--replay-buffer", "--steps", 4, "--output", "a")
 
 
 @pytest.mark.parametrize(("script", "module"), [("dqn", dqn), ("sac", sac)])
@@ -148,9 +242,14 @@ def test_a_replay_buffer_is_taken_out_as_it_was_kept(script, module, trained, mo
     env_id, kept, names = about["env_id"], len(data["rewards"]), ("obs", "next_obs", "rewards", "terminated", "actions")
     if script == "dqn":
         num_envs = dqn.saved_args(run_dir).num_envs
-        first = buffer["added"].item() - kept
-        order = np.arange(first, first + kept).reshape(-1, num_envs).T.flatten() % len(buffer["obs"])
-        columns = {name: buffer[name].numpy()[order] for name in names}
+        added, size = buffer["added"].item(), len(buffer["obs"]) // num_envs * num_envs
+        assert added > size, "it has lost its first transitions"
+        order, parts = np.arange(added - size, added).reshape(-1, num_envs).T % len(buffer["obs"]), []
+        for part in order:  # of an environment, from the first transition that follows an end
+            leads = (buffer["next_obs"][part[:-1]] == buffer["obs"][part[1:]]).all(-1)
+            ends = buffer["terminated"][part[:-1]].bool() | ~leads
+            parts.append(part[int(ends.nonzero()[0]) + 1 :])
+        columns = {name: buffer[name].numpy()[np.concatenate(parts)] for name in names}
     else:
         columns = {name: buffer[name].numpy().swapaxes(0, 1).reshape(kept, *buffer[name].shape[2:])
                    for name in names}  # fmt: skip
@@ -169,7 +268,7 @@ def test_a_replay_buffer_is_taken_out_as_it_was_kept(script, module, trained, mo
     if script == "sac":
         assert len(iql.read_dataset(args, iql.make_env(args))["rewards"]) == kept, "iql.py can read it"
     run(monkeypatch, "--run-dir", run_dir, "--replay-buffer", "--steps", 100, "--output", "last")
-    assert len(data_of("last")[0]["rewards"]) == 100
+    assert 0 < len(data_of("last")[0]["rewards"]) <= 100
 
 
 WRONG = {
@@ -181,6 +280,7 @@ WRONG = {
     "--policy random --env-id FrozenLake-v1 --steps 0": "--steps",
     "--policy random --env-id FrozenLake-v1 --replay-buffer": "--replay-buffer",
     "--run-dir nothing-here": "nothing-here",
+    "--run-dir some-run --replay-buffer --env-id Pendulum-v1": "no --env-id",
 }
 
 
@@ -197,6 +297,11 @@ def test_mistakes_of_runs_and_folders(trained, monkeypatch):
         run(monkeypatch, "--run-dir", run_dir, "--replay-buffer", "--output", "a")
     with pytest.raises(record.UsageError, match="not what the agent was trained in"):
         run(monkeypatch, "--run-dir", run_dir, "--env-id", "CliffWalking-v1", "--output", "a")
+    for script in "sft", "reward_model":
+        Path(script).mkdir()
+        Path(script, "config.json").write_text(json.dumps({"script": script}))
+        with pytest.raises(record.UsageError, match="learns from text"):
+            run(monkeypatch, "--run-dir", script, "--output", "a")
     run(monkeypatch, "--run-dir", run_dir, "--steps", 5, "--output", "a")
     before = digest("a")
     with pytest.raises(record.UsageError, match="holds a data set"):
