@@ -247,7 +247,7 @@ class Tree:
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
     """What is maximised in [1], which the papers call PUCT, for each move: (B, A) each -> (B, A).
 
-    Q of a move that was never taken is 0, a draw.
+    Q of a move that was never taken is 0.
     """
     n = 1 + visits.sum(-1, keepdims=True)  # N(s): 1 for making its node; at the root the pseudocode has one less
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
@@ -419,7 +419,7 @@ def load_game(name: str) -> pyspiel.Game:
         and game.num_distinct_actions() > 0
     ):
         needed = "two players in turn, no dice or cards, nothing hidden, and at the end, for one, what the other loses"
-        raise UsageError(f"--env-id {name}: alphazero.py needs a board as numbers, {needed}")
+        raise UsageError(f"--env-id {name}: {Path(__file__).name} needs a board as numbers, {needed}")
     return game
 
 

@@ -241,7 +241,7 @@ class HindsightReplayBuffer:
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """The target y, (B,). rewards, terminated: (B,); next_values: Q'_i - alpha log pi of each target critic, (n, B)"""
+    """y, (B,). next_values: Q'_i - alpha log pi, (n, B). log pi is the same for all n, so the minimum may be last."""
     assert rewards.shape == terminated.shape == next_values.shape[1:]
     return rewards + gamma * (1 - terminated) * next_values.amin(0)  # [1]; a terminal state is worth nothing
 
@@ -329,7 +329,7 @@ def train(args: Args) -> dict[str, float]:
                     if name in infos[i]:
                         run.log({"charts/success": infos[i][name]})
 
-            # 2. Learn: utd gradient steps for every environment step; with N environments N utd at once
+            # 2. Learn: utd gradient steps for every environment step; one pass of this loop makes N of those
             made = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
             for number in range(made + 1, due + 1):

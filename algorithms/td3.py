@@ -242,10 +242,10 @@ def train(args: Args) -> dict[str, float]:
                 else:
                     actions = agent.actor(torch.from_numpy(obs).to(run.device))
                     actions = (actions + args.exploration_noise * torch.randn_like(actions)).clamp(-1, 1)
-            next_obs, rewards, terminated, _, _ = run.step(agent.to_env(actions))
+            next_obs, rewards, terminated, _, _ = run.step(agent.to_env(actions))  # [1] needs no truncated
             buffer.add(obs=obs, actions=actions.cpu(), rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-            # 2. Learn: utd gradient steps for every environment step; with N environments N utd at once
+            # 2. Learn: utd gradient steps for every environment step; one pass of this loop makes N of those
             made = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
             for number in range(made + 1, due + 1):

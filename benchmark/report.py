@@ -98,6 +98,7 @@ SCRIPT_COLORS = {
     "sac": "#8b3fd1", "her": "#d92d20", "maddpg": "#0e8a9c", "reward_model": "#7a5195", "dpo": "#c2255c",
     "sft": "#5c7a29", "ppo_rlhf": "#3b5bdb", "grpo": "#e07b00", "alphazero": "#111827",
     "iql": "#7f1d1d", "cql": "#0369a1", "decision_transformer": "#a16207",
+    "muzero": "#be185d",
 }  # fmt: skip
 SPARE_COLORS = "#3b82f6", "#b45309", "#22a06b", "#a371f7", "#e5484d", "#12a5b8", "#db61a2", "#6b7280"  # other scripts
 LINES = "-", "--", ":", "-."  # of experiments of one script

@@ -526,6 +526,9 @@ STARTS = {  # what a script can't do without, and the flags of a run of one lear
                f"--train-frequency 1 {ACTING}"),
     "alphazero": ("gymnasium, pyspiel, torch", "--num-envs 1 --total-timesteps 9 --learning-starts 1 "  # a whole game
                   f"--train-frequency 9 --num-simulations 2 --eval-simulations 1 --eval-positions 1 {ACTING}"),
+    "muzero": ("gymnasium, pyspiel, torch", "--env-id tic_tac_toe --num-envs 1 --total-timesteps 9 --random-moves 0 "
+               "--learning-starts 1 --train-frequency 9 --num-simulations 2 --eval-simulations 1 --eval-positions 1 "
+               f"{ACTING}"),
     "iql": ("gymnasium, torch", f"--total-timesteps 1 {ACTING}"),
     "cql": ("gymnasium, torch", f"--total-timesteps 1 {ACTING}"),
     "decision_transformer": ("gymnasium, torch", f"--total-timesteps 1 {ACTING}"),

@@ -40,7 +40,9 @@ def tiny(script: str, *flags: object) -> list[str]:
 
 
 # Below the ruled line these have the text of td3.py and of dpo.py: test_consistency.py sees to that
-COPIES = re.compile(r"\[(sac|reinforce|alphazero|iql|cql|decision_transformer|reward_model|sft|grpo)\b|\[ppo-box")
+COPIES = re.compile(
+    r"\[(sac|reinforce|alphazero|muzero|iql|cql|decision_transformer|reward_model|sft|grpo)\b|\[ppo-box"
+)
 EACH_ITS_OWN = "killed_and_resumed", "same_seed", "changes_something"  # what depends on the text above it as well
 COMMON_FLAGS = re.compile(
     r"-(seed|total_timesteps|eval_\w+|checkpoint_frequency|num_envs|capture_video)-"

@@ -384,6 +384,58 @@ FACTS = {
         task="simple_spread_v3",
         env_class=None,
     ),
+    "muzero": Facts(
+        tiny=flags(
+            "--env-id CartPole-v1 --num-envs 8 --num-simulations 3 --learning-starts 64 --train-frequency 8"
+            " --batch-size 8 --hidden-size 16 --latent-size 8 --unroll-steps 2 --eval-simulations 2"
+        ) + EVALUATED,
+        resumed=[
+            flags("--total-timesteps 8192 --buffer-size 1000 --checkpoint-frequency 500 --eval-frequency 4096"),
+            flags("--env-id tic_tac_toe --eval-positions 50 --total-timesteps 4096"),
+        ],
+        changes={
+            "env_id": "tic_tac_toe", "seed": 2, "total_timesteps": 1024, "num_envs": 4, "eval_frequency": 1024,
+            "eval_episodes": 3, "checkpoint_frequency": 1024, "capture_video": True, "num_simulations": 5,
+            "eval_simulations": 7, "c_init": 3.0, "c_base": 1.0, "dirichlet_alpha": 0.1, "noise_fraction": 0.9,
+            "temperature": 0.5, "final_temperature": 0.9, "gamma": 0.9, "td_steps": 3, "unroll_steps": 3,
+            "support_size": 9, "latent_size": 7, "hidden_size": 8, "learning_rate": 0.1, "anneal_lr": False,
+            "weight_decay": 1.0, "buffer_size": 64, "batch_size": 16, "learning_starts": 128,
+            "train_frequency": 16,
+            # of games: tested in test_muzero.py
+            "temperature_moves": None, "random_moves": None, "eval_positions": None, "opponent_simulations": None,
+        },
+        mistakes={
+            "--env-id tic_tac_toe(size=4)": "size",
+            "--env-id kuhn_poker": "dice or cards",
+            "--env-id phantom_ttt": "nothing hidden",
+            "--env-id Pendulum-v1": "sac.py",
+            "--env-id CarRacing-v3": "ppo.py",
+            "--num-simulations 0": "--num-simulations",
+            "--eval-simulations 0": "--eval-simulations",
+            "--c-init -1": "--c-init",
+            "--c-base 0": "--c-base",
+            "--dirichlet-alpha 0": "--dirichlet-alpha",
+            "--noise-fraction 1.1": "--noise-fraction",
+            "--temperature -1": "--temperature",
+            "--final-temperature -1": "--final-temperature",
+            "--temperature-moves -1": "--temperature-moves",
+            "--random-moves -1": "--random-moves",
+            "--gamma 1.1": "--gamma",
+            "--td-steps 0": "--td-steps",
+            "--unroll-steps 0": "--unroll-steps",
+            "--support-size 0": "--support-size",
+            "--latent-size 0": "--latent-size",
+            "--hidden-size 0": "--hidden-size",
+            "--weight-decay -1": "--weight-decay",
+            "--buffer-size 0": "--buffer-size",
+            "--buffer-size 1000000000000 --total-timesteps 1000000000000": "GB",
+            "--batch-size 0": "--batch-size",
+            "--learning-starts -1": "--learning-starts",
+            "--train-frequency 0": "--train-frequency",
+            "--eval-positions 0": "--eval-positions",
+            "--opponent-simulations 0": "--opponent-simulations",
+        },
+    ),
     "alphazero": Facts(
         task="tic_tac_toe", env_class=None,
         tiny=flags(

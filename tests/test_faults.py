@@ -523,6 +523,7 @@ ONE_LINE = {  # a script and flags: a word of the one line, round which nothing 
     "q_learning --env-id Taxi-v3": "Taxi-v4",
     "maddpg --env-id simple_spred_v3": "mpe2",
     "alphazero --env-id tic_tac_toe(size=4)": "size",
+    "muzero --env-id CartPole-v7": "v1",
 }
 
 
@@ -564,6 +565,7 @@ OTHERS = {
     "cql": ["CliffWalking-v1", "CartPole-v1"],
     "decision_transformer": ["CliffWalking-v1", "CartPole-v1"],
     "alphazero": ["connect_four(rows=4,columns=4,x_in_row=3)", "othello"],
+    "muzero": ["Acrobot-v1", "FrozenLake-v1", "tic_tac_toe"],
 }
 
 

@@ -40,7 +40,12 @@ def test_floating_point_operations_by_hand():
 
 def gradient_steps(script, args, folder):
     """How often a run learns."""
-    names = "update", "alphazero_loss", "imitation_loss"  # the first that it has is called in each gradient step
+    names = (
+        "update",
+        "alphazero_loss",
+        "muzero_loss",
+        "imitation_loss",
+    )  # the first that it has is called in each gradient step
     name = next(name for name in names if hasattr(script, name))
     numbers, update = [], getattr(script, name)
 
@@ -386,7 +391,20 @@ def test_a_start_is_a_whole_run_beside_its_imports(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["alphazero", "cql", "decision_transformer", "dqn", "her", "iql", "maddpg", "ppo", "reinforce", "sac", "td3"],
+    [
+        "alphazero",
+        "cql",
+        "decision_transformer",
+        "dqn",
+        "her",
+        "iql",
+        "maddpg",
+        "muzero",
+        "ppo",
+        "reinforce",
+        "sac",
+        "td3",
+    ],
 )
 def test_a_start_learns_once(name, tmp_path):
     script = pytest.importorskip(f"algorithms.{name}")
