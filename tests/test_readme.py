@@ -43,6 +43,8 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "python benchmark/run.py --suite preference --workers 2": "the same",
     "python benchmark/run.py --suite frontier --workers 2": "the same",
     "python benchmark/report.py runs/frontier": "test_report.py",
+    "python benchmark/run.py --suite offline --workers 2": "test_run.py: its runs begin",
+    "python benchmark/report.py runs/offline": "test_report.py",
     "make rlhf": "test_make_rlhf_ends_with_replies_and_goes_on",
     "python benchmark/run.py --suite smoke --workers 2": "test_the_smoke_suite_and_its_report",
     "python benchmark/report.py runs/smoke": "the same",
@@ -220,6 +222,7 @@ def experiments_kept():
 
 def experiments_shown(page: str):
     row = r"^\| (\w+) \| (\S+?),? .*?\| ([\d.]+)([kM]).*? \| (\d[^|]*) \| (.*?) \| (\S+) \|.*\|$"
+    page = page.partition("<!-- results:")[2].partition("<!-- end of results -->")[0]
     for script, env_id, steps, unit, seeds, result, worst in re.findall(row, page, re.MULTILINE):
         numbers = [float(number) for number in re.findall(r"-?[\d.]+", result.split(";")[0])]
         env_id = env_id if re.search(r"[-_]v\d", env_id) else "preferences"
@@ -260,6 +263,15 @@ def test_the_tables_of_results_can_be_made_anew():
     for page, length in (README, "short"), (BENCHMARK, "long"):
         begin = f"<!-- results: python benchmark/report.py 'benchmark/results/returns/*.json' --table {length} -->\n\n|"
         assert page.count(begin) == page.count("|\n\n<!-- end of results -->\n") == 1
+
+
+@pytest.mark.parametrize(("name", "table"), [("frontier", "frontier"), ("offline", "long")])
+def test_the_tables_of_kept_experiments_are_what_report_prints(name, table):
+    command = f"python benchmark/report.py benchmark/results/{name}.json --table {table}"
+    marks = rf"<!-- {name}: {re.escape(command)} -->\n\n(.*?)\n\n<!-- end of {name} -->"
+    words = [sys.executable, *command.split()[1:]]
+    printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(marks, BENCHMARK, re.DOTALL)[1] == printed.strip()
 
 
 def test_the_table_of_cross_play_is_what_was_kept():
