@@ -165,11 +165,11 @@ class Careless(gym.Env):
         return self.obs, 0.0, False, bool(self.obs[0] == 5), {}
 
 
-gym.register("Careless-v0", Careless, disable_env_checker=True)
+gym.register("CarelessOfRows-v0", Careless, disable_env_checker=True)
 
 
 def test_rows_hold_what_was_seen_and_done_before_the_step(monkeypatch):
-    run(monkeypatch, "--policy", "random", "--env-id", "Careless-v0", "--steps", 12, "--output", "a")
+    run(monkeypatch, "--policy", "random", "--env-id", "CarelessOfRows-v0", "--steps", 12, "--output", "a")
     data, _ = data_of("a")
     assert data["observations"][:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert data["next_observations"][:, 0].tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
