@@ -387,7 +387,8 @@ FACTS = {
     "muzero": Facts(
         tiny=flags(
             "--env-id CartPole-v1 --num-envs 8 --num-simulations 3 --learning-starts 64 --train-frequency 8"
-            " --batch-size 8 --hidden-size 16 --latent-size 8 --unroll-steps 2 --eval-simulations 2 --learning-rate 0.01"
+            " --batch-size 8 --hidden-size 16 --latent-size 8 --unroll-steps 2 --eval-simulations 2"
+            " --learning-rate 0.01"
         ) + EVALUATED,
         resumed=[
             flags("--total-timesteps 8192 --buffer-size 1000 --checkpoint-frequency 500 --eval-frequency 4096"),
