@@ -386,7 +386,7 @@ FACTS = {
     ),
     "muzero": Facts(
         tiny=flags(
-            "--env-id CartPole-v1 --num-envs 8 --num-simulations 3 --learning-starts 64 --train-frequency 8"
+            "--env-id CartPole-v1 --num-envs 8 --num-simulations 6 --learning-starts 64 --train-frequency 4"
             " --batch-size 8 --hidden-size 16 --latent-size 8 --unroll-steps 2 --eval-simulations 2"
             " --learning-rate 0.01"
         ) + EVALUATED,

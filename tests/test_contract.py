@@ -532,6 +532,7 @@ def without_schedules(script):
     """Flags with which nothing in a run depends on how long it will be."""
     fields = module_of(script).Args.__dataclass_fields__
     flags = ["--no-anneal-lr"] if "anneal_lr" in fields else []
+    flags += ["--final-temperature", "1"] if "final_temperature" in fields else []
     return [*flags, *(["--start-e", "0.3", "--end-e", "0.3"] if "start_e" in fields else [])]
 
 
