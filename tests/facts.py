@@ -497,7 +497,7 @@ FACTS = {
         ),
         resumed=[flags("--total-timesteps 1024 --norm-obs")],
         changes={
-            "seed": 2, "total_timesteps": 128, "eval_frequency": 64, "checkpoint_frequency": 128,
+            "seed": 2, "total_timesteps": 64, "eval_frequency": 32, "checkpoint_frequency": 64,
             "capture_video": True, "learning_rate": 1e-2, "anneal_lr": False, "gamma": 0.5, "tau": 0.5,
             "batch_size": 16, "expectile": 0.5, "temperature": 0.5, "max_weight": 1.0, "return_range": 10.0,
             "norm_obs": True, "env_id": None, "dataset": None, "eval_episodes": None,  # tested in test_iql.py

@@ -950,7 +950,7 @@ def test_nan_in_the_weights_ends_the_run_and_spares_the_last_checkpoint(script, 
         if len(saves) == 2:
             model = self.bare if script in ON_DATA else self.parts["model"]
             state = model.state_dict()
-            next(values for values in state.values() if values.ndim)[:] = np.nan
+            next(values for values in state.values() if values.ndim and values.numel())[:] = np.nan
             model.load_state_dict(state)
         save(self, *step)
 
