@@ -1,9 +1,8 @@
 """MuZero: AlphaZero's search in a model that is learned, so that nobody has to tell it the rules.
 
-The model is three networks. h turns an observation into a latent state s. g guesses, for a state and an action, the
-reward and the next state. f gives a probability p_a for each action, and v, the discounted sum of rewards to come. The
-search looks ahead with g and f alone. The model learns to be right about rewards, values and the search's choices along
-the actions that were taken. Nothing asks it to predict observations: it keeps what matters for planning.
+Three networks: h turns an observation into a latent state s. g guesses, for a state and an action, the reward and the
+next state. f gives a probability p_a for each action, and v, the discounted sum of rewards to come. The search uses g
+and f alone. They learn rewards, values and the search's choices, but no observations.
 
     [1] in the tree: a = argmax_a Q(s, a) + C(s) P(s, a) sqrt(N(s)) / (1 + N(s, a))                       AlphaZero
         C(s) = log((1 + N(s) + c_base) / c_base) + c_init
@@ -11,12 +10,13 @@ the actions that were taken. Nothing asks it to predict observations: it keeps w
     [3] at the root: P(s, a) = (1 - epsilon) p_a + epsilon eta_a, eta ~ Dirichlet(alpha)             AlphaGo Zero
     [4] model: s_0 = h(o_t), (r_k, s_k) = g(s_k-1, a_t+k-1), (p_k, v_k) = f(s_k)
     [5] value target: z_t = u_t + gamma u_t+1 + ... + gamma^(n-1) u_t+n-1 + gamma^n nu_t+n
-    [6] loss: l = sum_k (CE(u_t+k-1, r_k) + CE(z_t+k, v_k) + CE(pi_t+k, p_k)) + c ||theta||^2, k from 0 to K
+    [6] loss: l = sum_k (CE(u_t+k-1, r_k) + CE(z_t+k, v_k) + CE(pi_t+k, p_k)) + c ||theta||^2
     [7] scale: S(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
 
-G' is the G one step deeper in the tree, and v at its end. u are the rewards that came, nu is the mean G of a search's
-root, pi its visits. CE is the cross entropy; r and v are distributions over the integers on the scale S, in games
-without it. With two players G' and v are the other one's, so their sign changes. Only the root knows what is legal.
+In [1] Q is scaled to 0 ... 1, by the smallest and largest of its tree. G' is G one step deeper, at the end v; with two
+players it is the other one's, so its sign changes. u are the rewards that came, nu is the mean G of a search's root, pi
+its visits. In [6] k is from 0 to K, for r from 1; each k > 0 weighs 1 / K. CE is the cross entropy. r and v are
+distributions over integers, on the scale S but in games.
 
 Paper: Schrittwieser et al. 2020, arXiv:1911.08265, doi:10.1038/s41586-020-03051-4.
 
