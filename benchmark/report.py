@@ -131,7 +131,7 @@ HEADLINES = {  # of a short table, which has one row a script: the environment; 
 }  # fmt: skip
 BESIDE = {  # what the last evaluations found that a row of a table should say
     "eval/reward_accuracy": "the true reward itself {}", "eval/optimal_reward": "the optimum at this divergence {}",
-    "eval/reference_reward": "where it began {}",
+    "eval/reference_reward": "where it began {}", "eval/network_optimal": "the network alone {}",
 }  # fmt: skip
 ALSO_LOCKED = "python", "ale-py", "box2d", "pygame", "torchvision"  # physics and games that gymnasium brings along
 
