@@ -634,7 +634,7 @@ def test_the_table_in_a_terminal(output):
 
 
 MISTAKES = {
-    "--suite nothing": "no suite 'nothing', but atari, classic, frontier, mujoco, multiagent, offline, preference",
+    "--suite nothing": "no suite 'nothing', but atari, classic, frontier, games, mujoco, multiagent, offline",
     "--suite broken.toml": "is not a suite",
     "--suite letters.toml": "env_ids = 'A-v1' must be a list",
     "--suite endless.toml": "probe_seconds, a number of at least 0",
