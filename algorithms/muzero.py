@@ -1,10 +1,9 @@
 """MuZero: AlphaZero's search in a model that is learned, so that nobody has to tell it the rules.
 
-Three networks: h turns an observation into a latent state s. g guesses, for a state and an action, the reward and the
-next state. f gives a probability p_a for each action, and v, the discounted sum of rewards to come. The search uses g
-and f alone. They learn rewards, values and the search's choices, but no observations.
+Three networks: h makes an observation a latent state s. g gives an action's reward and the next state. f gives p_a, the
+probability of each action, and v, the discounted sum of rewards to come. Nothing predicts observations.
 
-    [1] in the tree: a = argmax_a Q(s, a) + C(s) P(s, a) sqrt(N(s)) / (1 + N(s, a))                       AlphaZero
+    [1] in the tree: a = argmax_a Q(s, a) + C(s) P(s, a) sqrt(N(s)) / (1 + N(s, a))
         C(s) = log((1 + N(s) + c_base) / c_base) + c_init
     [2] backup: G = r + gamma G', N(s, a) <- N(s, a) + 1, W(s, a) <- W(s, a) + G, Q(s, a) = W(s, a) / N(s, a)
     [3] at the root: P(s, a) = (1 - epsilon) p_a + epsilon eta_a, eta ~ Dirichlet(alpha)             AlphaGo Zero
@@ -13,18 +12,19 @@ and f alone. They learn rewards, values and the search's choices, but no observa
     [6] loss: l = sum_k (CE(u_t+k-1, r_k) + CE(z_t+k, v_k) + CE(pi_t+k, p_k)) + c ||theta||^2
     [7] scale: S(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
 
-In [1] Q is scaled to 0 ... 1, by the smallest and largest of its tree. G' is G one step deeper, at the end v; with two
-players it is the other one's, so its sign changes. u are the rewards that came, nu is the mean G of a search's root, pi
-its visits. In [6] k is from 0 to K, for r from 1; each k > 0 weighs 1 / K. CE is the cross entropy. r and v are
-distributions over integers, on the scale S but in games.
+P is p but at the root. N(s) is 1 + sum_a N(s, a). In [1] Q is scaled to 0 ... 1, by the least and largest of its tree.
+G' is G one step deeper, at the end v. With two players it is the other one's: G', u and nu change sign. u_t is the
+reward of a_t (paper: u_t+1), nu the mean G of a search's root, pi the shares of its visits. k goes from 0 to K, for r
+from 1, and each k > 0 weighs 1 / K. CE is cross entropy. r and v are distributions over integers, in games without S.
 
 Paper: Schrittwieser et al. 2020, arXiv:1911.08265, doi:10.1038/s41586-020-03051-4.
 
 Differs from the paper:
-- Environments run side by side in one process, and the model, of MLPs, learns between their steps. AdamW's decay is c.
-- Latent states have mean 0 and variance 1 (paper: from 0 to 1, which learned more slowly).
-- Games also have a reward in each step, and begin with a few random moves. Replay is uniform, without Reanalyze.
-- An untried action counts as the mean of the tried ones; in the pseudocode as the worst.
+- Environments run side by side in one process, and the model, of MLPs, learns between their steps, by AdamW.
+- h sees one observation (paper: 8 to 100). Latent states have mean 0 and variance 1 (paper: from 0 to 1).
+- Games have a reward at their end, and then v is 0. v is a distribution (paper: a number). A few random moves begin.
+- Replay is uniform, of finished episodes, without Reanalyze. Where a time limit ends one, its last v is the bootstrap.
+- An untried action counts as the mean of the tried ones (pseudocode: the worst). N(s) is 1 more than in the paper.
 
     python algorithms/muzero.py --env-id CartPole-v1
 """
@@ -91,20 +91,20 @@ class Args:
     num_simulations: int = 25  # walks through the tree for each step; paper: 50 (Atari), 800 (board games)
     eval_simulations: int = 25  # the same in evaluations
     c_init: float = 0.625  # [1] how much the search follows P; paper: 1.25
-    c_base: float = 19_652.0  # [1] number of visits from which on it tries more
+    c_base: float = 19_652.0  # [1] visits of a node after which C(s) has grown by log 2: far more than here
     dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer actions get most of the noise; paper: 0.25 (Atari)
     noise_fraction: float = 0.25  # [3] epsilon
     temperature: float = 1.0  # actions are drawn from N ** (1 / temperature); 0: the action with the most visits
     final_temperature: float = 0.25  # temperature falls to it linearly over the run; paper: 1, 0.5, 0.25 (Atari)
-    temperature_moves: int = 30  # of a game, moves that are drawn; later ones have the most visits
+    temperature_moves: int = 30  # in games, later moves are not drawn: they have the most visits
     random_moves: int = 6  # a game of self-play begins with 0 to so many random moves; paper: 0
     gamma: float = 0.997  # discount; paper: 1 in board games
     td_steps: int = 50  # [5] n; paper: 10 (Atari), to the end (board games)
     unroll_steps: int = 10  # [6] K; paper: 5
-    support_size: int = 20  # r and v are distributions over the integers up to it, and down to minus it; paper: 300
+    support_size: int = 20  # r and v: integers from minus this to this. By [7] 20 is 422; more is cut off; paper: 300
     latent_size: int = 32  # numbers in a latent state
     hidden_size: int = 64  # units of a hidden layer
-    learning_rate: float = 2e-3  # of AdamW; paper: 0.05 to 0.00005, of SGD
+    learning_rate: float = 2e-3  # of AdamW; paper: 0.05 to 0.00007, of SGD
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     weight_decay: float = 1e-4  # [6] c
     buffer_size: int = 10_000  # steps in the replay buffer; paper: those of the last 125,000 sequences (Atari)
@@ -117,8 +117,7 @@ class Args:
     def __post_init__(self) -> None:
         # These may be 0
         counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "learning_starts": (0, 1e12)}
-        limits = {"noise_fraction": (0, 1), "buffer_size": (self.num_envs, 1e12)}
-        check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), **counts, **limits)
+        check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), noise_fraction=(0, 1), **counts)
 
 
 def scale(x: Tensor) -> Tensor:  # [7]
@@ -126,14 +125,14 @@ def scale(x: Tensor) -> Tensor:  # [7]
 
 
 def unscale(y: Tensor) -> Tensor:
-    """The inverse of scale: sqrt(|x| + 1) solves a quadratic equation."""
+    """The inverse of scale. With root = sqrt(|x| + 1) it is |y| = root - 1 + 0.001 (root^2 - 1), solved for root."""
     c = y.abs() + 1.001
     root = 2 * c / (1 + (1 + 0.004 * c).sqrt())  # ((1 + 0.004 c).sqrt() - 1) / 0.002, without its rounding errors
     return y.sign() * (root.square() - 1)
 
 
 def two_hot(x: Tensor, support_size: int, scaled: bool = True) -> Tensor:  # (...) -> (..., 2 * support_size + 1)
-    """All mass of scale(x) on the two integers beside it, such that their mean is scale(x)."""
+    """A distribution with mean scale(x): an integer gets 1 minus its distance from it, or 0 beyond a distance of 1."""
     y = (scale(x) if scaled else x).clamp(-support_size, support_size)[..., None]
     support = torch.arange(-support_size, support_size + 1, device=x.device)
     return (1 - (support - y).abs()).clamp(min=0)
@@ -150,15 +149,15 @@ def two_layers(num_inputs: int, hidden_size: int, num_outputs: int) -> nn.Sequen
 
 
 class Network(nn.Module):
-    """The model [4]. In games an observation begins with the legal ones of all A moves, and who is to move."""
+    """The model [4]. In games an observation begins with A numbers, 1 for a legal move, then the player, 0 or 1."""
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], action_space: gym.Space):
         super().__init__()
         self.obs_shape, self.action_space, self.is_game = obs_shape, action_space, is_game(args.env_id)
-        self.num_actions, atoms = int(action_space.n), 2 * args.support_size + 1
+        self.num_actions, atoms = int(action_space.n), 2 * args.support_size + 1  # atoms: the integers
         self.h = two_layers(*obs_shape, args.hidden_size, args.latent_size)
         self.g = two_layers(args.latent_size + self.num_actions, args.hidden_size, args.latent_size)
-        self.norm = nn.LayerNorm(args.latent_size, elementwise_affine=False)  # one range over many steps of g
+        self.norm = nn.LayerNorm(args.latent_size, elementwise_affine=False)  # numbers do not grow from step to step
         self.reward_head = two_layers(args.latent_size, args.hidden_size, atoms)
         self.policy_head = two_layers(args.latent_size, args.hidden_size, self.num_actions)
         self.value_head = two_layers(args.latent_size, args.hidden_size, atoms)
@@ -174,7 +173,7 @@ class Network(nn.Module):
         return self.norm(latent + self.g(torch.cat([latent, chosen], dim=1)))  # [4] g learns what changes
 
     def predict(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of p, of v, and of r of the step that led there: (..., L) -> (..., A), (..., atoms), (..., atoms)."""
+        """Logits of p, v and r, (..., A or atoms), from states (..., L): the reward of a step is read from its end."""
         return self.policy_head(latent), self.value_head(latent), self.reward_head(latent)  # [4]
 
     @torch.inference_mode()
@@ -208,30 +207,29 @@ class Tree:
     """
 
     def __init__(self, legal: np.ndarray, prior: np.ndarray, args: Args):  # (B, A) each, of the roots
-        nodes = len(legal), args.num_simulations + 1
+        nodes = len(legal), args.num_simulations + 1  # shapes, of arrays with a number a node, and a number a move
         moves = (*nodes, legal.shape[1])
         self.visits, self.total, self.prior = np.zeros(moves), np.zeros(moves), np.zeros(moves)  # N, W, P of (s, a)
         self.legal = np.ones(moves, bool)  # the model does not know what is legal later
         self.legal[:, 0], self.prior[:, 0] = legal, prior
         self.child = np.full(moves, -1)  # the node to which an action leads; -1: none yet
         self.reward = np.zeros(nodes)  # of the step that led to a node
-        self.lowest, self.highest = np.full(len(legal), 1e30), np.full(len(legal), -1e30)  # Q in each tree; none yet
-        self.discount = args.gamma
-        if is_game(args.env_id):
-            self.lowest[:], self.highest[:] = -1, 1  # known from the start
-            self.discount = -args.gamma  # what is good for the other player is bad for this one
+        game = is_game(args.env_id)
+        lowest, highest = (-1.0, 1.0) if game else (1e30, -1e30)  # of Q in a tree; where there is no game, none yet
+        self.lowest, self.highest = np.full(len(legal), lowest), np.full(len(legal), highest)
+        self.discount = -args.gamma if game else args.gamma  # what is good for the other player is bad for this one
 
     def select(self, args: Args) -> tuple[list[tuple], np.ndarray, np.ndarray]:
         """Walks down each tree, by [1], to an action that leads to no node yet.
 
-        Returns the path: for each depth the searches whose walks came so far, their nodes and actions. And the last
-        step of each walk, (B,) each: from which node, by which action.
+        Returns the path, a list: for each depth, which searches came so far, at which nodes, and the actions taken
+        there. Then for each search, (B,) each, the node and the action where its walk ended.
         """
         low, width = self.lowest[:, None, None], np.maximum(self.highest - self.lowest, 1e-9)[:, None, None]
         scaled = (self.total - self.visits * low) / width  # sums of G, scaled such that Q is from 0 to 1
         mean = scaled.sum(-1, keepdims=True) / np.maximum(self.visits.sum(-1, keepdims=True), 1)  # (B, nodes, 1)
-        scaled = np.where(self.visits > 0, scaled, mean)  # what was not tried may be as good as what was
-        scores = puct(self.visits, scaled, self.prior, args)  # of all nodes at once: few large operations are quick
+        scaled = np.where(self.visits > 0, scaled, mean)  # untried: the mean itself, for puct divides it by 1
+        scores = puct(self.visits, scaled, self.prior, args)  # of all nodes at once: quicker than one by one
         best = np.where(self.legal, scores, -np.inf).argmax(-1)  # (B, nodes)
         rows, nodes, path = np.arange(len(best)), np.zeros(len(best), int), []
         parent, last_action = nodes.copy(), nodes.copy()
@@ -272,15 +270,15 @@ def add_noise(prior: np.ndarray, legal: np.ndarray, args: Args) -> np.ndarray:  
 
 
 def search(model: Network, obs: np.ndarray, args: Args, noise: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Searches from each of B observations: N(s, a) at the roots, (B, A), and nu, their mean G, (B,)."""
+    """A search from each of B observations. Returns N(s, a) at the roots, (B, A), and nu, the mean G there, (B,)."""
     everyone = np.arange(len(obs))
     latent, legal, prior, _ = model.initial(obs)
     tree = Tree(legal, add_noise(prior, legal, args) if noise else prior, args)
-    latents = latent.new_empty(args.num_simulations + 1, *latent.shape)  # (nodes, B, L)
+    latents = latent.new_empty(args.num_simulations + 1, *latent.shape)  # (nodes, B, L), filled node by node
     latents[0] = latent
     for node in range(1, args.num_simulations + 1):
         path, parent, action = tree.select(args)
-        # Expand: the model makes one step from all the leaves at once. It has no end: every walk adds a node
+        # Expand: the model makes one step from all the leaves at once. It knows no ends, so every walk adds a node
         latents[node], tree.reward[:, node], tree.prior[:, node], v = model.recurrent(latents[parent, everyone], action)
         tree.child[everyone, parent, action] = node
         tree.backup(path, v)
@@ -304,8 +302,8 @@ def value_targets(rewards: np.ndarray, root_values: np.ndarray, args: Args) -> n
 
     It is 0 after a true end, and v of the last observation where a time limit cut the episode.
     """
-    discounts, num_steps = args.gamma ** np.arange(len(rewards) + 1), len(rewards)
-    targets = np.zeros(num_steps)
+    targets, num_steps = np.zeros(len(rewards)), len(rewards)
+    discounts = args.gamma ** np.arange(num_steps + 1)
     for t in range(num_steps):
         n = min(args.td_steps, num_steps - t)
         targets[t] = discounts[:n] @ rewards[t : t + n] + discounts[n] * root_values[t + n]  # [5]
@@ -313,24 +311,24 @@ def value_targets(rewards: np.ndarray, root_values: np.ndarray, args: Args) -> n
 
 
 class EpisodeBuffer:
-    """The last steps of finished episodes, each one row: its observation, and the targets of K + 1 steps from it on.
+    """The last steps of finished episodes. A row is an observation and what follows: K + 1 steps of 4 + A numbers.
 
-    A step has 4 + A numbers: its action, reward, z, whether these are known, and pi. Steps of other episodes wait.
+    These are action, reward, z, known (1 or 0) and pi. A row can then be sampled without the rows that follow it.
+    Steps of an episode that has not ended wait, for z needs what comes later.
     """
 
     def __init__(self, args: Args, obs_size: int, num_actions: int, device: str):
-        self.args, self.widths = args, [obs_size, (args.unroll_steps + 1) * (4 + num_actions)]
-        needed = 4e-9 * args.buffer_size * sum(self.widths)  # GB: a float32 has four bytes
+        self.args, size = args, args.buffer_size
+        self.widths = [obs_size, (args.unroll_steps + 1) * (4 + num_actions)]
+        needed = 4e-9 * size * sum(self.widths)  # GB: a float32 has four bytes
         memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
-            raise UsageError(
-                f"--buffer-size {args.buffer_size} needs {needed:.1f} GB; this machine has {memory:.1f} GB"
-            )
-        self.rows = torch.empty(args.buffer_size, sum(self.widths), device=device)  # a CPU's memory fills with it
+            raise UsageError(f"--buffer-size {size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
+        self.rows = torch.empty(size, sum(self.widths), device=device)  # on a CPU it takes memory as it fills
         self.num_actions, self.num_added, self.waiting = num_actions, 0, [[] for _ in range(args.num_envs)]
 
     def add(self, obs: np.ndarray, *columns: np.ndarray) -> None:
-        """obs (N, O), pi (N, A); and (N,) each: actions, rewards, nu, and the player, 1 or -1; all for this player."""
+        """obs (N, O), pi (N, A); (N,) each: actions, rewards and nu of the player to move, and this player, 1 or -1."""
         rows = np.column_stack([obs, *columns])
         for waiting, row in zip(self.waiting, rows, strict=True):
             waiting.append(row)
@@ -338,22 +336,21 @@ class EpisodeBuffer:
     def finish(self, i: int, terminated: bool, last_value: float) -> None:
         """The episode of environment i ends: last_value is v of the last observation, where a time limit cut it."""
         steps, unroll = np.stack(self.waiting[i]), self.args.unroll_steps
-        obs, pi, (action, reward, value, player) = *np.split(steps[:, :-4], [self.widths[0]], axis=1), steps[:, -4:].T
+        obs, pi = np.split(steps[:, :-4], [self.widths[0]], axis=1)
+        action, reward, value, player = steps[:, -4:].T
         # In games z is first computed for the first player, then given to the one who was to move
-        z = player * value_targets(
-            player * reward, np.append(player * value, 0 if terminated else last_value), self.args
-        )
+        values = np.append(player * value, 0 if terminated else last_value)
+        z = player * value_targets(player * reward, values, self.args)
         targets = np.column_stack([action, reward, z, np.ones(len(z)), pi])  # (T, 4 + A)
-        # After a true end the state absorbs: whatever the action, reward and z are 0; no pi is learned, for it is 0.
-        # After a time limit nothing is known
+        # After a true end come K steps with random actions, reward 0 and z 0. pi is 0 there, which makes its loss 0.
+        # After a time limit nothing is known, and these K steps have no weight
         after = np.zeros((unroll, targets.shape[1]))
         after[:, 0], after[:, 3] = np.random.randint(self.num_actions, size=unroll), terminated
         targets = np.concatenate([targets, after])
         windows = [targets[k : k + len(z)] for k in range(unroll + 1)]  # step k of each row
         new = np.concatenate([obs, *windows], axis=1, dtype=np.float32)[-len(self.rows) :]
-        self.rows[(self.num_added + torch.arange(len(new))) % len(self.rows)] = torch.from_numpy(new).to(
-            self.rows.device
-        )
+        places = (self.num_added + torch.arange(len(new))) % len(self.rows)  # the oldest rows
+        self.rows[places] = torch.from_numpy(new).to(self.rows.device)
         self.num_added += len(new)
         self.waiting[i] = []
 
@@ -383,14 +380,14 @@ def muzero_loss(agent: Network, batch: tuple[Tensor, ...], args: Args) -> tuple[
     obs, pi, actions, rewards, z, known = batch
     latents = [agent.represent(obs)]
     for k in range(args.unroll_steps):
-        # Each step adds its gradient to those of all steps after it. Halved, the sum does not grow with their number
+        # Gradients of all later steps come back through here. Halved each time, they do not pile up as K grows
         latents.append(agent.dynamics(halve_gradient(latents[-1]), actions[:, k].long()))
     policy_logits, value_logits, reward_logits = agent.predict(torch.stack(latents, dim=1))  # (B, K + 1, ...)
-    weights = known / args.unroll_steps  # (B, K + 1) the K steps of the model together weigh as much as the first
+    weights = known / args.unroll_steps  # (B, K + 1): states 1 to K together weigh as much as state 0
     weights[:, 0] = 1
     # cross_entropy wants the classes in dimension 1. The reward in row k is that of the step to state k + 1
     policy_losses = nn.functional.cross_entropy(policy_logits.mT, pi.mT, reduction="none")  # [6] (B, K + 1)
-    scaled = not is_game(args.env_id)  # results of games are -1, 0 and 1: whole numbers already
+    scaled = not agent.is_game  # results of games are -1, 0 and 1: whole numbers already
     z, rewards = (two_hot(x, args.support_size, scaled) for x in (z, rewards[:, :-1]))  # (..., atoms)
     value_losses = nn.functional.cross_entropy(value_logits.mT, z.mT, reduction="none")  # [6]
     reward_losses = nn.functional.cross_entropy(reward_logits[:, 1:].mT, rewards.mT, reduction="none")  # [6]
@@ -427,7 +424,7 @@ def train(args: Args) -> dict[str, float]:
             pi = visits / visits.sum(-1, keepdims=True)
             player, move_numbers = np.ones(args.num_envs), np.zeros(args.num_envs)
             if agent.is_game:
-                player = 1 - 2 * obs[:, agent.num_actions]
+                player = 1 - 2 * obs[:, agent.num_actions]  # 0, the first, becomes 1, and 1 becomes -1
                 move_numbers = np.array([env.unwrapped.state.move_number() for env in run.envs])
             progress = first_step / args.total_timesteps
             temperature = args.temperature + progress * (args.final_temperature - args.temperature)
@@ -528,7 +525,9 @@ class Board(gym.Env):
         return observe(self.state), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.state = self.state.child(int(action))
+        player, self.state = self.state.current_player(), self.state.child(int(action))
+        if self.state.current_player() == player:
+            raise UsageError(f"--env-id {self.game}: a player moves twice in a row, but here the search takes turns")
         over = self.state.is_terminal()
         return observe(self.state), result_of(self.state) if over else 0.0, over, False, {}
 
@@ -948,7 +947,7 @@ def main() -> None:
             if Run.stop_signal:
                 sys.exit(128 + Run.stop_signal)
             print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
-            print(*film.parent.glob(f"{film.name}*.mp4"))
+            print(*(f"{path}\n" for path in film.parent.glob(f"{film.name}*.mp4")), sep="", end="")
         else:
             train(args)
     except (UsageError, FloatingPointError) as error:

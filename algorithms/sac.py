@@ -599,7 +599,7 @@ def main() -> None:
             if Run.stop_signal:
                 sys.exit(128 + Run.stop_signal)
             print(*(f"{name} {value:.4g}," for name, value in result.items()), args.eval_episodes, "episodes")
-            print(*film.parent.glob(f"{film.name}*.mp4"))
+            print(*(f"{path}\n" for path in film.parent.glob(f"{film.name}*.mp4")), sep="", end="")
         else:
             train(args)
     except (UsageError, FloatingPointError) as error:

@@ -466,6 +466,8 @@ def test_the_gradient_into_the_dynamics_function_is_halved_at_each_step():
     assert x.grad.item() == 0.5
 
     class Line(nn.Module):
+        is_game = False
+
         def represent(self, obs):
             self.start = obs.clone().requires_grad_()
             return self.start
@@ -642,6 +644,13 @@ def test_actions_that_do_not_begin_at_0(tmp_path):
     finally:
         del gym.registry["Counted-v0"]
     assert result["eval/episodic_length"] == 9
+
+
+def test_a_player_who_moves_twice_in_a_row_is_refused(tmp_path):
+    """In mancala a last stone in one's own store gives another move; the search would take it for the other's."""
+    args = {"num_simulations": 2, "eval_simulations": 1, "eval_episodes": 1, "opponent_simulations": 1}
+    with pytest.raises(mz.UsageError, match=r"--env-id mancala.*: a player moves twice in a row"):
+        mz.train(mz.Args("mancala", run_dir=str(tmp_path / "run"), **args))
 
 
 def test_a_game_that_cannot_be_replayed_leaves_no_steps_for_the_next(monkeypatch, tmp_path):
