@@ -12,19 +12,19 @@ better. Nothing but the rules is given.
     [4] policy target: pi_a = N(s, a) / sum_b N(s, b) at the root                              AlphaZero, pseudocode
     [5] loss:          l = (z - v)^2 - pi^T log p + c ||theta||^2                                       AlphaZero
 
-N counts how often the search went through a position or took a move. P is the network's p. In [2] the v of the new
-position, or the result where the game is over, goes up the path. Its sign is the one for the player who moves in s.
-z is the result of the game: -1, 0 or 1.
+N counts how often the search went through a position or took a move. P is the network's p, except at the root: [3].
+In [2] v is the network's value of the new position, or the result where the game is over. It goes up the path, at each
+position with the sign for its player to move. z is the result of the game for the player to move in s: -1, 0 or 1.
 
 Papers: Silver et al. 2018, arXiv:1712.01815 (AlphaZero), doi:10.1126/science.aar6404; AlphaGo Zero: Nature 550, 354.
 
 Differs from the paper:
-- Games run side by side in one process, and the network learns between their moves. The paper's programs run apart.
-- Each move begins a new tree. The network sees OpenSpiel's board, without earlier positions, and who is to move.
+- Games run side by side in one process; the network learns between their moves. No game is resigned or cut short.
+- The network sees one position, not the last 8, and who is to move. At the root N(s) is 1 more than in the pseudocode.
 - Games of self-play begin with a few random moves, so that the network also learns positions that follow mistakes.
-- Q is from -1 to 1, and 0 for an untried move, as in AlphaGo Zero. The pseudocode's is from 0 to 1, and 0 is a loss.
-- The network is an MLP or residual blocks without batch normalisation. Both heads share a layer, fed by few channels.
-- The optimiser is AdamW. Its decay of the weights stands for the last term of [5].
+- Q is from -1 to 1, and 0 for an untried move, as in AlphaGo Zero. In the pseudocode it is from 0 to 1, untried: 0.
+- The network is an MLP, or residual blocks without batch normalisation. Both heads share one layer after 4 channels.
+- The optimiser is AdamW; its weight decay is the last term of [5]. Illegal moves are masked out of the loss as well.
 
     python algorithms/alphazero.py --env-id tic_tac_toe
 """
@@ -91,12 +91,12 @@ class Args:
     # Algorithm
     num_simulations: int = 50  # walks through the tree for each move of self-play; paper: 800
     eval_simulations: int = 200  # the same in evaluations
-    c_init: float = 1.25  # [1] how much the search follows P; paper: as 2.5 here, for its Q is from 0 to 1
-    c_base: float = 19_652.0  # [1] number of visits from which on it tries more
+    c_init: float = 1.25  # [1] weight of P against Q; paper: 1.25, but for Q from 0 to 1, which would be 2.5 here
+    c_base: float = 19_652.0  # [1] visits of a node after which C(s) has grown by log 2: far more than here
     dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer moves get most of the noise; paper: 0.3 chess, 0.03 Go
     noise_fraction: float = 0.25  # [3] epsilon
-    temperature: float = 1.0  # self-play draws moves from N ** (1 / temperature); 0: the move with the most visits
-    temperature_moves: int = 30  # moves of a game that are drawn; later ones have the most visits
+    temperature: float = 1.0  # a move of self-play has probability ~ N ** (1 / temperature); 0: the most visited move
+    temperature_moves: int = 30  # of a game, drawn so; every later move is the one with the most visits
     random_moves: int = 6  # a game of self-play begins with 0 to so many random moves; paper: 0
     num_blocks: int = 0  # residual blocks; 0: no convolutions, which is enough for tiny boards; paper: 19
     num_channels: int = 64  # of a convolution; paper: 256
@@ -134,7 +134,7 @@ class ResidualBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """(p, v) = f(s). An observation is a row of O numbers: the legal ones of all A moves, who is to move, the board."""
+    """(p, v) = f(s). An observation: which of A moves are legal (0 or 1 each), who is to move (0 or 1), the board."""
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...], action_space: gym.Space, board: list[int]):
         super().__init__()
@@ -156,12 +156,12 @@ class Network(nn.Module):
         self.value_head = nn.Sequential(nn.Linear(size, 1), nn.Tanh())
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, O) -> (B, A) logits of p, (B,) v
-        legal, player, board = obs.split(self.widths, dim=1)
+        legal, player, board = obs.split(self.widths, dim=1)  # player: 0 or 1 here, 1 or -1 in judge and in the tree
         if self.num_blocks:
             board = board.unflatten(1, self.board)  # (B, C, H, W)
             player = player[..., None, None].expand(-1, 1, *self.board[1:])  # (B, 1, H, W)
         features = self.body(torch.cat([board, player], dim=1))  # (B, hidden_size)
-        logits = self.policy_head(features).masked_fill(legal <= 0, -1e9)  # an illegal move has probability 0
+        logits = self.policy_head(features).masked_fill(legal <= 0, -1e9)  # p = 0; with -inf, [5] has 0 * inf = nan
         return logits, self.value_head(features).squeeze(1)
 
     @torch.inference_mode()
@@ -204,7 +204,7 @@ def result_of(state: pyspiel.State) -> float:
 class Tree:
     """Searches of B games side by side: the same row of each array is the same game.
 
-    A node is a position. Node 0 is the root, where the game stands, and simulation k adds node k.
+    A node is a position. Node 0 is the root, where the game stands. Simulation k adds node k, or none at a game's end.
     """
 
     def __init__(self, num_games: int, num_nodes: int, num_moves: int):
@@ -233,7 +233,7 @@ class Tree:
             path.append((games, nodes, moves))
             next_nodes = self.child[games, nodes, moves]
             parent[games], last_move[games], leaf[games] = nodes, moves, next_nodes
-            inside = (next_nodes >= 0) & (self.player[games, next_nodes] != 0)
+            inside = (next_nodes >= 0) & (self.player[games, next_nodes] != 0)  # these walks go on, the others are done
             games, nodes = games[inside], next_nodes[inside]
         return path, parent, last_move, leaf
 
@@ -241,7 +241,7 @@ class Tree:
         """value_of_first: (B,), what the position at the end of each game's path is worth to the first player."""
         for games, nodes, moves in path:
             self.visits[games, nodes, moves] += 1  # [2]
-            self.total[games, nodes, moves] += self.player[games, nodes] * value_of_first[games]  # [2] v: of who moves
+            self.total[games, nodes, moves] += self.player[games, nodes] * value_of_first[games]  # [2] v for its mover
 
 
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
@@ -249,7 +249,7 @@ def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -
 
     Q of a move that was never taken is 0.
     """
-    n = 1 + visits.sum(-1, keepdims=True)  # N(s): 1 for making its node; at the root the pseudocode has one less
+    n = 1 + visits.sum(-1, keepdims=True)  # N(s): a node's first visit made it. The pseudocode's root lacks this 1
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
     q = total / np.maximum(visits, 1)  # [2]
     return q + c * prior * np.sqrt(n) / (1 + visits)  # [1]
@@ -263,7 +263,7 @@ def add_noise(prior: np.ndarray, legal: np.ndarray, args: Args) -> np.ndarray:  
 
 def search(judge: Callable, states: list[pyspiel.State], args: Args, noise: bool = False) -> np.ndarray:
     """Searches from each of the B positions: N(s, a) at the roots, (B, A). judge is Network.judge, or acts like it."""
-    everyone = np.arange(len(states))
+    everyone = np.arange(len(states))  # the index of each game
     positions = {(game, 0): state for game, state in enumerate(states)}  # (game, node) -> state
     tree = Tree(len(states), args.num_simulations + 1, states[0].num_distinct_actions())
     tree.add(everyone, 0, judge(states))
@@ -287,7 +287,7 @@ def draw_moves(pi: np.ndarray, move_numbers: np.ndarray, args: Args) -> np.ndarr
     """The moves of self-play: (B, A) -> (B,). move_numbers: (B,), of moves so far; random ones at the start count."""
     if args.temperature == 0:
         return pi.argmax(-1)
-    weights = (pi / pi.max(-1, keepdims=True)) ** (1 / args.temperature)
+    weights = (pi / pi.max(-1, keepdims=True)) ** (1 / args.temperature)  # at most 1: no overflow, no sum of 0
     shares = weights.cumsum(-1)  # (B, A)
     shares /= shares[:, -1:]  # rising to 1 exactly: divided by weights.sum(-1), the last can be rounded below 1
     drawn = (shares > np.random.random((len(pi), 1))).argmax(-1)  # the first that is above the random number
@@ -365,7 +365,7 @@ def train(args: Args) -> dict[str, float]:
             obs, first_step = run.obs, run.global_step  # after an end run.obs is the next game's first
             states = [env.unwrapped.state for env in run.envs]
             visits = search(agent.judge, states, args, noise=True)
-            pi = visits / visits.sum(-1, keepdims=True)  # [4] also where the move itself is not drawn
+            pi = visits / visits.sum(-1, keepdims=True)  # [4] the temperature changes the move played, not this target
             player = np.array([player_of(state) for state in states])
             actions = draw_moves(pi, np.array([state.move_number() for state in states]), args)
             _, rewards, terminated, _, _ = run.step(actions)
@@ -440,7 +440,7 @@ class Board(gym.Env):
         self.state = self.game.new_initial_state()
         for _ in range(self.np_random.integers(self.random_moves + 1)):
             state = self.state.child(int(self.np_random.choice(self.state.legal_actions())))
-            self.state = self.state if state.is_terminal() else state
+            self.state = self.state if state.is_terminal() else state  # a move that would end the game is not made
         return observe(self.state), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -532,7 +532,7 @@ def play(agent: Network, args: Args) -> dict[str, float]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     print(f"\n{state}")
-    return {"eval/episodic_return": result_of(state) * (2 * you - 1)}
+    return {"eval/episodic_return": result_of(state) * (2 * you - 1)}  # the model's; it began if you == 1
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
@@ -595,7 +595,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
     """
     searching = replace(args, num_simulations=args.eval_simulations)
     seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes) // 2  # 1: training has 0
-    rng, solution, game = np.random.default_rng(seeds), solve(args.env_id), load_game(args.env_id)
+    rng, game = np.random.default_rng(seeds), load_game(args.env_id)
     with contextlib.ExitStack() as stack:
         films = [film if args.capture_video else None] + [None] * (len(seeds) - 1)
         envs = [stack.enter_context(contextlib.closing(make_env(args, film, 0))) for film in films]
@@ -605,7 +605,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
         if args.play:
             args.eval_episodes = 1  # main prints it
             return play(agent, searching)
-        envs[0].unwrapped.judge, bots = agent.judge, []
+        envs[0].unwrapped.judge, bots, solution = agent.judge, [], solve(args.env_id)
         for env, seed in zip(envs, seeds.tolist(), strict=True):
             env.reset(seed=seed)
             rollouts = pyspiel.RandomRolloutEvaluator(1, seed)  # one random game for each position that it rates

@@ -1,8 +1,8 @@
 """Hindsight experience replay (HER) with soft actor-critic (SAC): learn from a failure what it did achieve.
 
 Where only reaching a goal is rewarded, nearly all early episodes look alike: the goal was missed. But each of them
-reached something. HER replays a transition with such a goal in place of the true one, and with the reward that this
-would have paid. The learner does not notice: it is SAC, as sac.py explains it, and observations contain the goal g.
+reached something. HER replays a transition with such a goal in place of the true one, and with the reward for that
+goal. The learner is SAC, as in sac.py: it needs no change, because the goal g is part of the observation.
 
     [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal  SAC, cf. Eq. 6
     [2] a = tanh(u), u = mean(s) + std(s) e, e ~ N(0, I): log pi(a|s) = log p(u) - sum_j log(1-a_j^2)   SAC, Appendix C
@@ -10,20 +10,20 @@ would have paid. The learner does not notice: it is SAC, as sac.py explains it, 
     [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                          SAC, Eq. 5
     [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                 SAC, cf. Eq. 7
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 SAC, Algorithm 1
-    [7] with a probability of k / (k + 1), a transition's goal g becomes a goal g' that was achieved in its episode,
-        future: in this step or a later one; episode: in any step; final: in the last one      HER, Sections 3.3 and 4.5
-    [8] its reward becomes r' = r(achieved(s'), g')                                                     HER, Algorithm 1
+    [7] a replayed transition gets, with probability k / (k + 1), a new goal g' = achieved(s') of a step of its episode;
+        future: this step or a later one; episode: any step; final: the last one            HER, Sections 3.3 and 4.5
+    [8] its reward becomes r' = r(achieved(s'), g')                                                 HER, cf. Algorithm 1
 
-sac.py explains [1] to [6]; diff sac.py her.py shows what HER adds. g' and r' take the place of g and r, and achieved is
-the paper's m. Environments observe a Dict of observation, achieved_goal and desired_goal: see gymnasium-robotics.
+sac.py explains [1] to [6]; diff sac.py her.py shows what HER adds. achieved(s') is the goal that is reached in s', the
+paper's m(s'). An observation is a Dict of observation, achieved_goal and desired_goal (g): see gymnasium-robotics.
 
 Papers: Andrychowicz et al. 2017, arXiv:1707.01495 (HER); Haarnoja et al. 2018, arXiv:1812.05905 (SAC).
 
 Differs from HER's paper (from SAC's: see sac.py):
 - SAC in place of DDPG, two hidden layers of 256 units, not three of 64; one gradient step for each environment step.
-- A transition is replayed from the moment it was made, and with a goal of its episode so far.
-- Goals are drawn anew at each replay, as in the authors' code. final has a k, not 1. The strategy random is left out.
-- g' also decides whether s' is terminal, where the environment can tell.
+- Transitions are replayed while their episode still runs, with goals from its steps so far (paper: whole episodes).
+- Goals are drawn anew at each replay, as in the authors' code. final, too, replaces k / (k + 1) of the goals, not half.
+- g' also decides whether s' is terminal, where the environment can tell. The strategy random is left out.
 - Networks see the achieved goal, too. Observations are not normalised, targets not clipped. Time limits: see sac.py.
 
     python algorithms/her.py --env-id gymnasium_robotics:FetchReach-v4
@@ -92,14 +92,14 @@ class Args:
     gamma: float = 0.95  # discount; HER's paper: 0.98
     tau: float = 0.005  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
-    batch_size: int = 256  # transitions in a gradient step
+    batch_size: int = 256  # transitions in a gradient step; HER's paper: 128
     learning_starts: int | None = None  # steps of uniform random actions, without learning; None: min(run / 10, 10,000)
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
-    num_critics: int = 2  # [1] number of critics, all in the minimum
-    alpha: float = 0.2  # [1] temperature: at the start, and with --no-autotune always
+    num_critics: int = 2  # [1], [5] number of critics, all in the minimum
+    alpha: float = 0.2  # [1], [5] temperature: at the start, and with --no-autotune always
     autotune: bool = True  # [3] tune the temperature
-    her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals are taken from
-    her_ratio: float = 4.0  # [7] k: transitions replayed with an achieved goal per one with the true goal; 0: SAC
+    her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals are taken from; paper: often final
+    her_ratio: float = 4.0  # [7] k: replayed transitions with a new goal for each one with its true goal; 0: plain SAC
 
     def __post_init__(self) -> None:
         check_ranges(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
@@ -150,7 +150,7 @@ def q_values(critics: nn.ModuleList, obs: Tensor, actions: Tensor) -> Tensor:
 
 
 class Goals:
-    """What HER asks of the environment: where goals are in an observation, and what another goal would have paid."""
+    """What HER needs of the environment: where the goals are in an observation, and reward and end for a new goal."""
 
     def __init__(self, args: Args, env: gym.Env):
         space = env.observation_space
@@ -164,22 +164,24 @@ class Goals:
             places[name] = slice(start, start + part.shape[0])
             start += part.shape[0]
         self.env, self.achieved, self.desired = env, places["achieved_goal"], places["desired_goal"]
-        two_goals = np.zeros((2, *parts["desired_goal"].shape), np.float32)
+        two_goals = np.zeros((2, *parts["desired_goal"].shape), np.float32)  # to try both functions
         try:
             assert np.shape(env.compute_reward(two_goals, two_goals, {})) == (2,), "it returned no batch"
         except Exception as error:
             raise UsageError(f"--env-id {args.env_id}: her.py needs compute_reward, for batches: {error!r}") from None
-        try:
-            env.compute_terminated(*two_goals, {})
-            self.can_end_episodes = True
-        except (AttributeError, NotImplementedError):
-            self.can_end_episodes = False
+        self.can_end_episodes = hasattr(env, "compute_terminated")  # it says whether s' is terminal for a new goal
+        if self.can_end_episodes:
+            try:
+                env.compute_terminated(*two_goals, {})
+            except NotImplementedError:
+                self.can_end_episodes = False
+        if not self.can_end_episodes:
             print(f"{args.env_id} has no compute_terminated: with another goal, terminated stays as it is")
 
     def outcomes(self, achieved: np.ndarray, goals: np.ndarray, terminated: np.ndarray) -> tuple:
         """[8] of R transitions: (R, goal_dim), (R, goal_dim), (R,) -> rewards (R,), terminated (R,)"""
         rewards = self.env.compute_reward(achieved, goals, {})  # [8]; {}: infos are not kept
-        if self.can_end_episodes:  # it takes one pair at a time
+        if self.can_end_episodes:  # unlike compute_reward, it takes no batch
             terminated = [self.env.compute_terminated(*pair, {}) for pair in zip(achieved, goals, strict=True)]
         return rewards, terminated
 
@@ -203,9 +205,9 @@ class HindsightReplayBuffer:
 
     def add(self, **new: np.ndarray) -> None:
         """A step of all environments: obs, actions, rewards, terminated, next_obs and first, (N, ...) each."""
-        for name, rows in new.items():
-            self.arrays[name][self.added % self.size] = rows
-        for i, first in enumerate(new["first"]):  # for all rows of its episode so far, this one is now the last
+        for name, values in new.items():  # of one row, (N, ...)
+            self.arrays[name][self.added % self.size] = values
+        for i, first in enumerate(new["first"]):  # this row is now the last of its episode, also for the rows before
             self.arrays["last"][np.arange(first, self.added + 1) % self.size, i] = self.added
         self.added += 1
 
@@ -214,18 +216,18 @@ class HindsightReplayBuffer:
         oldest = max(0, self.added - self.size)
         rows = torch.randint(oldest, self.added, (batch_size,)).numpy()
         envs = torch.randint(self.num_envs, (batch_size,)).numpy()
-        *batch, first, last = [array[rows % self.size, envs] for array in self.arrays.values()]
+        *batch, first, last = [array[rows % self.size, envs] for array in self.arrays.values()]  # copies, in this order
         obs, _, rewards, terminated, next_obs = batch
 
         # [7] A goal for each transition: the one achieved in a random row from earliest to last
         earliest = {"future": rows, "episode": np.maximum(first, oldest), "final": last}[args.her_strategy]
-        share = torch.rand(batch_size, dtype=torch.float64).numpy()  # a float32 could round up to last + 1
+        share = torch.rand(batch_size, dtype=torch.float64).numpy()  # uniform; a float32 could round up to last + 1
         chosen = earliest + (share * (last + 1 - earliest)).astype(int)
         new_goals = self.arrays["next_obs"][chosen % self.size, envs][:, goals.achieved]  # (B, goal_dim)
 
         # Some of them, R of B, take it: each with probability k / (k + 1)
         some = (torch.rand(batch_size) < args.her_ratio / (args.her_ratio + 1)).numpy()  # (B,) bool
-        obs[some, goals.desired] = next_obs[some, goals.desired] = new_goals[some]
+        obs[some, goals.desired] = next_obs[some, goals.desired] = new_goals[some]  # copies: the buffer keeps g
         achieved = next_obs[some, goals.achieved]
         rewards[some], terminated[some] = goals.outcomes(achieved, new_goals[some], terminated[some])  # [8]
         return [torch.from_numpy(array) for array in batch]
@@ -309,13 +311,13 @@ def train(args: Args) -> dict[str, float]:
             "alpha_optimizer": torch.optim.Adam([agent.log_alpha], args.q_lr, fused=True),
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
-        goals = Goals(args, run.envs[0].unwrapped)
         buffer = HindsightReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
+        goals = Goals(args, run.envs[0].unwrapped)  # after run.start has reset the environment
         while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: one step in each of N environments
             obs, first_step = run.obs, run.global_step  # before run.step, which changes both
-            first = [buffer.added - len(past) for past in run.actions]  # rows where the episodes began
+            first = [buffer.added - len(past) for past in run.actions]  # rows where episodes began; past: their actions
             with torch.no_grad():
                 if first_step < args.learning_starts:
                     actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)

@@ -257,7 +257,7 @@ def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -
 
     Q of a move that was never taken is 0.
     """
-    n = 1 + visits.sum(-1, keepdims=True)  # N(s): 1 for making its node; at the root the pseudocode has one less
+    n = 1 + visits.sum(-1, keepdims=True)  # N(s): a node's first visit made it. The pseudocode's root lacks this 1
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
     q = total / np.maximum(visits, 1)  # [2]
     return q + c * prior * np.sqrt(n) / (1 + visits)  # [1]
@@ -290,7 +290,7 @@ def draw_moves(pi: np.ndarray, move_numbers: np.ndarray, args: Args) -> np.ndarr
     """The moves of self-play: (B, A) -> (B,). move_numbers: (B,), of moves so far; random ones at the start count."""
     if args.temperature == 0:
         return pi.argmax(-1)
-    weights = (pi / pi.max(-1, keepdims=True)) ** (1 / args.temperature)
+    weights = (pi / pi.max(-1, keepdims=True)) ** (1 / args.temperature)  # at most 1: no overflow, no sum of 0
     shares = weights.cumsum(-1)  # (B, A)
     shares /= shares[:, -1:]  # rising to 1 exactly: divided by weights.sum(-1), the last can be rounded below 1
     drawn = (shares > np.random.random((len(pi), 1))).argmax(-1)  # the first that is above the random number
@@ -521,7 +521,7 @@ class Board(gym.Env):
         self.state = self.game.new_initial_state()
         for _ in range(self.np_random.integers(self.random_moves + 1)):
             state = self.state.child(int(self.np_random.choice(self.state.legal_actions())))
-            self.state = self.state if state.is_terminal() else state
+            self.state = self.state if state.is_terminal() else state  # a move that would end the game is not made
         return observe(self.state), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:

@@ -226,13 +226,37 @@ def test_without_compute_terminated_a_transition_keeps_its_end(env_class, monkey
     assert (obs[:, 2] != 1000).any()
 
 
-def test_errors_of_compute_terminated_are_the_environments_own():
+@pytest.mark.parametrize("error", [ZeroDivisionError, AttributeError])
+def test_errors_of_compute_terminated_are_the_environments_own(error):
     class Wrong(Point):
         def compute_terminated(self, achieved, desired, info):
-            raise ZeroDivisionError
+            raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error):
         her.Goals(her.Args(), Wrong())
+
+
+class SetByReset(Point):
+    """Its two functions need what only reset sets."""
+
+    def reset(self, **what):
+        self.factor = 1
+        return super().reset(**what)
+
+    def compute_reward(self, achieved, desired, info):
+        return self.factor * super().compute_reward(achieved, desired, info)
+
+    def compute_terminated(self, achieved, desired, info):
+        return self.factor == 2
+
+
+gym.register("SetByReset-v0", SetByReset, disable_env_checker=True)
+
+
+def test_the_environment_is_reset_before_its_functions_are_tried(monkeypatch, capsys):
+    monkeypatch.setattr(her, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
+    her.train(her.Args(env_id="SetByReset-v0", total_timesteps=40, learning_starts=20, batch_size=8))
+    assert "has no compute_terminated" not in capsys.readouterr().out
 
 
 def test_goals_are_found_in_flat_observations():
