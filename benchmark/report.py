@@ -599,7 +599,8 @@ def beside(experiment: Experiment) -> list[dict]:
 def command_of(config: dict) -> list[str]:
     """The words of a run's command without its seed and without the folders of the machine that it ran on."""
     path, *words = [str(word).replace(f"{ROOT}/", "") for word in config.get("command") or [""]]
-    return [Path("algorithms", Path(path).name).as_posix()] * bool(path) + without(words, ("seed", "run_dir"))
+    folder = "benchmark" if Path(path).name == "peer.py" else "algorithms"
+    return [f"{folder}/{Path(path).name}"] * bool(path) + without(words, ("seed", "run_dir"))
 
 
 def reproduce(experiment: Experiment) -> dict:
