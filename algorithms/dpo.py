@@ -591,10 +591,9 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
-        missing = sorted(info["missing_keys"])
-        if missing == ["score.weight"]:  # the head that gives rewards is new
+        if "score.weight" in info["missing_keys"]:  # the head that gives rewards is new
             nn.init.zeros_(model.score.weight)
-            missing = []
+        missing = sorted({*info["missing_keys"]} - {"score.weight"})
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
         ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
@@ -641,6 +640,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # bfloat16 rounds 5 to 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 

@@ -142,8 +142,8 @@ class Args:
         if len(self.reward_weights) != len(self.reward) or not all(map(math.isfinite, self.reward_weights)):
             raise UsageError(f"--reward-weights must be {len(self.reward)} numbers, one for each --reward")
         self.beta = 0.0 if self.kl == "none" else self.beta
-        if self.kl == "loss" and self.kl_estimator == "k1":
-            raise UsageError("--kl loss needs --kl-estimator k2 or k3: k1 has no gradient on average")
+        if self.kl != "none" and (self.kl == "reward") != (self.kl_estimator == "k1"):  # others: a wrong or no gradient
+            raise UsageError("--kl reward needs --kl-estimator k1, --kl loss k2 or k3")
 
 
 class Prompt(NamedTuple):
@@ -240,9 +240,9 @@ def update(run: "Run", batch: list[tuple[Reply, float]], args: Args) -> dict[str
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Reply]:
     """A reply to each prompt. The processes share the work; then each has them all."""
     found = {}
-    for rows, ids, replies, log_prob in written_replies(run, prompts, seed, args):
+    for rows, ids, replies, log_prob, tensors in written_replies(run, prompts, seed, args):
         with reference_policy(run) as reference:
-            ref_log_prob = token_log_probs(reference, *as_tensors(ids, replies, run.accelerator.device))
+            ref_log_prob = token_log_probs(reference, *tensors)
         ref_log_prob = [values.tolist() for values in ref_log_prob.cpu().split([len(reply) for reply in replies])]
         texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
         scores = zip(*(judge([prompts[row].text for row in rows], texts) for judge in run.judges), strict=True)
@@ -252,11 +252,10 @@ def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Reply
 
 
 def totals(replies: list[Reply], args: Args) -> tuple[Tensor, Tensor]:
-    """The weighted sum of each reply's scores, and the estimate of its KL divergence [3], (B,) each."""
+    """The weighted sum of each reply's scores, and the estimate k1 of its KL divergence [3], (B,) each."""
     scores = torch.tensor([reply.scores for reply in replies]) @ torch.tensor(args.reward_weights)
-    kind = args.kl_estimator if args.kl == "reward" else "k1"
     pairs = ((torch.tensor(reply.old_log_prob), torch.tensor(reply.ref_log_prob)) for reply in replies)
-    return scores, torch.stack([kl_estimate(*pair, kind).sum() for pair in pairs])
+    return scores, torch.stack([kl_estimate(*pair, "k1").sum() for pair in pairs])
 
 
 def names_of_scores(args: Args) -> list[str]:
@@ -517,10 +516,9 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
-        missing = sorted(info["missing_keys"])
-        if missing == ["score.weight"]:  # the head that gives rewards is new
+        if "score.weight" in info["missing_keys"]:  # the head that gives rewards is new
             nn.init.zeros_(model.score.weight)
-            missing = []
+        missing = sorted({*info["missing_keys"]} - {"score.weight"})
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
         ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
@@ -554,6 +552,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # bfloat16 rounds 5 to 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
@@ -578,25 +577,28 @@ def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> t
         raise UsageError(f"{args.dataset} has the columns {', '.join(rows[0])}: name the prompts with --prompt-column")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length)
     limit = min(args.max_length, room) - args.max_new_tokens
-    prompts, ends = [], set()
+    eos = run.tokenizer.eos_token_id
+    prompts, ends, eos_is_added = [], {eos}, run.tokenizer("a").input_ids[-1] == eos
     for number, row in enumerate(rows, 1):
         try:
             text = as_text(row[column])
             text = [{"role": "user", "content": text}] if args.chat and isinstance(text, str) else text
-            ids, (*_, end) = encode(run.tokenizer, text, ["a"])  # any reply: it shows how the reply's turn ends
+            (ids,), (_, reply) = encode(run.tokenizer, text, []), encode(run.tokenizer, text, ["a"])
         except UsageError as error:
             raise UsageError(f"{args.dataset}, row {number}: {error}") from None
-        prompts.append(Prompt(ids, text))
-        ends.add(end)
+        prompts.append(Prompt(ids[:-1] if eos_is_added and isinstance(text, str) and len(ids) > 1 else ids, text))
+        ends.add(reply[-1])  # any reply shows how a chat's turn ends
     run.ends = sorted(ends)
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= limit]
     run.accelerator.print(f"{args.dataset}: {len(fitting)} prompts. Left out: {len(prompts) - len(fitting)}, too long")
     distinct = [*{str(prompt.text): prompt for prompt in fitting}.values()]
     if not distinct:
         raise UsageError(f"{args.dataset} has no prompt of at most {limit} tokens, which would leave room for a reply")
-    if args.evaluate or len(distinct) < 10:
+    of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
+    is_same = all(getattr(args, x) == getattr(of_run, x) for x in ("dataset", "dataset_config", "dataset_split"))
+    if len(distinct) < 10 or not is_same:
         return fitting, distinct
-    held_out = random.Random(args.seed).sample(distinct, min(args.eval_replies, len(distinct) // 10))
+    held_out = random.Random(of_run.seed).sample(distinct, min(of_run.eval_replies, len(distinct) // 10))
     texts = {str(prompt.text) for prompt in held_out}
     return [prompt for prompt in fitting if str(prompt.text) not in texts], held_out
 
@@ -607,8 +609,7 @@ def prompts_from(step: int, prompts: list[Prompt], args: Args, copies: int = 1) 
     orders = (random.Random(f"{args.seed} {epoch}").sample(prompts, size) for epoch in itertools.count(first // size))
     stream = itertools.islice(itertools.chain.from_iterable(orders), first % size, None)
     while True:
-        chosen = itertools.islice(stream, args.batch_size // copies)
-        yield [prompt for prompt in chosen for _ in range(copies)]
+        yield [prompt for prompt in itertools.islice(stream, args.batch_size // copies) for _ in range(copies)]
 
 
 def as_tensors(prompts: list[list[int]], replies: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -673,7 +674,7 @@ def reference_policy(run: "Run") -> Iterator[nn.Module]:
 
 
 def written_replies(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> Iterator[tuple]:
-    """In micro-batches, this process's part: numbers and ids of prompts, replies, and their log pi_old(y_t|s_t)."""
+    """In micro-batches, this process's part: numbers and ids of prompts, replies, log pi_old(y_t|s_t), as_tensors."""
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     chances = torch.rand(len(prompts), args.max_new_tokens, generator=generator)
     share, rows, written = math.ceil(len(prompts) / PROCESSES), [*range(len(prompts))], []
@@ -685,7 +686,13 @@ def written_replies(run: "Run", prompts: list[Prompt], seed: str, args: Args) ->
             written += zip(rows, ids, *write(run.actor, ids, run.ends, chances[rows]), strict=True)
     written.sort(key=lambda row: len(row[1]) + len(row[2]))  # neighbours need little padding
     for i in range(0, share, run.micro_batch_size):
-        yield zip(*written[i : i + run.micro_batch_size], strict=True)
+        rows, ids, replies, log_probs = zip(*written[i : i + run.micro_batch_size], strict=True)
+        tensors = as_tensors(ids, replies, run.accelerator.device)
+        if run.accelerator.mixed_precision != "no":  # write rounds otherwise than update: no ratio would begin at 1
+            with torch.no_grad(), run.accelerator.autocast():
+                log_prob = token_log_probs(run.actor, *tensors)
+            log_probs = [part.tolist() for part in log_prob.cpu().split([*map(len, replies)])]
+        yield rows, ids, replies, log_probs, tensors
 
 
 def show(run: "Run", prompts: list[Prompt], args: Args) -> None:
@@ -816,14 +823,6 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm) if self.accelerator.sync_gradients else 0.0
-
-    def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
-        """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
-        size, length = self.micro_batch_size, math.ceil(len(items) / PROCESSES)
-        mine = (items + items[-1:] * PROCESSES)[RANK * length : (RANK + 1) * length]  # all have as many, some again
-        with torch.no_grad():
-            values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
-        return self.accelerator.gather(values)[: len(items)]
 
     def log(self, row: dict[str, float]) -> None:
         """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""

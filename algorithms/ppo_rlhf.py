@@ -130,8 +130,8 @@ class Args:
 
     def __post_init__(self) -> None:
         check_ranges(self, gae_lambda=(0, 1), gamma=(0, 1))
-        if self.adaptive_kl == 0:
-            raise UsageError("--adaptive-kl 0 can't be reached: take a larger --beta")
+        if self.adaptive_kl is not None and self.adaptive_kl * self.beta == 0:
+            raise UsageError("--adaptive-kl and its --beta must be above 0: KL 0 is never reached, beta 0 stays 0")
         if self.reward is None:
             raise UsageError("--reward must say what a reply is worth: FILE.py:function, or a reward model's folder")
 
@@ -164,7 +164,8 @@ class ActorCritic(nn.Module):
 
     def values(self, ids: Tensor, targets: Tensor) -> Tensor:  # (B, T), (B, K) -> (N,)
         states = self.critic(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, -targets.shape[1] :]
-        return self.critic_head(states.to(self.critic_head.weight.dtype)).float().squeeze(-1)[targets != -100]
+        with torch.autocast(ids.device.type, enabled=False):  # bfloat16 rounds 5 to 1/32
+            return self.critic_head(states.float()).squeeze(-1)[targets != -100]
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # -> log pi(y_t|s_t); V(s_t); (N,) both
         return token_log_probs(self.actor, ids, targets), self.values(ids, targets)
@@ -221,10 +222,9 @@ def ppo_loss(log_prob, values, old_log_prob, old_values, advantages, returns, ar
     return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
-def update(run: "Run", episodes: list[Episode], advantages: list, returns: list, args: Args) -> dict[str, float]:
-    """Several epochs of gradient steps with a batch. Returns the means of all minibatches' metrics."""
+def update(run: "Run", rows: Iterator[tuple[Episode, list, list]], args: Args) -> dict[str, float]:
+    """Gradient steps with episodes, their advantages and returns. Returns the means of all minibatches' metrics."""
     size, minibatch_size, history = run.micro_batch_size, args.batch_size // args.num_minibatches, []
-    rows = zip(episodes, advantages, returns, strict=True)
     batch = [(e.prompt, e.reply, e.old_log_prob, e.values, *rest) for e, *rest in rows]
     for epoch in range(args.update_epochs):
         random.Random(f"{args.seed} {run.global_step} {epoch}").shuffle(batch)
@@ -251,13 +251,11 @@ def update(run: "Run", episodes: list[Episode], advantages: list, returns: list,
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episode]:
     """An episode for each prompt. The processes share the work; then each has them all."""
     episodes = {}
-    for rows, ids, replies, log_prob in written_replies(run, prompts, seed, args):
-        tensors = as_tensors(ids, replies, run.accelerator.device)
+    for rows, ids, replies, log_prob, tensors in written_replies(run, prompts, seed, args):
         with reference_policy(run) as reference:
             ref_log_prob = token_log_probs(reference, *tensors)
             values = run.agent.values(*tensors) if run.agent else ref_log_prob  # --evaluate: no V, and nothing reads it
-        lengths = [len(reply) for reply in replies]
-        split = [[row.tolist() for row in x.cpu().split(lengths)] for x in (ref_log_prob, values)]
+        split = [[row.tolist() for row in x.cpu().split([*map(len, replies)])] for x in (ref_log_prob, values)]
         texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
         scores = run.judges[0]([prompts[row].text for row in rows], texts)
         scores = [s - args.missing_eos_penalty * (y[-1] not in run.ends) for s, y in zip(scores, replies, strict=True)]
@@ -272,7 +270,8 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
     episodes = play(run, asked, f"{args.seed} evaluation", args)
     kl = sum(sum(e.old_log_prob) - sum(e.ref_log_prob) for e in episodes) / len(episodes)
     reward, length = (sum(x) / len(episodes) for x in ([e.score for e in episodes], [len(e.reply) for e in episodes]))
-    return {"eval/reward": reward, "eval/kl": kl, "eval/rlhf_reward": reward - args.beta * kl, "eval/length": length}
+    beta = run.agent.beta.item() if run.agent else args.beta
+    return {"eval/reward": reward, "eval/kl": kl, "eval/rlhf_reward": reward - beta * kl, "eval/length": length}
 
 
 def train(args: Args) -> dict[str, float]:
@@ -288,13 +287,13 @@ def train(args: Args) -> dict[str, float]:
             episodes = play(run, next(batches), f"{args.seed} {run.global_step}", args)
 
             # 2. Advantages and returns, before the networks change
-            lengths = [len(episode.reply) for episode in episodes]
-            old_log_prob, ref_log_prob, values = (pad([e[i] for e in episodes], 0.0) for i in (2, 3, 4))  # (B, T)
-            scores, beta = torch.tensor([episode.score for episode in episodes]), run.bare.beta.item()
-            rewards = token_rewards(old_log_prob, ref_log_prob, scores, torch.tensor(lengths), beta)
+            _, replies, *lists, scores = zip(*episodes, strict=True)  # as Episode names them
+            old_log_prob, ref_log_prob, values = (pad(x, 0.0) for x in lists)  # (B, T)
+            lengths, scores, beta = torch.tensor([*map(len, replies)]), torch.tensor(scores), run.bare.beta.item()
+            rewards = token_rewards(old_log_prob, ref_log_prob, scores, lengths, beta)
             advantages = gae(rewards, values, args.gamma, args.gae_lambda)
             returns = advantages + values  # [3]
-            is_token = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T); False: padding
+            is_token = torch.arange(values.shape[1]) < lengths[:, None]  # (B, T); False: padding
             explained = 1 - (returns - values)[is_token].var() / (returns[is_token].var() + 1e-8)
             if args.norm_adv:
                 advantages = whitened(advantages, is_token)
@@ -305,7 +304,7 @@ def train(args: Args) -> dict[str, float]:
             actor_group, critic_group = run.optimizer.param_groups
             actor_group["lr"], critic_group["lr"] = args.learning_rate * share, args.critic_learning_rate * share
             unpadded = ([row[:n] for row, n in zip(x.tolist(), lengths, strict=True)] for x in (advantages, returns))
-            metrics = update(run, episodes, *unpadded, args)
+            metrics = update(run, zip(episodes, *unpadded, strict=True), args)
             run.global_step += args.batch_size
             kl = (old_log_prob - ref_log_prob).sum(1).mean().item()
             if args.adaptive_kl is not None:
@@ -335,14 +334,11 @@ def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimiz
     if not run.tokenizer.get_vocab().items() <= load_tokenizer(start).get_vocab().items():
         start = args.model_name  # that one reads other tokens
     critic = load_model(start, AutoModelForSequenceClassification, args)
-    head = critic.score.float()
     actor = make_trainable(actor, "CAUSAL_LM", args)
-    critic = make_trainable(critic.base_model, "FEATURE_EXTRACTION", args)
-    agent = ActorCritic(actor, critic, head, args.beta)
-    of_actor = [parameter for parameter in actor.parameters() if parameter.requires_grad]
-    of_critic = [parameter for parameter in [*critic.parameters(), *head.parameters()] if parameter.requires_grad]
-    groups = [{"params": of_actor, "lr": args.learning_rate}, {"params": of_critic, "lr": args.critic_learning_rate}]
-    return agent, torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    critic, head = make_trainable(critic.base_model, "FEATURE_EXTRACTION", args), critic.score.float()
+    agent, networks = ActorCritic(actor, critic, head, args.beta), (actor, nn.ModuleList([critic, head]))
+    groups = [{"params": [weight for weight in net.parameters() if weight.requires_grad]} for net in networks]
+    return agent, torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)  # train sets the learning rates
 
 
 def load(run: "Run", name: str, args: Args) -> nn.Module:
@@ -356,6 +352,9 @@ def evaluate_saved(args: Args) -> dict[str, float]:
         run.agent, run.actor = None, load(run, f"{args.run_dir}/model", args).to(run.accelerator.device)
         run.reference = load_model(args.model_name, AutoModelForCausalLM, args).to(run.accelerator.device)
         _, held_out = training_and_held_out_prompts(run, run.actor, args)
+        if args.adaptive_kl is not None:
+            saved = torch.load(f"{args.run_dir}/checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
+            args.beta = saved["model"]["beta"].item()  # [5] has changed it
         show(run, held_out, args)
         return evaluate(run, held_out, args)
 
@@ -543,10 +542,9 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
-        missing = sorted(info["missing_keys"])
-        if missing == ["score.weight"]:  # the head that gives rewards is new
+        if "score.weight" in info["missing_keys"]:  # the head that gives rewards is new
             nn.init.zeros_(model.score.weight)
-            missing = []
+        missing = sorted({*info["missing_keys"]} - {"score.weight"})
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
         ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
@@ -580,6 +578,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # bfloat16 rounds 5 to 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
@@ -604,25 +603,28 @@ def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> t
         raise UsageError(f"{args.dataset} has the columns {', '.join(rows[0])}: name the prompts with --prompt-column")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length)
     limit = min(args.max_length, room) - args.max_new_tokens
-    prompts, ends = [], set()
+    eos = run.tokenizer.eos_token_id
+    prompts, ends, eos_is_added = [], {eos}, run.tokenizer("a").input_ids[-1] == eos
     for number, row in enumerate(rows, 1):
         try:
             text = as_text(row[column])
             text = [{"role": "user", "content": text}] if args.chat and isinstance(text, str) else text
-            ids, (*_, end) = encode(run.tokenizer, text, ["a"])  # any reply: it shows how the reply's turn ends
+            (ids,), (_, reply) = encode(run.tokenizer, text, []), encode(run.tokenizer, text, ["a"])
         except UsageError as error:
             raise UsageError(f"{args.dataset}, row {number}: {error}") from None
-        prompts.append(Prompt(ids, text))
-        ends.add(end)
+        prompts.append(Prompt(ids[:-1] if eos_is_added and isinstance(text, str) and len(ids) > 1 else ids, text))
+        ends.add(reply[-1])  # any reply shows how a chat's turn ends
     run.ends = sorted(ends)
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= limit]
     run.accelerator.print(f"{args.dataset}: {len(fitting)} prompts. Left out: {len(prompts) - len(fitting)}, too long")
     distinct = [*{str(prompt.text): prompt for prompt in fitting}.values()]
     if not distinct:
         raise UsageError(f"{args.dataset} has no prompt of at most {limit} tokens, which would leave room for a reply")
-    if args.evaluate or len(distinct) < 10:
+    of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
+    is_same = all(getattr(args, x) == getattr(of_run, x) for x in ("dataset", "dataset_config", "dataset_split"))
+    if len(distinct) < 10 or not is_same:
         return fitting, distinct
-    held_out = random.Random(args.seed).sample(distinct, min(args.eval_replies, len(distinct) // 10))
+    held_out = random.Random(of_run.seed).sample(distinct, min(of_run.eval_replies, len(distinct) // 10))
     texts = {str(prompt.text) for prompt in held_out}
     return [prompt for prompt in fitting if str(prompt.text) not in texts], held_out
 
@@ -633,8 +635,7 @@ def prompts_from(step: int, prompts: list[Prompt], args: Args, copies: int = 1) 
     orders = (random.Random(f"{args.seed} {epoch}").sample(prompts, size) for epoch in itertools.count(first // size))
     stream = itertools.islice(itertools.chain.from_iterable(orders), first % size, None)
     while True:
-        chosen = itertools.islice(stream, args.batch_size // copies)
-        yield [prompt for prompt in chosen for _ in range(copies)]
+        yield [prompt for prompt in itertools.islice(stream, args.batch_size // copies) for _ in range(copies)]
 
 
 def as_tensors(prompts: list[list[int]], replies: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -699,7 +700,7 @@ def reference_policy(run: "Run") -> Iterator[nn.Module]:
 
 
 def written_replies(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> Iterator[tuple]:
-    """In micro-batches, this process's part: numbers and ids of prompts, replies, and their log pi_old(y_t|s_t)."""
+    """In micro-batches, this process's part: numbers and ids of prompts, replies, log pi_old(y_t|s_t), as_tensors."""
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     chances = torch.rand(len(prompts), args.max_new_tokens, generator=generator)
     share, rows, written = math.ceil(len(prompts) / PROCESSES), [*range(len(prompts))], []
@@ -711,7 +712,13 @@ def written_replies(run: "Run", prompts: list[Prompt], seed: str, args: Args) ->
             written += zip(rows, ids, *write(run.actor, ids, run.ends, chances[rows]), strict=True)
     written.sort(key=lambda row: len(row[1]) + len(row[2]))  # neighbours need little padding
     for i in range(0, share, run.micro_batch_size):
-        yield zip(*written[i : i + run.micro_batch_size], strict=True)
+        rows, ids, replies, log_probs = zip(*written[i : i + run.micro_batch_size], strict=True)
+        tensors = as_tensors(ids, replies, run.accelerator.device)
+        if run.accelerator.mixed_precision != "no":  # write rounds otherwise than update: no ratio would begin at 1
+            with torch.no_grad(), run.accelerator.autocast():
+                log_prob = token_log_probs(run.actor, *tensors)
+            log_probs = [part.tolist() for part in log_prob.cpu().split([*map(len, replies)])]
+        yield rows, ids, replies, log_probs, tensors
 
 
 def show(run: "Run", prompts: list[Prompt], args: Args) -> None:
@@ -842,14 +849,6 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm) if self.accelerator.sync_gradients else 0.0
-
-    def share(self, function: Callable[[list], Tensor], items: list) -> Tensor:
-        """function of all items, (len(items), ...). The processes share the work, in micro-batches."""
-        size, length = self.micro_batch_size, math.ceil(len(items) / PROCESSES)
-        mine = (items + items[-1:] * PROCESSES)[RANK * length : (RANK + 1) * length]  # all have as many, some again
-        with torch.no_grad():
-            values = torch.cat([function(mine[i : i + size]) for i in range(0, len(mine), size)])
-        return self.accelerator.gather(values)[: len(items)]
 
     def log(self, row: dict[str, float]) -> None:
         """Writes a row of metrics.jsonl, and sends it to W&B. NaN or infinity ends the run."""

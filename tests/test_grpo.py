@@ -13,6 +13,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, rows, timeless
+from text_models import bfloat16_autocast
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from algorithms import grpo
@@ -306,6 +307,29 @@ def test_estimators_as_values_and_as_losses():
     torch.testing.assert_close(gradients["k3"], exact_gradient(lambda x: kl(REFERENCE, x.softmax(-1)), LOGITS))
 
 
+def test_in_the_reward_only_k1_leads_to_the_reference(monkeypatch):
+    """k2 and k3 there would lead away from it, and hardly anywhere beside it."""
+    monkeypatch.setitem(globals(), "REWARDS", torch.zeros(2, dtype=torch.float64))
+    monkeypatch.setitem(globals(), "REFERENCE", torch.tensor([0.3, 0.7], dtype=torch.float64))
+    for distance in -2.0, -0.1, 0.1, 2.0:
+        logits = REFERENCE.log() + torch.tensor([distance, 0.0], dtype=torch.float64)
+        to_reference = exact_gradient(lambda x: objective(x, 1.0), logits)[0].item()
+        for kind in "k1", "k2", "k3":
+            args = pure(kl="reward", beta=1.0)
+            args.kl_estimator = kind
+            step = -expected_gradient(logits, args)[0].item()
+            if kind == "k1":
+                assert step == pytest.approx(to_reference)
+            elif abs(distance) < 1:
+                assert abs(step / to_reference) < 0.03
+            else:
+                assert step / to_reference < -0.05
+    for kind in "k2", "k3":
+        with pytest.raises(grpo.UsageError, match="--kl reward needs"):
+            pure(kl="reward", kl_estimator=kind)
+    assert pure(kl="none", kl_estimator="k3").beta == 0
+
+
 def fixed_point(args, monkeypatch):
     """Of a bandit with two replies: the log-odds of the better one that gradient descent goes to from either side."""
     monkeypatch.setitem(globals(), "REWARDS", torch.tensor([1.0, 0.0], dtype=torch.float64))
@@ -351,7 +375,7 @@ def written(folders, count, name="gpt2", **changes):
     args = arguments(folders, name, **changes)
     run = types.SimpleNamespace(global_step=0)
     run.accelerator = types.SimpleNamespace(
-        device="cpu", print=lambda *_: None, autocast=grpo.contextlib.nullcontext, reduce=lambda x, _: x,
+        device="cpu", mixed_precision="no", print=lambda *_: None, autocast=grpo.contextlib.nullcontext, reduce=lambda x, _: x,
         accumulate=lambda _: grpo.contextlib.nullcontext(),
     )  # fmt: skip
     model = grpo.load(run, args.model_name, args)
@@ -422,6 +446,17 @@ def test_the_first_step_has_ratio_1_and_divergence_0_and_a_high_price_keeps_the_
     assert free[-1]["objective/scores"] > free[0]["objective/scores"] + 0.3, "it learns to be short"
     assert free[-1]["objective/kl"] > 0.5
     assert dear[-1]["objective/kl"] < free[-1]["objective/kl"] / 10
+
+
+def test_in_mixed_precision_too_the_ratio_of_a_whole_reply_is_1(folders, tmp_path):
+    """The sum over many tokens shows what rounding does to each."""
+    flags = {"num_minibatches": 1, "update_epochs": 1, "total_timesteps": 32, "max_new_tokens": 32}
+    with bfloat16_autocast():
+        grpo.train(arguments(folders, run_dir=str(tmp_path / "run"), **flags))
+    first = next(row for row in rows(tmp_path / "run") if "losses/approx_kl" in row)
+    assert first["losses/clipfrac"] == 0
+    assert first["losses/approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_several_rewards_are_added_up_with_their_weights(folders, tmp_path):
@@ -529,6 +564,8 @@ def test_lora_and_the_evaluation_of_a_finished_run(folders, tmp_path):
         (["--clip-low", "1.5"], "--clip-low"),
         (["--beta", "-1"], "--beta"),
         (["--kl", "loss"], "--kl-estimator"),
+        (["--kl-estimator", "k2"], "--kl reward"),
+        (["--kl-estimator", "k3"], "--kl reward"),
         (["--advantage", "ppo"], "rloo"),
         (["--num-minibatches", "5"], "--num-minibatches"),
         (["--reward-weights", "1", "2"], "--reward-weights"),

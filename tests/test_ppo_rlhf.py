@@ -7,12 +7,14 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, rows, timeless
-from tokenizers import Tokenizer, models, pre_tokenizers
+from text_models import bfloat16_autocast, tokenizer_of, write_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -274,6 +276,33 @@ def test_at_first_the_ratio_is_1_and_every_divergence_0(folder):
     assert rows(Path("whole"))[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_in_mixed_precision_too(folder):
+    """Writing a token at a time rounds otherwise than the pass that the update makes."""
+    with bfloat16_autocast(), started(arguments(folder, "llama", max_new_tokens=24)) as (run, prompts):
+        episodes = ppo_rlhf.play(run, prompts, "seed", run.args)
+        assert all(episode.old_log_prob == episode.ref_log_prob for episode in episodes)
+        first = sorted(episodes, key=lambda e: len(e.prompt) + len(e.reply))[: run.micro_batch_size]
+        log_prob, _ = run.model(*ppo_rlhf.as_tensors([e.prompt for e in first], [e.reply for e in first], "cpu"))
+        assert log_prob.tolist() == [value for episode in first for value in episode.old_log_prob]
+        single = [value for e in first for value in by_hand(run.actor, e.prompt, e.reply)]
+        assert max(abs(a - b) for a, b in zip(single, log_prob.tolist(), strict=True)) > 1e-3, "it is bfloat16"
+
+
+def are_rounded(values):
+    values = torch.tensor(values)
+    return values.equal(values.bfloat16().float())
+
+
+def test_scores_and_values_are_not_rounded_to_bfloat16(folder, monkeypatch):
+    name, load_model = str(folder / "gpt2-reward"), ppo_rlhf.load_model
+    with bfloat16_autocast(), started(arguments(folder, reward=name)) as (run, prompts):
+        values = [value for episode in ppo_rlhf.play(run, prompts, "seed", run.args) for value in episode.values]
+    assert not are_rounded(values)
+    monkeypatch.setattr(ppo_rlhf, "load_model", lambda *args: load_model(*args).bfloat16())  # as LoRA does on CUDA
+    scores = ppo_rlhf.load_reward(name, arguments(folder), torch.device("cpu"))(["a b "] * 3, ["c d", "a a", "f"])
+    assert not are_rounded(scores)
+
+
 def weights(agent):
     return torch.cat([value.flatten() for value in agent.state_dict().values()])
 
@@ -288,7 +317,7 @@ def test_micro_batches_equal_the_batch_for_replies_of_different_lengths(folder):
             advantages = [[score - i for i in range(len(e.reply))] for score, e in enumerate(episodes)]
             for group in run.optimizer.param_groups:
                 group["lr"] = 1e-3
-            metrics = ppo_rlhf.update(run, episodes, advantages, advantages, run.args)
+            metrics = ppo_rlhf.update(run, zip(episodes, advantages, advantages, strict=True), run.args)
             found[size] = weights(run.bare) - before, metrics
     assert found[8][0].abs().max() > 1e-3
     for size in (4, 1):
@@ -419,6 +448,80 @@ def test_prompts_of_a_chat_and_the_ends_of_its_turns(folder, tmp_path):
         assert (8, 2, 3, 1, 9) in {tuple(prompt.ids) for prompt in prompts}
 
 
+def prompts_and_ends(folder, tokenizer, *texts):
+    """What training reads of prompts: token ids of each, and the tokens that end a reply."""
+    data = write_jsonl(folder / "texts.jsonl", [{"messages" if isinstance(x, list) else "prompt": x} for x in texts])
+    run = types.SimpleNamespace(tokenizer=tokenizer, accelerator=types.SimpleNamespace(print=print))
+    model = ppo_rlhf.load_model(str(folder / "gpt2"), AutoModelForCausalLM, arguments(folder))
+    args = arguments(folder, dataset=str(data), max_length=10_000)
+    model.config.n_positions = 10_000
+    prompts, _ = ppo_rlhf.training_and_held_out_prompts(run, model, args)
+    return [prompt.ids for prompt in prompts], run.ends
+
+
+@pytest.mark.parametrize("form", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_a_prompt_keeps_all_its_tokens_and_no_end_is_added(folder, form):
+    """Of a tokenizer that has tokens for " a" and "ca", and writes a BOS, an end, both or none around a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate(["<s>", "</s>", *alphabet, "Ġa", "ca"])}
+    tokenizer = Tokenizer(models.BPE(words, [("Ġ", "a"), ("c", "a")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    texts, bos = ["x ", "xc", "a a", "x</s>", ""], "<s>" * form.startswith("<s>")
+    found, ends = prompts_and_ends(folder, tokenizer, *texts)
+    *decoded, empty = [tokenizer.decode(ids) for ids in found]
+    assert decoded == [f"{bos}{text}" for text in texts[:-1]]
+    assert empty in ("<s>", "</s>"), "the first token needs one before it"
+    assert ends == [1]
+
+
+def test_a_chat_ends_with_its_turn_or_with_the_eos_token(folder):
+    """Gemma's eos token is no part of its template. A template that begins the reply itself is kept whole."""
+    user, gemma, thoughtless = [{"role": "user", "content": "hi"}], tokenizer_of("gemma"), tokenizer_of("thoughtless")
+    (ids,), ends = prompts_and_ends(folder, gemma, user)
+    assert gemma.decode(ids).endswith("hi<end_of_turn>\n<start_of_turn>model\n")
+    assert gemma.convert_ids_to_tokens(ends) == ["<eos>", "<end_of_turn>"]
+    (ids,), ends = prompts_and_ends(folder, thoughtless, user)
+    assert thoughtless.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
+    assert thoughtless.convert_ids_to_tokens(ends) == ["<|im_end|>"]
+
+
+def test_evaluate_asks_what_the_run_held_out(folder, monkeypatch):
+    """Also with another seed, or more replies. Of another data set it may ask all, so it does."""
+    texts = [f"{' '.join(words)} " for words in itertools.product("abcdef", repeat=2)]
+    data = write_jsonl(folder / "many.jsonl", [{"prompt": text} for text in texts])
+    other = write_jsonl(folder / "others.jsonl", [{"prompt": f"{text}a "} for text in texts])
+    asked, evaluate = [], ppo_rlhf.evaluate
+
+    def looking(run, prompts, args):
+        asked.append({prompt.text for prompt in prompts})
+        return evaluate(run, prompts, args)
+
+    monkeypatch.setattr(ppo_rlhf, "evaluate", looking)
+    result = ppo_rlhf.train(arguments(folder, dataset=str(data), eval_replies=2, total_timesteps=16))
+    held_out = asked[-1]
+    assert len(held_out) == 2
+    again = ppo_rlhf.evaluate_saved(ppo_rlhf.saved_args("run", evaluate=True))
+    assert again == pytest.approx(result, abs=1e-5)
+    for flags in {}, {"seed": 5}, {"eval_replies": 100}:
+        ppo_rlhf.evaluate_saved(ppo_rlhf.saved_args("run", evaluate=True, **flags))
+        assert asked[-1] == held_out, flags
+    for flags, count in ({"dataset": str(other)}, 36), ({"dataset_split": "train[:20]"}, 20):
+        ppo_rlhf.evaluate_saved(ppo_rlhf.saved_args("run", evaluate=True, **flags))
+        assert len(asked[-1]) == count, flags
+
+
+def test_evaluations_have_the_beta_that_the_run_has_come_to(folder):
+    result = ppo_rlhf.train(arguments(folder, beta=0.5, adaptive_kl=0.01))
+    beta = torch.load("run/checkpoint.pt", weights_only=True)["model"]["beta"].item()
+    assert beta != pytest.approx(0.5, rel=1e-2)
+    assert result["eval/rlhf_reward"] == pytest.approx(result["eval/reward"] - beta * result["eval/kl"], abs=1e-6)
+    again = ppo_rlhf.evaluate_saved(ppo_rlhf.saved_args("run", evaluate=True))
+    assert again == pytest.approx(result, abs=1e-5)
+
+
 def test_every_prompt_comes_once_in_each_epoch_and_a_resumed_run_goes_on_with_the_next(folder):
     args, prompts = arguments(folder, batch_size=4, num_minibatches=1), [*range(10)]
     stream = ppo_rlhf.prompts_from(0, prompts, args)
@@ -436,7 +539,8 @@ def test_every_prompt_comes_once_in_each_epoch_and_a_resumed_run_goes_on_with_th
     [
         ({"reward": None}, "--reward"), ({"reward": "nothing.py:here"}, "nothing.py"), ({"beta": -1.0}, "--beta"),
         ({"num_minibatches": 3}, "--num-minibatches"), ({"gae_lambda": 1.5}, "--gae-lambda"),
-        ({"gamma": 2.0}, "--gamma"),
+        ({"gamma": 2.0}, "--gamma"), ({"adaptive_kl": 0.0}, "--adaptive-kl"),
+        ({"adaptive_kl": 6.0, "beta": 0.0}, "--adaptive-kl"),
         ({"max_new_tokens": 40}, "tokens"), ({"prompt_column": "text"}, "--prompt-column"),
         ({"total_timesteps": 60}, "--total-timesteps"), ({"micro_batch_size": 3}, "--micro-batch-size"),
     ],
