@@ -1,30 +1,31 @@
 """Group-relative policy optimisation (GRPO): reinforcement learning of a language model without a value network.
 
-The policy writes a group of n replies to each prompt, and a reward scores them: a reward model, or a function that
+The policy writes a group of n replies y_i to each prompt x. A reward r_i scores each: a reward model or a function that
 checks the answer. A reply's advantage is how much better it is than its group [1]. Good replies get likelier, bad ones
-less likely, until the ratio to the policy that wrote them leaves a band, as in PPO [2]. The distance from the
-reference, the model at the start, has a price, in the reward r or in the loss (--kl). [3] estimates the distance.
+less likely, until the ratio to the policy that wrote them leaves a band, as in PPO [2]. A KL penalty keeps the policy
+near the reference, the model at the start; it is part of the reward r or of the loss (--kl), estimated by [3].
 
     [1] A_i = (r_i - mean(r)) / (std(r) + 0.0001)    --advantage grpo                      GRPO, Sec. 4.1.2
         A_i = r_i - mean(r)                          --advantage dr-grpo                   Dr. GRPO, Sec. 3.2
         A_i = r_i - mean(the others' r)              --advantage rloo                      RLOO, Sec. 2
     [2] L_i = -min(ratio A_i, clip(ratio, 1 - low, 1 + high) A_i), ratio = pi / pi_old     PPO, Eq. 7; DAPO: high > low
-        grpo: mean over y_i's tokens. dr-grpo: their sum / --max-new-tokens. rloo: y_i is one action, with one ratio
+        of tokens. grpo: mean over y_i's. dr-grpo: their sum / --max-new-tokens. rloo: one ratio, of the whole y_i
     [3] d = log pi - log pi_ref:   k1 = d,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d          Schulman 2020; GRPO, Eq. 4
         of a token, but in rloo's loss of the whole reply
     [4] maximise E[r] - beta KL(pi, pi_ref): pi* is proportional to pi_ref exp(r / beta)   DPO, Eq. 3, 4
 
-Which settings aim at [4]? The defaults do: at pi = pi_old, rloo's steps are on average [4]'s gradient if k1 is in the
-reward, or k2 in the loss. So are dr-grpo's with k1 in the reward, on a smaller scale. grpo's std changes the weight
-of the reward, hence beta, if the price is in the loss; if k1 is in the reward, pi* is a fixed point, as its
-advantages are 0. As values, k1 and k3 are unbiased. As losses they are not: k1's gradient is 0 on average, k3's
-that of KL(pi_ref, pi). GRPO's paper has grpo with k3 in the loss, which aims at another policy.
+Which settings follow the gradient of [4], on average and at pi = pi_old? rloo with k1 in the reward (the default) or k2
+in the loss; dr-grpo with k1 in the reward, on a smaller scale. Not grpo: its std rescales r, hence beta if the penalty
+is in the loss; with k1 in the reward, pi* is a fixed point: its advantages are 0. As values, k1 and k3 are unbiased.
+As losses, k1's gradient is 0 on average, and k3's is that of KL(pi_ref, pi): GRPO's paper, with grpo and k3 in the
+loss, has another optimum than pi*. In the reward, k2 and k3 would push the policy away from pi_ref: they are refused.
 
 Paper: Shao et al. 2024, arXiv:2402.03300. Dr. GRPO: arXiv:2503.20783. RLOO: arXiv:2402.14740. DAPO: arXiv:2503.14476.
-Differs from them: AdamW, whose rate rises, then falls to 0; the reference stays; no scores for parts of a reply; 0.0001
-in [1]; RLOO has one step for each batch, so no ratio.
+DPO: arXiv:2305.18290. Differs from them: AdamW, warm-up and decay of its rate; a fixed reference; std + 0.0001, with
+n - 1; rloo takes several clipped steps with a batch (RLOO: one, without a ratio); no scores for parts of a reply; a
+cut-off reply is scored as if it ended; of DAPO no dynamic sampling, no mean over a group's tokens, no overlong penalty.
 
-    python algorithms/grpo.py
+    python algorithms/grpo.py  # RLOO. GRPO: --advantage grpo --kl loss --kl-estimator k3 --beta 0.04
     python algorithms/grpo.py --model-name runs/SFT/model --dataset FILE.jsonl --reward FILE.py:function --kl none
 """
 
@@ -91,10 +92,10 @@ class Args:
     dataset_split: str | None = None  # None: train, or the only one
     prompt_column: str | None = None  # None: prompt, question, ...
     chat: bool = False  # write prompts with the chat template, as the user's
-    reward: list[str] | None = None  # FILE.py:function (prompt, reply) -> number, or a reward model's folder; several
+    reward: list[str] | None = None  # one or more: FILE.py:function (prompt, reply) -> number, or reward model's folder
     reward_weights: list[float] | None = None  # of several rewards, which are added up; None: 1 each
     max_length: int = 1024  # tokens of prompt and reply together; prompts that leave too little room are left out
-    max_new_tokens: int = 48  # of a reply, at most
+    max_new_tokens: int = 48  # of a reply, at most; drawn at temperature 1
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
@@ -109,19 +110,19 @@ class Args:
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
     learning_rate: float = 1e-3  # of AdamW; paper: 1e-6, which suits large models; with LoRA rather 1e-5
-    warmup: float = 0.05  # the learning rate falls to 0 over the whole run; in this share of it, it also rises from 0
+    warmup: float = 0.05  # the rate decays linearly to 0 over the run; in this first fraction it also rises from 0
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 1024
     group_size: int = 16  # n, replies to a prompt; paper: 64
-    num_minibatches: int = 4  # gradient steps with a batch; paper: 1
+    num_minibatches: int = 4  # minibatches in a batch, one gradient step each in each epoch; paper: 1
     update_epochs: int = 2  # passes over the batch; paper: 1
-    micro_batch_size: int | None = None  # replies of a pass with gradients, of one process; None: of a minibatch all
+    micro_batch_size: int | None = None  # replies in one forward and backward pass of a process; None: the minibatch
     write_batch_size: int = 512  # replies that one process writes at the same time
-    advantage: Literal["grpo", "dr-grpo", "rloo"] = "rloo"  # [1] and how a reply's loss is normalised [2]
+    advantage: Literal["grpo", "dr-grpo", "rloo"] = "rloo"  # [1] and how [2] is averaged; the paper's is grpo
     clip_low: float = 0.2  # [2] low
     clip_high: float = 0.2  # [2] high; DAPO: 0.28
-    kl: Literal["reward", "loss", "none"] = "reward"  # where the KL divergence has its price; paper: loss; DAPO: none
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # [3]; paper: k3
-    beta: float = 1.0  # [4] the price of a unit of KL divergence; paper: 0.04
+    kl: Literal["reward", "loss", "none"] = "reward"  # where the KL penalty is subtracted; paper: loss; DAPO: none
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # [3]; --kl reward needs k1, --kl loss k2 or k3; paper: k3
+    beta: float = 1.0  # [4] coefficient of the KL penalty; paper: 0.04
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
     weight_decay: float = 0.0  # of AdamW
     lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
@@ -167,12 +168,12 @@ def group_advantages(rewards: Tensor, kind: str) -> Tensor:
     """[1] (groups, n) -> (groups, n)"""
     centred = rewards - rewards.mean(1, keepdim=True)
     if kind == "rloo":
-        return centred * rewards.shape[1] / (rewards.shape[1] - 1)  # = r_i less the mean of the others' r
+        return centred * rewards.shape[1] / (rewards.shape[1] - 1)  # r_i - (sum - r_i) / (n - 1) = n / (n - 1) centred
     return centred / (rewards.std(1, keepdim=True) + 1e-4) if kind == "grpo" else centred
 
 
 def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: str) -> Tensor:
-    """[3] of KL(pi, pi_ref), for samples of pi."""
+    """[3] of KL(pi, pi_ref), from samples of pi (in a later step of a batch, pi_old's: an approximation)."""
     d = log_prob - ref_log_prob
     return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: (-d).exp() - 1 + d}[kind]()
 
@@ -189,7 +190,7 @@ def grpo_loss(
     log_prob: Tensor, old_log_prob: Tensor, ref_log_prob: Tensor,  # of the tokens of all replies, (N,) each
     lengths: list[int], advantages: Tensor, args: Args,  # of the replies, (B,)
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss of each reply, (B,), and METRICS, (4, B)."""
+    """The loss of each reply, (B,), and METRICS, (4, B): means over its tokens; of rloo, of the reply as a whole."""
     assert log_prob.shape == old_log_prob.shape == ref_log_prob.shape == (sum(lengths),)
     assert advantages.shape == (len(lengths),)
     if args.advantage == "rloo":  # a reply is one action
@@ -202,7 +203,7 @@ def grpo_loss(
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     policy_losses = -torch.min(ratio * advantages, clipped * advantages)  # [2]; minus: it is minimised
     kl = kl_estimate(log_prob, ref_log_prob, args.kl_estimator)
-    approx_kl = ratio - 1 - log_ratio  # from pi_old, of which these are samples: k3, never negative
+    approx_kl = ratio - 1 - log_ratio  # k3 estimate of KL(pi_old, pi), since the replies are pi_old's: never negative
     parts = policy_losses, kl, approx_kl, (ratio != clipped).float()
     parts = [sum_of_each(part, lengths) for part in parts]  # (B,) each
     scale = args.max_new_tokens if args.advantage == "dr-grpo" else sizes
@@ -238,7 +239,7 @@ def update(run: "Run", batch: list[tuple[Reply, float]], args: Args) -> dict[str
 
 
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Reply]:
-    """A reply to each prompt. The processes share the work; then each has them all."""
+    """A reply to each prompt. The processes share the work, then each has all. run: judges (of --reward), tokenizer."""
     found = {}
     for rows, ids, replies, log_prob, tensors in written_replies(run, prompts, seed, args):
         with reference_policy(run) as reference:
@@ -277,7 +278,7 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy and returns its last evaluation."""
+    """Trains a policy, returns its last evaluation. run: goes_on (evaluates, saves), bare (the policy), step, log."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         run.reference = None if args.lora_rank else copy.deepcopy(model).to(run.accelerator.device)
@@ -291,7 +292,7 @@ def train(args: Args) -> dict[str, float]:
             # 1. Act: a group of replies to each prompt
             replies = play(run, next(batches), f"{args.seed} {run.global_step}", args)
 
-            # 2. Compare each reply with its group. The price of the KL divergence is part of the reward, or of the loss
+            # 2. Compare each reply with its group. The KL penalty is part of the reward, or of the loss
             scores, kl = totals(replies, args)
             rewards = scores - args.beta * kl if args.kl == "reward" else scores
             advantages = group_advantages(rewards.view(-1, args.group_size), args.advantage).flatten()

@@ -1,27 +1,27 @@
 """Reinforcement learning from human feedback with PPO: fine-tune a language model by what a reward says of its replies.
 
 The state is a prompt and what is written of the reply, an action is the next token, an episode is a reply. The policy
-writes replies to a batch of prompts. A reward model, or a function, scores each at its end; every token pays for its
-distance from the reference, the model at the start [1]. Without that price the policy soon writes what only pleases the
-reward model. PPO then learns as in ppo.py: a value network V foresees what is still to come, GAE gives the advantages
-[2], the ratio is clipped [3]. The optimum is known [4]; DPO has the same. x is a prompt, y its reply, y_t a token, the
-last one, T, is the end token, if there is one; s_t is x and y_1 ... y_{t-1}, which is what V(s_t) has read.
+writes replies to a batch of prompts. A reward model, or a function, scores each at its end; each token costs beta times
+its log-ratio to the reference, the model at the start [1]. Without this KL penalty the policy soon exploits the errors
+of the reward model. PPO then learns as in ppo.py: a value network V predicts what is still to come, GAE gives the
+advantages [2], the ratio is clipped [3]. The best policy is known [4]; DPO starts there. x is a prompt, y its reply of
+tokens y_1 ... y_T, the last an end token unless the reply was cut off; s_t is x and y_1 ... y_{t-1}, all V(s_t) sees.
 
-    [1] r_t = -beta (log pi(y_t|s_t) - log pi_ref(y_t|s_t)), and + score(x, y) at t = T         Ziegler et al., Sec. 2
+    [1] r_t = -beta (log pi_old(y_t|s_t) - log pi_ref(y_t|s_t)), and + score(x, y) at t = T     InstructGPT, Sec. 3.5
     [2] delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lambda A_{t+1}        PPO, Eq. 11 and 12
-    [3] ratio_t = pi(y_t|s_t) / pi_old(y_t|s_t)                                   PPO, Sec. 3; old: when it was written
+    [3] ratio_t = pi(y_t|s_t) / pi_old(y_t|s_t), where pi_old wrote y; E: mean over all tokens  PPO, Sec. 3
         L_clip  = E[min(ratio_t A_t, clip(ratio_t, 1 - epsilon, 1 + epsilon) A_t)]              PPO, Eq. 7
         L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                             PPO, Eq. 9
     [4] E[score] - beta KL(pi, pi_ref) is largest for pi* proportional to pi_ref exp(score / beta)      DPO, Eq. 3, 4
-    [5] beta <- beta (1 + 0.1 clip(KL / target - 1, -0.2, 0.2))                                 Ziegler et al., Sec. 2
+    [5] beta <- beta (1 + 0.1 clip(KL / target - 1, -0.2, 0.2)), KL: the batch's, per reply     Ziegler et al., Sec. 2
 
-Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, the third step. Its Eq. 2 is [4] and a term for pretraining
-data. Ziegler et al. 2019, arXiv:1909.08593. Huang et al. 2024, arXiv:2403.17031. PPO: arXiv:1707.06347.
+Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155. Its Eq. 2 is [4] and a term for pretraining data. Ziegler et
+al. 2019, arXiv:1909.08593. Huang et al. 2024, arXiv:2403.17031. PPO: arXiv:1707.06347. DPO: arXiv:2305.18290.
 
 Differs from the papers:
-- Left out: InstructGPT's pretraining data (its PPO-ptx), its average of past weights, and scores shifted to mean 0.
-- AdamW; learning rates fall to 0. V starts as the policy with a new head, but if --reward is a model, as that model.
-- A reply without an end is scored as if it ended there, less --missing-eos-penalty; in Huang et al. it gets -1.
+- Left out: InstructGPT's pretraining data (PPO-ptx), moving average of the weights, and scores shifted to mean 0.
+- AdamW; learning rates fall to 0. If --reward is a function, V starts as the policy with a new output layer of zeros.
+- A reply cut off at --max-new-tokens is scored as if it ended there, less --missing-eos-penalty; Huang et al.: -1.
 
     python algorithms/ppo_rlhf.py [--model-name MODEL --dataset PROMPTS --reward REWARD_MODEL --beta 0.05]
 """
@@ -91,7 +91,7 @@ class Args:
     chat: bool = False  # write prompts with the chat template, as the user's
     reward: str | None = None  # scores a reply: FILE.py:function (prompt, reply) -> number, or a reward model's folder
     max_length: int = 1024  # tokens of prompt and reply together; prompts that leave too little room are left out
-    max_new_tokens: int = 48  # of a reply, at most
+    max_new_tokens: int = 48  # of a reply, at most; drawn at temperature 1, in Huang et al. at 0.7
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
@@ -107,19 +107,19 @@ class Args:
     # Algorithm
     learning_rate: float = 1e-3  # of AdamW, the policy's; large models need 1e-6 to 1e-5
     critic_learning_rate: float = 3e-3  # the value network's; paper: 9e-6
-    warmup: float = 0.1  # learning rates fall to 0 over the whole run; in this share of it, they also rise from 0
+    warmup: float = 0.1  # learning rates decay linearly to 0 over the run; in this first fraction they also rise from 0
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 512
-    num_minibatches: int = 8  # their number, not their size; paper: 8
+    num_minibatches: int = 8  # minibatches in a batch, one gradient step each in each epoch; paper: 8
     update_epochs: int = 2  # passes over the batch; paper: 1; Huang et al.: 4
-    micro_batch_size: int | None = None  # replies of a pass through a network, of one process; None: 64 or fewer
+    micro_batch_size: int | None = None  # replies in one forward pass of one process; None: a power of 2 up to 64
     write_batch_size: int = 512  # replies that one process writes at the same time
     gamma: float = 1.0  # [2] discount
-    gae_lambda: float = 1.0  # [2] lambda; Huang et al.: 0.95
-    beta: float = 1.0  # [1], [4] the price of a unit of KL divergence; paper: 0.02
-    adaptive_kl: float | None = None  # [5] the target of the KL divergence; --beta is the start; None: beta is fixed
+    gae_lambda: float = 1.0  # [2] lambda; with gamma 1 too, A_t is the return less V(s_t); Huang et al.: 0.95
+    beta: float = 1.0  # [1], [4] coefficient of the KL penalty; paper: 0.02
+    adaptive_kl: float | None = None  # [5] target of the KL per reply; --beta is the start; None: beta is fixed
     missing_eos_penalty: float = 0.0  # taken off the score of a reply that has not ended after --max-new-tokens
     clip_coef: float = 0.2  # [3] epsilon
-    clip_coef_vf: float | None = None  # V may move so far from V_old within a batch; Huang et al.: 0.2; None: any far
+    clip_coef_vf: float | None = None  # value loss: clip V to V_old +- this; Huang et al.: 0.2; None: no clipping
     vf_coef: float = 0.5  # weight of L_value [3]; V has its own weights: it matters for --max-grad-norm alone
     norm_adv: bool = True  # normalise the advantages of each batch
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
@@ -162,7 +162,7 @@ class ActorCritic(nn.Module):
         self.actor, self.critic, self.critic_head = actor, critic, head
         self.register_buffer("beta", torch.tensor(beta))  # a checkpoint holds it: [5] changes it
 
-    def values(self, ids: Tensor, targets: Tensor) -> Tensor:  # (B, T), (B, K) -> (N,)
+    def values(self, ids: Tensor, targets: Tensor) -> Tensor:  # (B, T), (B, K) -> (N,), V before each reply token
         states = self.critic(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, -targets.shape[1] :]
         with torch.autocast(ids.device.type, enabled=False):  # bfloat16 rounds 5 to 1/32
             return self.critic_head(states.float()).squeeze(-1)[targets != -100]
@@ -184,7 +184,7 @@ def token_rewards(old_log_prob: Tensor, ref_log_prob: Tensor, scores: Tensor, le
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation. All are (B, T), and 0 behind the end of a reply: nothing comes after it."""
+    """Generalised advantage estimation of (B, T), padded with 0: V after the last token is 0, even if it is no end."""
     next_values = torch.cat((values[:, 1:], torch.zeros_like(values[:, :1])), 1)
     deltas = rewards + gamma * next_values - values  # [2]
     advantages, advantage = torch.empty_like(deltas), 0.0
@@ -199,12 +199,12 @@ def whitened(x: Tensor, is_token: Tensor) -> Tensor:
 
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
-    """[5] The price rises while the divergence is above its target, and falls while it is below."""
+    """[5] Beta rises while the KL divergence is above its target, and falls while it is below."""
     return beta * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def ppo_loss(log_prob, values, old_log_prob, old_values, advantages, returns, args: Args) -> tuple[Tensor, dict]:
-    """The loss and its metrics, of (N,) tensors: two of the networks as they are now, four that the batch fixes."""
+    """Loss and metrics of (N,) tensors, one entry per reply token: two from the current networks, four fixed."""
     assert log_prob.shape == values.shape == old_log_prob.shape == old_values.shape == advantages.shape == returns.shape
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
@@ -217,7 +217,7 @@ def ppo_loss(log_prob, values, old_log_prob, old_values, advantages, returns, ar
     value_loss = value_losses.mean()
     loss = policy_loss + args.vf_coef * value_loss
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
-    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # k3 of joschu.net/blog/kl-approx.html: never negative
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # KL(pi_old, pi) by k3, joschu.net/blog/kl-approx.html: >= 0
     metrics["clipfrac"] = (ratio != clipped_ratio).float().mean()  # share of ratios outside of 1 +- epsilon
     return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
@@ -238,7 +238,7 @@ def update(run: "Run", rows: Iterator[tuple[Episode, list, list]], args: Args) -
                 numbers = [torch.tensor([*itertools.chain(*rows)], device=ids.device) for rows in numbers]  # (N,) each
                 with run.accelerator.accumulate(run.model):  # after the last micro-batch, an update with all gradients
                     loss, metrics = ppo_loss(*run.model(ids, targets), *numbers, args)
-                    # The mean over the minibatch's tokens: accelerate takes that over micro-batches of any length
+                    # accelerate averages over micro-batches; this weight makes it the mean over the minibatch's tokens
                     weight = len(numbers[0]) / (num_tokens * size / minibatch_size)
                     grad_norm = run.step(loss * weight)
                 parts.append({name: value * weight for name, value in metrics.items()})
@@ -249,7 +249,7 @@ def update(run: "Run", rows: Iterator[tuple[Episode, list, list]], args: Args) -
 
 
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episode]:
-    """An episode for each prompt. The processes share the work; then each has them all."""
+    """An episode for each prompt. Processes share the work, then each has all. run: judges (--reward), ends, agent."""
     episodes = {}
     for rows, ids, replies, log_prob, tensors in written_replies(run, prompts, seed, args):
         with reference_policy(run) as reference:
@@ -275,7 +275,7 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy and returns its last evaluation."""
+    """Trains a policy, returns its last evaluation. run: goes_on (evaluates, saves), bare (the networks), step, log."""
     with contextlib.closing(Run(args)) as run:
         agent, optimizer = make_agent(run, args)
         prompts, held_out = training_and_held_out_prompts(run, agent.actor, args)
@@ -332,7 +332,7 @@ def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimiz
     run.reference = None if args.lora_rank else copy.deepcopy(actor).to(run.accelerator.device)
     start = args.model_name if ".py:" in args.reward else args.reward  # a reward model knows what makes a reply good
     if not run.tokenizer.get_vocab().items() <= load_tokenizer(start).get_vocab().items():
-        start = args.model_name  # that one reads other tokens
+        start = args.model_name  # the reward model numbers tokens differently: as a value network it could not read ids
     critic = load_model(start, AutoModelForSequenceClassification, args)
     actor = make_trainable(actor, "CAUSAL_LM", args)
     critic, head = make_trainable(critic.base_model, "FEATURE_EXTRACTION", args), critic.score.float()

@@ -296,9 +296,9 @@ FACTS = {
             "update_epochs": 1, "max_grad_norm": 0.01, "weight_decay": 10.0, "lora_rank": 2, "max_new_tokens": 3,
             "advantage": "grpo", "clip_low": 0.001, "clip_high": 0.001, "kl": "none", "beta": 0.1,
             # tested in test_grpo.py
-            "kl_estimator": None, "model_name": None, "dataset": None, "dataset_config": None, "prompt_column": None, "chat": None,
+            "model_name": None, "dataset": None, "dataset_config": None, "prompt_column": None, "chat": None,
             "reward": None, "reward_weights": None, "max_length": None, "micro_batch_size": None,
-            "write_batch_size": None, "gradient_checkpointing": None, "load_in_4bit": None,
+            "write_batch_size": None, "gradient_checkpointing": None, "load_in_4bit": None, "kl_estimator": None,
             "checkpoint_frequency": None,
         },
         mistakes={

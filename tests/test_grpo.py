@@ -375,8 +375,8 @@ def written(folders, count, name="gpt2", **changes):
     args = arguments(folders, name, **changes)
     run = types.SimpleNamespace(global_step=0)
     run.accelerator = types.SimpleNamespace(
-        device="cpu", mixed_precision="no", print=lambda *_: None, autocast=grpo.contextlib.nullcontext, reduce=lambda x, _: x,
-        accumulate=lambda _: grpo.contextlib.nullcontext(),
+        device="cpu", print=lambda *_: None, autocast=grpo.contextlib.nullcontext, reduce=lambda x, _: x,
+        mixed_precision="no", accumulate=lambda _: grpo.contextlib.nullcontext(),
     )  # fmt: skip
     model = grpo.load(run, args.model_name, args)
     prompts, _ = grpo.training_and_held_out_prompts(run, model, args)
