@@ -105,7 +105,7 @@ class Args:
     eval_replies: int = 256  # replies that the policy writes in an evaluation, to prompts held out if there are many
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
-    learning_rate: float = 1e-3  # of AdamW, the policy's; large models need 1e-6 to 1e-5
+    learning_rate: float = 5e-4  # of AdamW, the policy's; large models need 1e-6 to 1e-5
     critic_learning_rate: float = 3e-3  # the value network's; paper: 9e-6
     warmup: float = 0.1  # learning rates decay linearly to 0 over the run; in this first fraction they also rise from 0
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 512
