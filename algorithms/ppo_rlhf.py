@@ -9,7 +9,7 @@ tokens y_1 ... y_T, the last an end token unless the reply was cut off; s_t is x
 
     [1] r_t = -beta (log pi_old(y_t|s_t) - log pi_ref(y_t|s_t)), and + score(x, y) at t = T     InstructGPT, Sec. 3.5
     [2] delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lambda A_{t+1}        PPO, Eq. 11 and 12
-    [3] ratio_t = pi(y_t|s_t) / pi_old(y_t|s_t), where pi_old wrote y; E: mean over all tokens  PPO, Sec. 3
+    [3] ratio_t = pi(y_t|s_t) / pi_old(y_t|s_t), where pi_old wrote y; E: mean over tokens      PPO, Sec. 3
         L_clip  = E[min(ratio_t A_t, clip(ratio_t, 1 - epsilon, 1 + epsilon) A_t)]              PPO, Eq. 7
         L_value = E[(V(s_t) - R_t)^2]  with  R_t = A_t + V_old(s_t)                             PPO, Eq. 9
     [4] E[score] - beta KL(pi, pi_ref) is largest for pi* proportional to pi_ref exp(score / beta)      DPO, Eq. 3, 4
@@ -354,7 +354,7 @@ def evaluate_saved(args: Args) -> dict[str, float]:
         _, held_out = training_and_held_out_prompts(run, run.actor, args)
         if args.adaptive_kl is not None:
             saved = torch.load(f"{args.run_dir}/checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
-            args.beta = saved["model"]["beta"].item()  # [5] has changed it
+            args.beta = saved["model"]["beta"].item()  # as [5] left it
         show(run, held_out, args)
         return evaluate(run, held_out, args)
 
