@@ -476,7 +476,11 @@ DQN_DEFAULTS = {  # of our script, but for what SBX lacks; it learns earlier, so
 }  # fmt: skip
 
 
-def beside_sbx(work: Work, note: str = "", **settings: bool) -> Work:
+def compiled(work: Work) -> Work:
+    return replace(work, settings=work.settings | {"compile": True}, note=f"{work.note} compiled".strip())
+
+
+def beside_sbx(work: Work, **settings: bool) -> Work:
     """The same work, but with Stable Baselines in JAX as the peer.
 
     Its DQN has no Huber loss, never clips, and moves the target at most once in a step of all environments.
@@ -486,8 +490,7 @@ def beside_sbx(work: Work, note: str = "", **settings: bool) -> Work:
         settings.pop("max_grad_norm", None)
     peer = work.peer.replace("stable-baselines3", "SBX")
     time_peer = partial(work.time_peer, library="sbx")
-    note = " ".join(filter(None, [work.note, note, "beside SBX"]))
-    return replace(work, peer=peer, time_peer=time_peer, note=note, settings=settings)
+    return replace(work, peer=peer, time_peer=time_peer, note=f"{work.note} beside SBX".strip(), settings=settings)
 
 
 WORKS = [
@@ -499,14 +502,16 @@ WORKS = [
     maddpg_work(),
     ppo_work("CartPole-v1", 4, 2),
     ppo_work("LunarLander-v3", 8, 4),
+    compiled(ppo_work("LunarLander-v3", 8, 4)),
     td3_work("HalfCheetah-v5", 17, 6),
     sac_work("HalfCheetah-v5", 17, 6),
 ]
 BESIDE_SBX = [
     beside_sbx(ppo_work("LunarLander-v3", 8, 4)),
+    beside_sbx(compiled(ppo_work("LunarLander-v3", 8, 4))),
     beside_sbx(dqn_work("CartPole-v1", 4, 2, num_envs=1), huber=False),
     beside_sbx(dqn_work("CartPole-v1", 4, 2, num_envs=8, settings=DQN_DEFAULTS)),
-    beside_sbx(dqn_work("CartPole-v1", 4, 2, num_envs=8, settings=DQN_DEFAULTS), "compiled", compile=True),
+    beside_sbx(compiled(dqn_work("CartPole-v1", 4, 2, num_envs=8, settings=DQN_DEFAULTS))),
     beside_sbx(td3_work("HalfCheetah-v5", 17, 6)),
     beside_sbx(sac_work("HalfCheetah-v5", 17, 6)),
 ]
@@ -514,7 +519,7 @@ WORKS += BESIDE_SBX
 
 ACTING = "--eval-episodes 1 --eval-frequency 1000 --checkpoint-frequency 1000"
 STARTS = {  # what a script can't do without, and the flags of a run of one learning step
-    "q_learning": ("gymnasium", f"--env-id FrozenLake-v1 --total-timesteps 1 {ACTING}"),
+    "q_learning": ("gymnasium, torch", f"--env-id FrozenLake-v1 --total-timesteps 1 {ACTING}"),
     "reinforce": ("gymnasium, torch", f"--env-id CartPole-v1 --num-steps 1 --total-timesteps 20 {ACTING}"),  # 1 episode
     "dqn": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --total-timesteps 2 --learning-starts 1 {ACTING}"),
     "ppo": ("gymnasium, torch", f"--env-id CartPole-v1 --num-envs 1 --num-steps 1 --num-minibatches 1 "
