@@ -22,8 +22,7 @@ Differs from the papers:
 - AdamW, not RMSprop; batches of similar length; bfloat16 autocast on CUDA. The learning rate falls to 0, see --warmup.
 - ipo sums over a reply's tokens, as the DPO authors' code does; TRL takes their mean.
 - Pairs longer than --max-length are left out; the authors cut them. Sampled replies that are cut count as ended.
-- The reference is the model as given; DPO first fits it to the preferred replies if another model wrote them.
-- Left out: RSO's sampling of new pairs, Iterative RPO's further rounds.
+- The reference is the model as given, not first fitted to the preferred replies. RSO's and RPO's rounds are left out.
 
     python algorithms/dpo.py
     torchrun --nproc-per-node 8 algorithms/dpo.py --model-name Qwen/Qwen3-0.6B --dataset FILE.jsonl --learning-rate 1e-6
@@ -362,13 +361,14 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
 def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) -> tuple[list[Pair], list[Pair]]:
     limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
     read = functools.partial(read_pairs, tokenizer=tokenizer, limit=limit, args=args)
-    if args.evaluate and args.dataset != saved_args(args.run_dir).dataset:
-        return [], read(args.dataset, args.dataset_split)  # --evaluate with another --dataset: all of it
+    of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
+    if any(getattr(args, x) != getattr(of_run, x) for x in ("dataset", "dataset_config", "dataset_split")):
+        return [], read(args.dataset, args.dataset_split)  # other data: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
         pairs = [] if args.evaluate else read(args.dataset, args.dataset_split)
     else:
-        pairs, held_out = hold_out(read(args.dataset, args.dataset_split), args)
+        pairs, held_out = hold_out(read(args.dataset, args.dataset_split), of_run)
     if len(pairs) < args.batch_size and not args.evaluate:
         raise UsageError(f"{len(pairs)} pairs to learn from are fewer than --batch-size {args.batch_size}")
     return pairs, held_out

@@ -13,10 +13,9 @@ Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155. Before it: Christiano
 Stiennon et al. 2020, arXiv:2009.01325.
 
 Differs from the papers:
-- A new head starts at 0, not at random, so that no reply is preferred at first.
+- A new head starts at 0, not at random: at first no reply is preferred. Rewards are not shifted to a mean of 0.
 - Each pair is shuffled on its own; Ouyang et al. keep all pairs of a prompt in one batch, against overfitting.
-- AdamW; batches of similar length; bfloat16 autocast on CUDA. The learning rate falls to 0, see --warmup.
-- Pairs longer than --max-length are left out. Rewards are not shifted to a mean of 0 afterwards.
+- AdamW; batches of similar length, without pairs longer than --max-length. The learning rate falls to 0.
 - Left out of Christiano et al., who judge behaviour: sums over a clip's steps, an ensemble, ties, random labels.
 
     python algorithms/reward_model.py
@@ -330,13 +329,14 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
 def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) -> tuple[list[Pair], list[Pair]]:
     limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
     read = functools.partial(read_pairs, tokenizer=tokenizer, limit=limit, args=args)
-    if args.evaluate and args.dataset != saved_args(args.run_dir).dataset:
-        return [], read(args.dataset, args.dataset_split)  # --evaluate with another --dataset: all of it
+    of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
+    if any(getattr(args, x) != getattr(of_run, x) for x in ("dataset", "dataset_config", "dataset_split")):
+        return [], read(args.dataset, args.dataset_split)  # other data: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
         pairs = [] if args.evaluate else read(args.dataset, args.dataset_split)
     else:
-        pairs, held_out = hold_out(read(args.dataset, args.dataset_split), args)
+        pairs, held_out = hold_out(read(args.dataset, args.dataset_split), of_run)
     if len(pairs) < args.batch_size and not args.evaluate:
         raise UsageError(f"{len(pairs)} pairs to learn from are fewer than --batch-size {args.batch_size}")
     return pairs, held_out

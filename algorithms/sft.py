@@ -17,8 +17,7 @@ it has not seen. On the default task the entropy is known: a grammar wrote the d
 Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, stage 1.
 
 Differs from the paper:
-- No dropout; the paper has 0.2. Adam's beta2 is 0.98, not 0.95.
-- The learning rate falls to 0 in a straight line, see --warmup; the paper's falls, as a cosine, to a tenth.
+- No dropout (paper: 0.2). Adam's beta2 is 0.98 (0.95). The rate falls linearly to 0 (as a cosine, to a tenth).
 - The model that is kept is the last one, not the one that a reward model likes best.
 
     python algorithms/sft.py
@@ -314,18 +313,19 @@ def read_demonstrations(source: str, split: str | None, tokenizer: Tokenizer, li
 def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) -> tuple[list, list]:
     limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
     read = functools.partial(read_demonstrations, tokenizer=tokenizer, limit=limit, args=args)
-    if args.evaluate and args.dataset != saved_args(args.run_dir).dataset:
-        return [], read(args.dataset, args.dataset_split)  # --evaluate with another --dataset: all of it
+    of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
+    if any(getattr(args, x) != getattr(of_run, x) for x in ("dataset", "dataset_config", "dataset_split")):
+        return [], read(args.dataset, args.dataset_split)  # other data: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
         return [] if args.evaluate else read(args.dataset, args.dataset_split), held_out
     rows, held_out, groups = read(args.dataset, args.dataset_split), [], {}
-    size = max(min(args.eval_demonstrations, len(rows) // 10), 1)
-    for row in random.Random(args.seed).sample(rows, len(rows)):
+    size = max(min(of_run.eval_demonstrations, len(rows) // 10), 1)
+    for row in random.Random(of_run.seed).sample(rows, len(rows)):
         groups.setdefault(str(row.prompt), []).append(row)
     for group in groups.values():  # what is held out has no prompt in common with the rest
         held_out += group if len(held_out) + len(group) <= size else []
-    held_out = held_out or random.Random(args.seed).sample(rows, size)  # there are few prompts
+    held_out = held_out or random.Random(of_run.seed).sample(rows, size)  # there are few prompts
     ids = {id(row) for row in held_out}
     rows = [row for row in rows if id(row) not in ids]
     if len(rows) < args.batch_size and not args.evaluate:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from transformers import (
     Gemma3Config,
 )
 
-from algorithms import dpo
+from algorithms import dpo, reward_model, sft
 
 SCRIPT = ROOT / "algorithms" / "dpo.py"
 
@@ -652,6 +653,26 @@ def test_held_out_pairs_share_no_prompt_with_the_others(folders):
     assert (len(pairs), len(held_out)) == (90, 7)
     with pytest.raises(dpo.UsageError, match=r"81 pairs .* --batch-size 90"):
         dpo.training_and_held_out(tokenizer, model, dpo.Args(dataset="d.jsonl", batch_size=90))
+
+
+@pytest.mark.parametrize("script", [dpo, reward_model, sft])
+def test_evaluate_asks_what_the_run_held_out(script, folders, monkeypatch, tmp_path):
+    """Also with another seed, or another number of rows. Of other data the run may have learned nothing: all of it."""
+    monkeypatch.chdir(tmp_path)
+    data = [{"prompt": f"{'a' * i} ", "chosen": "b c", "rejected": "d"} for i in range(90)]
+    write_jsonl(
+        Path("d.jsonl"), [{"prompt": row["prompt"], "completion": "b"} for row in data] if script is sft else data
+    )
+    tokenizer, model = tokenizer_of("gemma"), AutoModelForCausalLM.from_pretrained(folders / "gpt2")
+    of_run = script.Args(dataset="d.jsonl", run_dir="run", seed=3)
+    monkeypatch.setattr(script, "saved_args", lambda _: of_run)
+    _, held_out = script.training_and_held_out(tokenizer, model, of_run)
+    number = "eval_demonstrations" if script is sft else "eval_pairs"
+    for flags in {}, {"seed": 4}, {number: 2}:
+        args = replace(of_run, evaluate=True, **flags)
+        assert script.training_and_held_out(tokenizer, model, args)[1] == held_out, flags
+    args = replace(of_run, evaluate=True, dataset_split="train[:50]")
+    assert len(script.training_and_held_out(tokenizer, model, args)[1]) == 50
 
 
 def test_evaluating_another_dataset_judges_all_of_it(folders, capsys):
