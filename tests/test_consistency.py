@@ -232,7 +232,8 @@ def attributes_of(tree, name):
 
 @each_script
 def test_every_flag_is_read_and_every_read_is_a_flag(path):
-    read = attributes_of(TREES[path], "args")  # args.x and self.args.x
+    # args.x and self.args.x; of_run: the arguments of the run that --evaluate looks at
+    read = attributes_of(TREES[path], "args") | attributes_of(TREES[path], "of_run")
     assert {*fields(path)} <= read | attributes_of(args_class(path), "self")
     methods = {node.name for node in args_class(path).body if isinstance(node, ast.FunctionDef)}
     assigned = [node for node in args_class(path).body if isinstance(node, ast.Assign)]  # num_envs = 1
