@@ -311,9 +311,10 @@ def train(args: Args) -> dict[str, float]:
             "alpha_optimizer": torch.optim.Adam([agent.log_alpha], args.q_lr, fused=True),
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
+        run.envs[0].reset(seed=args.seed)  # its functions may need what that sets
+        goals = Goals(args, run.envs[0].unwrapped)
         buffer = HindsightReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
-        goals = Goals(args, run.envs[0].unwrapped)  # after run.start has reset the environment
         while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: one step in each of N environments
             obs, first_step = run.obs, run.global_step  # before run.step, which changes both
