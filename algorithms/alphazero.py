@@ -22,7 +22,7 @@ Differs from the paper:
 - Games run side by side in one process; the network learns between their moves. No game is resigned or cut short.
 - The network sees one position, not the last 8, and who is to move. At the root N(s) is 1 more than in the pseudocode.
 - Games of self-play begin with a few random moves, so that the network also learns positions that follow mistakes.
-- Q is from -1 to 1, and 0 for an untried move, as in AlphaGo Zero. In the pseudocode it is from 0 to 1, untried: 0.
+- Q is from -1 to 1, and 0 for an untried move, as in AlphaGo Zero. In the pseudocode an untried move counts as lost.
 - The network is an MLP, or residual blocks without batch normalisation. Both heads share one layer after 4 channels.
 - The optimiser is AdamW; its weight decay is the last term of [5]. Illegal moves are masked out of the loss as well.
 
@@ -96,7 +96,7 @@ class Args:
     dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer moves get most of the noise; paper: 0.3 chess, 0.03 Go
     noise_fraction: float = 0.25  # [3] epsilon
     temperature: float = 1.0  # a move of self-play has probability ~ N ** (1 / temperature); 0: the most visited move
-    temperature_moves: int = 30  # of a game, drawn so; every later move is the one with the most visits
+    temperature_moves: int = 30  # of a game, moves that are drawn; every later move is the one with the most visits
     random_moves: int = 6  # a game of self-play begins with 0 to so many random moves; paper: 0
     num_blocks: int = 0  # residual blocks; 0: no convolutions, which is enough for tiny boards; paper: 19
     num_channels: int = 64  # of a convolution; paper: 256

@@ -22,7 +22,7 @@ Differs from the papers:
 - AdamW, not RMSprop; batches of similar length; bfloat16 autocast on CUDA. The learning rate falls to 0, see --warmup.
 - ipo sums over a reply's tokens, as the DPO authors' code does; TRL takes their mean.
 - Pairs longer than --max-length are left out; the authors cut them. Sampled replies that are cut count as ended.
-- The reference is the model as given, not first fitted to the preferred replies. RSO's and RPO's rounds are left out.
+- The reference is the model as given, not first fitted to the preferred replies. No new pairs (RSO, Iterative RPO).
 
     python algorithms/dpo.py
     torchrun --nproc-per-node 8 algorithms/dpo.py --model-name Qwen/Qwen3-0.6B --dataset FILE.jsonl --learning-rate 1e-6
@@ -640,7 +640,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # bfloat16 rounds 5 to 1/32
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # float32: bfloat16 rounds 5 to 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 

@@ -9,7 +9,7 @@ near the reference, the model at the start; it is part of the reward r or of the
         A_i = r_i - mean(r)                          --advantage dr-grpo                   Dr. GRPO, Sec. 3.2
         A_i = r_i - mean(the others' r)              --advantage rloo                      RLOO, Sec. 2
     [2] L_i = -min(ratio A_i, clip(ratio, 1 - low, 1 + high) A_i), ratio = pi / pi_old     PPO, Eq. 7; DAPO: high > low
-        of tokens. grpo: mean over y_i's. dr-grpo: their sum / --max-new-tokens. rloo: one ratio, of the whole y_i
+        one for each token. grpo: their mean. dr-grpo: their sum / --max-new-tokens. rloo: one ratio, of the whole y_i
     [3] d = log pi - log pi_ref:   k1 = d,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d          Schulman 2020; GRPO, Eq. 4
         of a token, but in rloo's loss of the whole reply
     [4] maximise E[r] - beta KL(pi, pi_ref): pi* is proportional to pi_ref exp(r / beta)   DPO, Eq. 3, 4
@@ -18,7 +18,7 @@ Which settings follow the gradient of [4], on average and at pi = pi_old? rloo w
 in the loss; dr-grpo with k1 in the reward, on a smaller scale. Not grpo: its std rescales r, hence beta if the penalty
 is in the loss; with k1 in the reward, pi* is a fixed point: its advantages are 0. As values, k1 and k3 are unbiased.
 As losses, k1's gradient is 0 on average, and k3's is that of KL(pi_ref, pi): GRPO's paper, with grpo and k3 in the
-loss, has another optimum than pi*. In the reward, k2 and k3 would push the policy away from pi_ref: they are refused.
+loss, has another optimum than pi*. In the reward, k2 and k3 can push the policy away from pi_ref: they are refused.
 
 Paper: Shao et al. 2024, arXiv:2402.03300. Dr. GRPO: arXiv:2503.20783. RLOO: arXiv:2402.14740. DAPO: arXiv:2503.14476.
 DPO: arXiv:2305.18290. Differs from them: AdamW, warm-up and decay of its rate; a fixed reference; std + 0.0001, with
@@ -553,7 +553,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # bfloat16 rounds 5 to 1/32
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # float32: bfloat16 rounds 5 to 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 

@@ -311,7 +311,7 @@ def train(args: Args) -> dict[str, float]:
             "alpha_optimizer": torch.optim.Adam([agent.log_alpha], args.q_lr, fused=True),
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
-        run.envs[0].reset(seed=args.seed)  # its functions may need what that sets
+        run.envs[0].reset(seed=args.seed)  # compute_reward may need what this sets
         goals = Goals(args, run.envs[0].unwrapped)
         buffer = HindsightReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds

@@ -1,9 +1,9 @@
 """MuZero: AlphaZero's search in a model that is learned, so that nobody has to tell it the rules.
 
-Three networks: h makes an observation a latent state s. g gives an action's reward and the next state. f gives p_a, the
-probability of each action, and v, the discounted sum of rewards to come. Nothing predicts observations.
+Three networks: h turns an observation into a latent state s. g gives an action's reward and the next state. f gives
+p_a, the probability of each action, and v, the discounted sum of rewards to come. Nothing predicts observations.
 
-    [1] in the tree: a = argmax_a Q(s, a) + C(s) P(s, a) sqrt(N(s)) / (1 + N(s, a))
+    [1] in the tree: a = argmax_a Q(s, a) + C(s) P(s, a) sqrt(N(s)) / (1 + N(s, a))                       AlphaZero
         C(s) = log((1 + N(s) + c_base) / c_base) + c_init
     [2] backup: G = r + gamma G', N(s, a) <- N(s, a) + 1, W(s, a) <- W(s, a) + G, Q(s, a) = W(s, a) / N(s, a)
     [3] at the root: P(s, a) = (1 - epsilon) p_a + epsilon eta_a, eta ~ Dirichlet(alpha)             AlphaGo Zero
@@ -12,7 +12,7 @@ probability of each action, and v, the discounted sum of rewards to come. Nothin
     [6] loss: l = sum_k (CE(u_t+k-1, r_k) + CE(z_t+k, v_k) + CE(pi_t+k, p_k)) + c ||theta||^2
     [7] scale: S(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
 
-P is p but at the root. N(s) is 1 + sum_a N(s, a). In [1] Q is scaled to 0 ... 1, by the least and largest of its tree.
+P is p, except in [3]. N(s) is 1 + sum_a N(s, a). In [1] Q is scaled to 0 ... 1, by the least and largest of its tree.
 G' is G one step deeper, at the end v. With two players it is the other one's: G', u and nu change sign. u_t is the
 reward of a_t (paper: u_t+1), nu the mean G of a search's root, pi the shares of its visits. k goes from 0 to K, for r
 from 1, and each k > 0 weighs 1 / K. CE is cross entropy. r and v are distributions over integers, in games without S.
@@ -22,7 +22,7 @@ Paper: Schrittwieser et al. 2020, arXiv:1911.08265, doi:10.1038/s41586-020-03051
 Differs from the paper:
 - Environments run side by side in one process, and the model, of MLPs, learns between their steps, by AdamW.
 - h sees one observation (paper: 8 to 100). Latent states have mean 0 and variance 1 (paper: from 0 to 1).
-- Games have a reward at their end, and then v is 0. v is a distribution (paper: a number). A few random moves begin.
+- Games begin with a few random moves. They have a reward at their end, then v is 0. v is not a number, see above.
 - Replay is uniform, of finished episodes, without Reanalyze. Where a time limit ends one, its last v is the bootstrap.
 - An untried action counts as the mean of the tried ones (pseudocode: the worst). N(s) is 1 more than in the paper.
 
@@ -96,7 +96,7 @@ class Args:
     noise_fraction: float = 0.25  # [3] epsilon
     temperature: float = 1.0  # actions are drawn from N ** (1 / temperature); 0: the action with the most visits
     final_temperature: float = 0.25  # temperature falls to it linearly over the run; paper: 1, 0.5, 0.25 (Atari)
-    temperature_moves: int = 30  # in games, later moves are not drawn: they have the most visits
+    temperature_moves: int = 30  # of a game, moves that are drawn; every later move is the one with the most visits
     random_moves: int = 6  # a game of self-play begins with 0 to so many random moves; paper: 0
     gamma: float = 0.997  # discount; paper: 1 in board games
     td_steps: int = 50  # [5] n; paper: 10 (Atari), to the end (board games)
@@ -154,7 +154,7 @@ class Network(nn.Module):
     def __init__(self, args: Args, obs_shape: tuple[int, ...], action_space: gym.Space):
         super().__init__()
         self.obs_shape, self.action_space, self.is_game = obs_shape, action_space, is_game(args.env_id)
-        self.num_actions, atoms = int(action_space.n), 2 * args.support_size + 1  # atoms: the integers
+        self.num_actions, atoms = int(action_space.n), 2 * args.support_size + 1  # atoms: the integers of r and v
         self.h = two_layers(*obs_shape, args.hidden_size, args.latent_size)
         self.g = two_layers(args.latent_size + self.num_actions, args.hidden_size, args.latent_size)
         self.norm = nn.LayerNorm(args.latent_size, elementwise_affine=False)  # numbers do not grow from step to step
@@ -215,7 +215,7 @@ class Tree:
         self.child = np.full(moves, -1)  # the node to which an action leads; -1: none yet
         self.reward = np.zeros(nodes)  # of the step that led to a node
         game = is_game(args.env_id)
-        lowest, highest = (-1.0, 1.0) if game else (1e30, -1e30)  # of Q in a tree; where there is no game, none yet
+        lowest, highest = (-1.0, 1.0) if game else (1e30, -1e30)  # of Q in a tree; known in games, elsewhere none yet
         self.lowest, self.highest = np.full(len(legal), lowest), np.full(len(legal), highest)
         self.discount = -args.gamma if game else args.gamma  # what is good for the other player is bad for this one
 

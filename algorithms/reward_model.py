@@ -15,7 +15,7 @@ Stiennon et al. 2020, arXiv:2009.01325.
 Differs from the papers:
 - A new head starts at 0, not at random: at first no reply is preferred. Rewards are not shifted to a mean of 0.
 - Each pair is shuffled on its own; Ouyang et al. keep all pairs of a prompt in one batch, against overfitting.
-- AdamW; batches of similar length, without pairs longer than --max-length. The learning rate falls to 0.
+- AdamW, its rate falling to 0; bfloat16 autocast on CUDA; batches of similar length, no pairs above --max-length.
 - Left out of Christiano et al., who judge behaviour: sums over a clip's steps, an ensemble, ties, random labels.
 
     python algorithms/reward_model.py
@@ -595,7 +595,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # bfloat16 rounds 5 to 1/32
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # float32: bfloat16 rounds 5 to 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 

@@ -17,7 +17,7 @@ it has not seen. On the default task the entropy is known: a grammar wrote the d
 Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, stage 1.
 
 Differs from the paper:
-- No dropout (paper: 0.2). Adam's beta2 is 0.98 (0.95). The rate falls linearly to 0 (as a cosine, to a tenth).
+- No dropout (paper: 0.2). Adam's beta2 is 0.98 (paper: 0.95). The rate falls linearly to 0 (paper: cosine, to a tenth).
 - The model that is kept is the last one, not the one that a reward model likes best.
 
     python algorithms/sft.py
@@ -575,7 +575,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # bfloat16 rounds 5 to 1/32
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # float32: bfloat16 rounds 5 to 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 

@@ -649,6 +649,7 @@ def test_actions_that_do_not_begin_at_0(tmp_path):
 def test_a_player_who_moves_twice_in_a_row_is_refused(tmp_path):
     """In mancala a last stone in one's own store gives another move; the search would take it for the other's."""
     args = {"num_simulations": 2, "eval_simulations": 1, "eval_episodes": 1, "opponent_simulations": 1}
+    args |= {"total_timesteps": 400, "eval_frequency": 400}
     with pytest.raises(mz.UsageError, match=r"--env-id mancala.*: a player moves twice in a row"):
         mz.train(mz.Args("mancala", run_dir=str(tmp_path / "run"), **args))
 
