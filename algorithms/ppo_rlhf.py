@@ -353,8 +353,11 @@ def evaluate_saved(args: Args) -> dict[str, float]:
         run.reference = load_model(args.model_name, AutoModelForCausalLM, args).to(run.accelerator.device)
         _, held_out = training_and_held_out_prompts(run, run.actor, args)
         if args.adaptive_kl is not None:
-            saved = torch.load(f"{args.run_dir}/checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
-            args.beta = saved["model"]["beta"].item()  # as [5] left it
+            try:
+                saved = torch.load(f"{args.run_dir}/checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
+                args.beta = saved["model"]["beta"].item()  # as [5] left it
+            except Exception as error:  # a damaged file can raise anything
+                raise UsageError(f"checkpoint.pt in --run-dir, which has beta, can't be read: {error!r:.200}") from None
         show(run, held_out, args)
         return evaluate(run, held_out, args)
 

@@ -520,6 +520,12 @@ def test_evaluations_have_the_beta_that_the_run_has_come_to(folder):
     assert result["eval/rlhf_reward"] == pytest.approx(result["eval/reward"] - beta * result["eval/kl"], abs=1e-6)
     again = ppo_rlhf.evaluate_saved(ppo_rlhf.saved_args("run", evaluate=True))
     assert again == pytest.approx(result, abs=1e-5)
+    checkpoint = Path("run/checkpoint.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    for _ in range(2):  # cut short, then gone
+        with pytest.raises(ppo_rlhf.UsageError, match=r"checkpoint\.pt"):
+            ppo_rlhf.evaluate_saved(ppo_rlhf.saved_args("run", evaluate=True))
+        checkpoint.unlink(missing_ok=True)
 
 
 def test_every_prompt_comes_once_in_each_epoch_and_a_resumed_run_goes_on_with_the_next(folder):
