@@ -118,6 +118,8 @@ METRICS = {  # the axis of a score
     "eval/accuracy": "accuracy on held-out pairs",
 }  # fmt: skip
 UNITS = {"reward_model": "pairs", "dpo": "pairs", "sft": "examples", "ppo_rlhf": "replies", "grpo": "replies"}
+FROM_LOGS = "iql", "cql", "decision_transformer", "d3rlpy_iql", "d3rlpy_cql", "d3rlpy_bc"
+UNITS |= dict.fromkeys(FROM_LOGS, "gradient steps")
 
 # ---- What tables of published results name: the sources, shortened, in the order of preference; None: left out
 SOURCES = (
@@ -229,6 +231,12 @@ class Experiment:
         steps = [set(run.along[:, 0]) for run in self.done]
         common = sorted(set.intersection(*steps))
         return np.stack([run.along[np.isin(run.along[:, 0], common)] for run in self.done], 1)
+
+    @property
+    def data(self) -> dict:
+        """Of the logs that it learned from, where they are known: behaviour, transitions, mean_return."""
+        of_runs = [run.config.get("data") or {} for run in self.done]
+        return of_runs[0] | {"mean_return": np.mean([data["mean_return"] for data in of_runs])} if all(of_runs) else {}
 
     @property
     def beta(self) -> float | None:
@@ -377,6 +385,15 @@ def name_rewards(args: dict, folder: Path) -> str:
     return "+".join(names)
 
 
+def describe_data(dataset: str) -> dict:
+    """Of logs that record.py made: whose they are, how many transitions, their mean return. Of others nothing."""
+    try:
+        about = json.loads((Path(dataset) / "data.json").read_text())
+        return {"behaviour": about["behaviour"], **{key: float(about[key]) for key in ("transitions", "mean_return")}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     config = read_json(folder / "config.json")
     if not isinstance(config.get("args"), dict) or "script" not in config:
@@ -385,7 +402,12 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
     if args.get("reward"):
         args["reward"] = name_rewards(args, folder)
     # The files of a task are the same in every copy of the repository
-    args |= {k: re.sub(r"^.*/(?=benchmark/)", "", v) for k, v in args.items() if isinstance(v, str)}
+    if args.get("dataset"):
+        config["data"] = describe_data(args["dataset"])
+    local = rf"^({re.escape(f'{ROOT}/')}|.*/(?=benchmark/))"
+    args |= {k: re.sub(local, "", v) for k, v in args.items() if isinstance(v, str)}
+    if args.get("dataset", "").endswith(f"-{args.get('seed')}"):  # each run has logs of its own
+        args["dataset"] = args["dataset"].removesuffix(str(args["seed"])) + "SEED"
     rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     truth = truth_among(dict.fromkeys(key for row in rows for key in row))
     curves = {key: series(rows, key) for key in ([result] if result else [*[truth] * bool(truth), *RETURN_KEYS])}
@@ -736,6 +758,7 @@ def baseline_entry(experiment: Experiment) -> dict:
         "command": command_of(config),
         "runs": runs,
         "args": {name: value for name, value in config["args"].items() if name not in SAME_EXPERIMENT},
+        **({"data": experiment.data} if experiment.data else {}),
         "versions": of_importance(config.get("versions") or {}),
         "commit": config.get("commit"),
         "hardware": config.get("hardware"),
@@ -1114,14 +1137,14 @@ def against_the_optimum(experiments: list[Experiment]) -> list[dict]:
 def frontier_rows(experiments: list[Experiment]) -> list[dict]:
     """The rows of a page: the same, short."""
     found, rows = against_the_optimum(experiments), []
-    names = names_in_a_legend(list(dict.fromkeys(without_beta(row["script"]) for row in found)))
-    for row in sorted(found, key=lambda row: (names[without_beta(row["script"])], -(row["beta"] or 0))):
+    names = names_in_a_legend(list(dict.fromkeys(without_flag("beta", row["script"]) for row in found)))
+    for row in sorted(found, key=lambda row: (names[without_flag("beta", row["script"])], -(row["beta"] or 0))):
         reward, bounds = f"**{row['reward']:.2f}**", row["reward 95 %"]
         reward += f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
         low, high = (f"{100 * bound:.0f}" for bound in (min(row["share by seed"]), max(row["share by seed"])))
         share = f"**{100 * row['share']:.0f} %**" + f" ({low} to {high})" * (row["n"] > 1)
         short_row = {
-            "script": names[without_beta(row["script"])],
+            "script": names[without_flag("beta", row["script"])],
             "beta": "-" if row["beta"] is None else f"{row['beta']:g}",
             "KL": f"{row['KL']:.2f}",
         }
@@ -1130,8 +1153,8 @@ def frontier_rows(experiments: list[Experiment]) -> list[dict]:
     return rows
 
 
-def without_beta(label: str) -> str:
-    return re.sub(r" beta=\S+", "", label)
+def without_flag(name: str, label: str) -> str:
+    return re.sub(rf" {name}=\S+", "", label)
 
 
 def over_optimisation(experiment: Experiment) -> dict:
@@ -1174,7 +1197,7 @@ def draw_frontier(axes: Axes, experiments: list[Experiment]) -> None:
     groups, members = defaultdict(lambda: defaultdict(list)), {}
     for e in experiments:
         for run in e.on_frontier:
-            label = without_beta(e.label)
+            label = without_flag("beta", e.label)
             groups[label][e.beta].append(run.on_frontier)
             members.setdefault(label, e)
     everything = np.array([point for by_beta in groups.values() for points in by_beta.values() for point in points])
@@ -1270,6 +1293,49 @@ def plot_frontier(experiments: list[Experiment]) -> Figure:
     return figure
 
 
+def plot_logs(experiments: list[Experiment]) -> Figure:
+    """Learning from logs: return against the number of transitions. A panel for each behaviour, from poor to good.
+
+    A small dot for each run, a line through the means.
+    """
+    firsts, panels = {}, defaultdict(list)
+    for e in experiments:
+        firsts.setdefault(without_flag("dataset", e.label), e)
+        panels[e.env_id, e.data["behaviour"]].append(e)
+    names, looks = names_in_a_legend([*firsts]), dict(zip(firsts, looks_of([*firsts.values()]), strict=True))
+    for label, e in firsts.items():
+        if e.script == "iql" and e.done[0].config["args"].get("temperature") == 0:
+            names[label] = "behaviour cloning: iql, temperature 0"
+    panels = dict(sorted(panels.items(), key=lambda p: (p[0][0], np.mean([e.data["mean_return"] for e in p[1]]))))
+    figure, axes = Figure(figsize=(1 + 3.6 * len(panels), 4), layout="constrained"), {}
+    for i, ((env_id, behaviour), members) in enumerate(panels.items()):
+        panel = axes[env_id] = figure.add_subplot(1, len(panels), i + 1, sharey=axes.get(env_id))
+        returns, earned = defaultdict(dict), {}
+        for e in members:
+            returns[without_flag("dataset", e.label)][e.data["transitions"]] = e.scores
+            earned[e.data["transitions"]] = e.data["mean_return"]
+        sizes = sorted(earned)
+        for label, by_size in sorted(returns.items()):
+            points = [(size, score) for size, scores in by_size.items() for score in scores]
+            means = [np.mean(by_size[size]) for size in sorted(by_size)]
+            panel.plot(sorted(by_size), means, **looks[label], marker="o", markersize=5, label=names[label])
+            panel.plot(*zip(*points, strict=True), ".", color=looks[label]["color"], markersize=5, alpha=0.4)
+        line = [earned[size] for size in sizes]
+        panel.plot(sizes, line, color=INK, linestyle=":", linewidth=1.5, label="the behaviour")
+        if env_id in REFERENCES:
+            panel.axhline(REFERENCES[env_id][1], color=GREY, linewidth=1, linestyle="--")
+        panel.set_xscale("log")
+        panel.set_xticks(sizes, [short(size) for size in sizes])
+        panel.minorticks_off()
+        panel.set_title(textwrap.fill(behaviour, 34), fontsize=9)
+        panel.set_xlabel("transitions")
+        if not i:
+            panel.set_ylabel("return")
+    handles = {name: handle for a in figure.axes for handle, name in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 5))
+    return figure
+
+
 def captions(experiments: list[Experiment], threshold: float | None) -> dict[str, str]:
     """What stands under each picture."""
     frontier = "True reward of the replies against their KL divergence from the reference policy, on an axis of square "
@@ -1295,12 +1361,17 @@ def captions(experiments: list[Experiment], threshold: float | None) -> dict[str
         "their mean, a bar for its 95 % bootstrap interval. 0 is a random policy, 1 the reference named at the right."
         + hollow,
         "frontier": frontier,
+        "logs": "Learning from logs: the last evaluation against the number of transitions, a panel for each "
+        "behaviour, from poor to good. A small dot for each run, a line through the means. Dotted: what the behaviour "
+        "itself earns; dashed grey: the reference.",
     }  # fmt: skip
 
 
 def draw(experiments: list[Experiment], headline: list[dict], output: Path, threshold: float | None) -> dict[str, str]:
     """Writes the pictures; returns their names and captions. Of an earlier report in the same place none is left."""
     frontier = [e for e in experiments if e.on_frontier or len(e.along)]
+    logs = [e for e in experiments if e.data]
+    several = len({(e.env_id, *map(e.data.get, ("behaviour", "transitions"))) for e in logs}) > 1
     timed = [e for e in experiments if all(np.isfinite(run.curve[:, 1]).all() for run in e.done)]
     with_reference = [e for e in experiments if headline and e.env_id in REFERENCES]
     plots = {
@@ -1309,6 +1380,7 @@ def draw(experiments: list[Experiment], headline: list[dict], output: Path, thre
         "aggregate": (plot_aggregate, with_reference, headline),
         "overview": (plot_overview, with_reference),
         "frontier": (plot_frontier, frontier),
+        "logs": (plot_logs, logs if several else []),
     }
     with matplotlib.rc_context(STYLE):
         for name, (plot, data, *options) in plots.items():

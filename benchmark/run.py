@@ -118,7 +118,10 @@ class Run:
 
     def command(self, output: Path) -> list[str]:
         """The words that start it; the launcher adds --run-dir."""
-        flags, places = self.flags, {"root": ROOT} | {name: output / folder for name, folder in self.needs.items()}
+        flags, places = (
+            self.flags,
+            {"root": ROOT, "seed": self.seed} | {name: output / folder for name, folder in self.needs.items()},
+        )
         for name, place in places.items():
             flags = [flag.replace(f"{{{name}}}", str(place)) for flag in flags]
         env_id = [f"--env-id={self.env_id}"] if self.env_id else []
@@ -238,7 +241,7 @@ def plan_suite(args: Args) -> list[Run]:
                 made += make_runs(args, launch, words, env_ids, args.num_seeds or seeds, named=named, **entry)
             if name is not None:
                 of = {run.seed: run for run in made}
-                if not re.fullmatch(r"[\w-]+", name) or name in (*named, "root") or len(of) < len(made):
+                if not re.fullmatch(r"[\w-]+", name) or name in (*named, "root", "seed") or len(of) < len(made):
                     refuse(f"{path}: name = {name!r} must be a new word, of a [[run]] with one run a seed")
                 named[name] = of
             runs += made

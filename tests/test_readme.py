@@ -49,6 +49,8 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "--total-timesteps 5000": "test_peer.py",
     "python benchmark/run.py --suite offline_mujoco --workers 2": "test_run.py: its runs begin",
     "python benchmark/report.py runs/offline_mujoco": "test_report.py",
+    "python benchmark/run.py --suite offline_size --workers 2": "test_run.py: its runs begin",
+    "python benchmark/report.py runs/offline_size": "test_report.py",
     "make rlhf": "test_make_rlhf_ends_with_replies_and_goes_on",
     "python benchmark/run.py --suite smoke --workers 2": "test_the_smoke_suite_and_its_report",
     "python benchmark/report.py runs/smoke": "the same",

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib.image
@@ -711,6 +712,60 @@ def test_a_line_of_the_frontier_is_one_experiment(tmp_path):
             run = make_run(tmp_path / f"{loss_type}{beta}", "dpo", "", beta=beta, loss_type=loss_type)
             write_rows(run, [{"global_step": 200, "time": 1.0, "eval/true_reward": 1.0, "eval/kl": 1 / beta}])
     assert [*draw_frontier(tmp_path)[0]] == ["dpo, loss type ipo", "dpo, loss type sigmoid"]
+
+
+def make_log_runs(root):
+    """Two sizes of two behaviours, seeds 1 and 2 of each with logs of their own."""
+    for behaviour, size, seed in product(("poor", "good"), (100, 9000), (1, 2)):
+        data = root / "data" / f"{behaviour}-{size}-{seed}"
+        data.mkdir(parents=True)
+        earned = 0.1 * seed + (behaviour == "good")
+        about = {"behaviour": f"{behaviour} one", "transitions": size, "mean_return": earned}
+        (data / "data.json").write_text(json.dumps(about))
+        for script, temperature in ("iql", 3.0), ("iql", 0), ("cql", None):
+            folder = root / "runs" / f"{script}-{temperature}-{data.name}"
+            args = {"dataset": str(data)} | ({} if temperature is None else {"temperature": temperature})
+            final = size / 100 + seed + 10.0 * (temperature == 0)
+            make_run(folder, script, "FrozenLake-v1", seed, returns=(0.0, final), **args)
+    return root / "runs"
+
+
+def test_the_picture_of_logs_has_a_panel_for_each_behaviour_and_a_dot_for_each_run(call, tmp_path):
+    runs, kept = make_log_runs(tmp_path), tmp_path / "kept.json"
+    assert call(runs, "--save-baseline", kept, pictures=True)[0] == 0
+    assert colourful(tmp_path / "out" / "logs.png")[0] > 0.003
+    for place in runs, kept:
+        assert all(len(e.done) == 2 for e in experiments(place))
+        figure = report.plot_logs(experiments(place))
+        assert [axes.get_title() for axes in figure.axes] == ["poor one", "good one"]
+        lines = {line.get_label(): np.array(line.get_data()).T for line in figure.axes[1].lines}
+        dots = [line for name, line in lines.items() if name.startswith("_")]
+        lines = {name: line for name, line in lines.items() if not name.startswith("_")}
+        assert lines.keys() == {"cql", "iql, temperature 3.0", "behaviour cloning: iql, temperature 0", "the behaviour"}
+        assert np.allclose(lines["cql"], [[100, 2.5], [9000, 91.5]])
+        assert np.allclose(lines["behaviour cloning: iql, temperature 0"], [[100, 12.5], [9000, 101.5]])
+        assert np.allclose(lines["the behaviour"], [[100, 1.15], [9000, 1.15]])
+        assert sorted(map(tuple, dots[0])) == [(100, 2), (100, 3), (9000, 91), (9000, 92)]
+
+
+def test_logs_without_a_description_or_all_alike_have_no_picture(call, tmp_path):
+    runs = make_log_runs(tmp_path)
+    for data in (tmp_path / "data").iterdir():
+        (data / "data.json").write_text("{")
+    assert call(runs, pictures=True)[0] == 0
+    assert not (tmp_path / "out" / "logs.png").exists()
+    about = {"behaviour": "one", "transitions": 5, "mean_return": 0.5}
+    for data in (tmp_path / "data").iterdir():
+        (data / "data.json").write_text(json.dumps(about))
+    assert experiments(runs)[0].data == about
+    assert call(runs, pictures=True)[0] == 0
+    assert not (tmp_path / "out" / "logs.png").exists()
+
+
+def test_paths_in_the_repository_are_kept_without_the_machine(tmp_path):
+    run = make_run(tmp_path / "run", "iql", dataset=str(report.ROOT / "data/half"), other="/x/benchmark/offline/lake")
+    args = report.read_run(run, "").config["args"]
+    assert (args["dataset"], args["other"]) == ("data/half", "benchmark/offline/lake")
 
 
 def make_frontier_runs(root, betas):

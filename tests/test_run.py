@@ -508,11 +508,13 @@ def test_each_run_of_a_suite_passes_the_checks_of_its_script(suite, launcher_mod
     """Its flags and its environment are good: it begins, with its folder's config.json.
 
     In place of the model that another run would have made it gets the task's own, and in place of logs that are missing
-    some of random actions. Of runs that differ in numbers alone only the first is tried. test_peer.py tries peers.
+    some of random actions. Of runs that differ in numbers or logs alone only the first is tried. test_peer.py tries
+    peers.
     """
     tried = set()
     for planned in launcher_module.plan(launcher_module.Args(suite=suite, num_seeds=1)):
-        without_numbers = re.sub(r"=[\d.e-]+'", "=", str(planned.command(Path()))).replace(planned.name, "")
+        words = str(planned.command(Path())).replace(planned.name, "")
+        without_numbers = re.sub(r"=[\d.e-]+'|(?<=--dataset=)[^']*", "=", words)
         if without_numbers in tried or Path(planned.launch[-1]).stem == "peer":
             continue
         tried.add(without_numbers)
@@ -564,7 +566,7 @@ script = "{script}"
 env_ids = ["fine-0"]
 total_timesteps = 10
 seeds = {seeds}
-flags = {{ files = ["{{judge}}/checkpoint.pt", "{{root}}/LICENSE", "{{other}}"] }}
+flags = {{ files = ["{{judge}}/checkpoint.pt", "{{root}}/LICENSE", "{{other}}-{{seed}}"] }}
 """
 
 
@@ -582,7 +584,7 @@ def test_a_run_that_needs_another_gets_its_folder_and_waits_for_it(output):
     for seed in 1, 2:
         judge, needy = (output / rows[kind, seed]["name"] for kind in ("fine-1", "fine-0"))
         files = json.loads((needy / "config.json").read_text())["args"]["files"]
-        assert files == [str(judge / "checkpoint.pt"), str(ROOT / "LICENSE"), "{other}"]
+        assert files == [str(judge / "checkpoint.pt"), str(ROOT / "LICENSE"), f"{{other}}-{seed}"]
         ended, began = (judge / "exit_code").stat().st_mtime, (needy / "config.json").stat().st_mtime
         assert ended < began
         assert rows["fine-0", seed]["flags"] == rows["fine-0", 1]["flags"]  # runs of one kind, for report.py
@@ -652,6 +654,7 @@ MISTAKES = {
     "--suite typo.toml": "unexpected keyword argument 'seed'",
     "--suite seedless.toml": "no run of judge with seed 3",
     "--suite twice.toml": "name = 'judge' must be a new word",
+    "--suite taken.toml": "name = 'seed' must be a new word",
     "--suite smoke --env-ids A": "a suite names its own environments",
     "--suite smoke --command x": "give either --command",
     "": "give either --command",
@@ -692,6 +695,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypat
     needy = NEEDY.format(script=FAKE, kind="fine-1", rate=0.1, seeds=3)
     Path("seedless.toml").write_text(needy)
     Path("twice.toml").write_text(NEEDY.format(script=FAKE, kind="fine-1", rate=0.1, seeds=2) * 2)
+    Path("taken.toml").write_text(needy.replace('"judge"', '"seed"'))
     Path("damaged").mkdir()
     Path("damaged/ledger.json").write_text('{"runs": ')
     argv = words.replace("OK", "--command 'python fake_script.py' --env-ids fine-0 --probe-seconds 0")
