@@ -9,10 +9,10 @@ too much: Q tends to lie below the true value of the policy. All else is SAC, or
         discrete: y = r + gamma Q'(s', a*) with a* = argmax_a Q(s', a), or y = r where s' is terminal      Double DQN
     [2] a = tanh(u), u = mean(s) + std(s) e, e ~ N(0, I): log pi(a|s) = log p(u) - sum_j log(1 - a_j^2)            SAC
     [3] temperature: minimise E[-alpha log pi(a|s) - alpha H],  a ~ pi,  H = -dim(a)                               SAC
-    [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2] + c sum_i E[log Z_i(s) - Q_i(s, a)]                        CQL(H)
+    [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2] + c sum_i E[log Z_i(s) - Q_i(s, a)]                           CQL
     [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                          SAC
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                            SAC
-    [7] Z_i(s) = integral of exp(Q_i(s, a)) over a = E[exp(Q_i(s, a)) / density of a], a from any density          CQL
+    [7] Z_i(s) = integral of exp(Q_i(s, a)) over a = E[exp(Q_i(s, a)) / density of a], a from a density > 0        CQL
         discrete: Z_i(s) = sum_a exp(Q_i(s, a))
 
 s, a, r, s' are from the data; in [2], [3], [5], [7] a is drawn. Q' is a slow copy of Q, with weights theta'. i counts
@@ -22,9 +22,9 @@ Paper: Kumar et al. 2020, arXiv:2006.04779, "Conservative Q-Learning for Offline
 
 Differs from the paper:
 - c is fixed: no Lagrange multiplier. As in the authors' code: no 1/2 before the square in [4]; a third of [7]'s actions
-  each from a uniform density, pi(.|s), pi(.|s'); at a time limit, y has the value of the last observation.
+  each from a uniform density, pi(.|s), pi(.|s').
 - Unlike there: entropy in [1], alpha starts at 0.2, two hidden layers, no imitation at first, the actor learns from the
-  updated critics, rewards are scaled, rates fall; double DQN with soft targets in place of QR-DQN.
+  updated critics, time limits are kept, rewards are scaled, learning rates fall; double DQN in place of QR-DQN.
 
     python algorithms/cql.py
 """
@@ -73,7 +73,7 @@ class Args:
     # Run
     env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # seed of environments, networks and sampling
-    total_timesteps: int = 5_000  # gradient steps; paper: 1,000,000
+    total_timesteps: int = 5_000  # gradient steps; authors' code: 3,000,000
     device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
@@ -188,8 +188,8 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         if not condition:
             raise UsageError(f"--dataset {args.dataset}: {message}")
 
-    def vectors(name: str, space: gym.Space) -> np.ndarray:  # (T, ...) -> (T, D)
-        array = arrays[name]
+    def vectors(name: str) -> np.ndarray:  # (T, D)
+        array, space = arrays[name], acts if name == "actions" else observes
         if isinstance(space, gym.spaces.Discrete) and array.ndim == 1:  # numbers of states or actions: one-hot
             inside = np.isin(array, space.start + np.arange(space.n))
             check(inside.all(), f"{name} from {array.min()} to {array.max()}, but {args.env_id} has {space}")
@@ -198,20 +198,20 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         check(array.shape[1] == gym.spaces.flatdim(space), f"{name} {array.shape}, but {args.env_id} has {space}")
         return array
 
-    check(env_id in (None, args.env_id), f"it was made in {env_id}, not in {args.env_id}: add --env-id {env_id}")
+    hint = f"it was made in {env_id}, not in {args.env_id}: name that --env-id, or another --dataset"
+    check(env_id is None or f":{args.env_id}".endswith(f":{env_id}"), hint)  # args.env_id may be module:id
     needed = 8e-9 * num_rows * gym.spaces.flatdim(observes)  # GB of both observations: a float32 has four bytes
     memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
-    data = {}
+    data, single = {}, ("rewards", "terminations", "truncations")  # one number a row
     for name, array in arrays.items():
-        numbers = name in ("rewards", "terminations", "truncations")  # one a row
-        shape = (num_rows,) if numbers else (num_rows, *array.shape[1:])
+        shape = (num_rows,) if name in single else (num_rows, *array.shape[1:])
         check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
         check(array.dtype.kind in "biuf" and np.isfinite(array).all(), f"words, NaN or infinity in {name}")
-        data[name] = array.astype(np.float32) if numbers else vectors(name, acts if name == "actions" else observes)
-    ends = data["terminations"] + data["truncations"]
-    check(np.isin(ends, (0, 1, 2)).all(), "terminations and truncations must be 0 or 1")
-    moved = (data["next_observations"][:-1] != data["observations"][1:]).any(-1) & (ends[:-1] == 0)
+        data[name] = array.astype(np.float32) if name in single else vectors(name)
+    ends = np.stack([data["terminations"], data["truncations"]])
+    check(np.isin(ends, (0, 1)).all(), "terminations and truncations must be 0 or 1")
+    moved = (data["next_observations"][:-1] != data["observations"][1:]).any(-1) & ~ends.any(0)[:-1]
     check(not moved.any(), f"row {moved.nonzero()[0][:1]} does not lead to the next row, but no episode ends there")
     if isinstance(acts, gym.spaces.Discrete):
         data["actions"] = data["actions"].argmax(-1)

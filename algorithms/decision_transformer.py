@@ -4,22 +4,20 @@ A transformer learns to predict each action of the logs from the return that fol
 To act, ask it for a high return. There are no values and no discount; training is that of a language model.
 
     [1] return-to-go: R_t = r_t + r_{t+1} + ... + r_n, to the end n of the episode in the logs                     DT
-    [2] sequence:     R_1, s_1, a_1, R_2, s_2, a_2, ..., of which the newest K steps                               DT
-    [3] policy:       pi(a_t | R_1, s_1, a_1, ..., R_t, s_t), the output at s_t, which sees nothing later          DT
+    [2] sequence:     R_1, s_1, a_1, R_2, s_2, a_2, ..., only the newest K steps                                   DT
+    [3] policy:       pi(a_t | R_1, s_1, a_1, ..., R_t, s_t), the output at s_t, blind to later tokens             DT
     [4] loss:         minimise E[-log pi(a_t|...)], or E[(a_t - pi(...))^2] for a Box                              DT
-    [5] acting:       R_1 is the return that one asks for, and R_{t+1} = R_t - r_t with the true reward            DT
+    [5] acting:       R_1 is the return that you ask for; R_{t+1} = R_t - r_t, with the reward received            DT
 
-What it can't do. It doesn't put pieces of different episodes together to a better one (stitching), as iql.py does. And
-it takes luck for skill: if a foolish action earned a lot by chance, asking for a lot gives that action (Paster et al.
-2022, arXiv:2205.15967). Both hurt on the default logs, of a slippery lake. Where nothing is random, luck is no problem.
+What it does badly. It rarely joins good pieces of several episodes (stitching), as iql.py does. And it takes luck for
+skill, as on the default logs: it repeats what earned a lot by chance (Paster et al. 2022, arXiv:2205.15967).
 
 Paper: Chen et al. 2021, arXiv:2106.01345, "Decision Transformer: Reinforcement Learning via Sequence Modeling".
 
 Differs from the paper:
-- No dropout (authors' code: 0.1), and GELU in place of ReLU. The networks are smaller. As there, weight decay is 1e-4.
+- As in the authors' code for MuJoCo, but no dropout (there 0.1), GELU in place of ReLU, and smaller networks.
 - Returns-to-go are divided by their largest absolute value in the data, not by a constant for each environment.
-- Contexts are padded to the longest of their batch, not to K. Padding is hidden, and changes nothing.
-- Discrete actions are vectors with a single 1. Evaluations take the likeliest; the authors' code for Atari draws.
+- Contexts are padded to the longest of a batch, not to K. Evaluations take the likeliest action; Atari's code draws.
 
     python algorithms/decision_transformer.py
 """
@@ -90,11 +88,11 @@ class Args:
     num_layers: int = 2  # of the transformer; paper: 3, and 6 for Atari
     hidden_size: int = 64  # numbers in a token; paper: 128
     max_timestep: int = 1_000  # later steps of an episode have the embedding of this one
-    learning_rate: float = 1e-3  # paper: 1e-4
+    learning_rate: float = 1e-3  # paper: 1e-4 (MuJoCo)
     warmup: int = 100  # gradient steps in which the learning rate rises to its full size; authors' code: 10,000
     max_grad_norm: float = 0.25  # longer gradients are shortened to this
     batch_size: int = 64  # contexts in a gradient step
-    norm_obs: bool = False  # normalise observations; paper: True
+    norm_obs: bool = False  # normalise observations; authors: True
 
     num_envs = 1  # no flag: environments are for evaluation only
 
@@ -151,10 +149,10 @@ class DecisionTransformer(nn.Module):
         self.embed_time = nn.Embedding(args.max_timestep + 1, size)
         nn.init.normal_(self.embed_time.weight, std=0.02)  # authors' Gym code: PyTorch's 1, large beside the rest
         self.norm = nn.LayerNorm(size)
-        shape = {"nhead": 1, "dim_feedforward": 4 * size, "dropout": 0.0, "activation": "gelu", "norm_first": True}
-        layer = nn.TransformerEncoderLayer(size, **shape, batch_first=True)  # one head, as in the authors' Gym code
-        self.transformer = nn.TransformerEncoder(layer, args.num_layers, nn.LayerNorm(size), enable_nested_tensor=False)
-        self.predict_action = nn.Linear(size, self.action_dim)
+        kind = {"dropout": 0.0, "activation": "gelu", "norm_first": True, "batch_first": True}
+        layers = [nn.TransformerEncoderLayer(size, 1, 4 * size, **kind) for _ in range(args.num_layers)]  # one head
+        self.layers = nn.ModuleList(layers)
+        self.predict_action = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, self.action_dim))
 
     def forward(self, context: dict[str, Tensor]) -> Tensor:
         """The policy at each step, (B, K, action_dim): logits, or actions in [-1, 1].
@@ -170,7 +168,9 @@ class DecisionTransformer(nn.Module):
         x = self.norm(torch.stack(tokens, 2).flatten(1, 2))  # [2] R_1, s_1, a_1, R_2, ...: (B, L, H)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()  # [3] (L, L)
         visible = causal & mask[:, None] | causal & causal.T  # (B, L, L); each sees itself, or padding is NaN
-        output = self.predict_action(self.transformer(x, mask=~visible)[:, 1::3])  # [3] at s_1, s_2, ...
+        for layer in self.layers:
+            x = layer(x, src_mask=~visible)
+        output = self.predict_action(x[:, 1::3])  # [3] at s_1, s_2, ...
         return output if self.discrete else output.tanh()
 
     def to_env(self, actions: Tensor) -> np.ndarray:  # (..., action_dim) -> (..., *action shape), or (...,) -> (...,)
@@ -245,8 +245,8 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         if not condition:
             raise UsageError(f"--dataset {args.dataset}: {message}")
 
-    def vectors(name: str, space: gym.Space) -> np.ndarray:  # (T, ...) -> (T, D)
-        array = arrays[name]
+    def vectors(name: str) -> np.ndarray:  # (T, D)
+        array, space = arrays[name], acts if name == "actions" else observes
         if isinstance(space, gym.spaces.Discrete) and array.ndim == 1:  # numbers of states or actions: one-hot
             inside = np.isin(array, space.start + np.arange(space.n))
             check(inside.all(), f"{name} from {array.min()} to {array.max()}, but {args.env_id} has {space}")
@@ -255,20 +255,20 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         check(array.shape[1] == gym.spaces.flatdim(space), f"{name} {array.shape}, but {args.env_id} has {space}")
         return array
 
-    check(env_id in (None, args.env_id), f"it was made in {env_id}, not in {args.env_id}: add --env-id {env_id}")
+    hint = f"it was made in {env_id}, not in {args.env_id}: name that --env-id, or another --dataset"
+    check(env_id is None or f":{args.env_id}".endswith(f":{env_id}"), hint)  # args.env_id may be module:id
     needed = 8e-9 * num_rows * gym.spaces.flatdim(observes)  # GB of both observations: a float32 has four bytes
     memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
-    data = {}
+    data, single = {}, ("rewards", "terminations", "truncations")  # one number a row
     for name, array in arrays.items():
-        numbers = name in ("rewards", "terminations", "truncations")  # one a row
-        shape = (num_rows,) if numbers else (num_rows, *array.shape[1:])
+        shape = (num_rows,) if name in single else (num_rows, *array.shape[1:])
         check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
         check(array.dtype.kind in "biuf" and np.isfinite(array).all(), f"words, NaN or infinity in {name}")
-        data[name] = array.astype(np.float32) if numbers else vectors(name, acts if name == "actions" else observes)
-    ends = data["terminations"] + data["truncations"]
-    check(np.isin(ends, (0, 1, 2)).all(), "terminations and truncations must be 0 or 1")
-    moved = (data["next_observations"][:-1] != data["observations"][1:]).any(-1) & (ends[:-1] == 0)
+        data[name] = array.astype(np.float32) if name in single else vectors(name)
+    ends = np.stack([data["terminations"], data["truncations"]])
+    check(np.isin(ends, (0, 1)).all(), "terminations and truncations must be 0 or 1")
+    moved = (data["next_observations"][:-1] != data["observations"][1:]).any(-1) & ~ends.any(0)[:-1]
     check(not moved.any(), f"row {moved.nonzero()[0][:1]} does not lead to the next row, but no episode ends there")
     if isinstance(acts, gym.spaces.Discrete):
         data["actions"] = data["actions"].argmax(-1)

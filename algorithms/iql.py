@@ -1,8 +1,8 @@
 """Implicit Q-learning (IQL): learn to act from logs alone, without a step in the environment.
 
-Q-learning asks for the best action in the next state. Logs can't answer for actions that nobody tried there, and a
-network's guess is often far too high. IQL never asks about them. V(s) is a high expectile of Q(s, a) over the actions
-in the data: near the best. Q learns from V. The policy imitates the data, and good actions count for more.
+Q-learning asks for the best action in the next state. The logs say nothing of actions that nobody tried there, and a
+network's guess is often far too high. IQL never asks for those. V(s) is more than the mean of Q(s, a) over the actions
+in the data: a high expectile, near the best. Q learns from V. The policy imitates the data, good actions most.
 
     [1] value:   minimise E[L(Q'(s, a) - V(s))],  L(x) = |e - 1{x < 0}| x^2,  Q' = min_i Q'_i                     IQL
     [2] target:  y = r + gamma V(s'), or y = r where s' is terminal                                               IQL
@@ -12,15 +12,15 @@ in the data: near the best. Q learns from V. The policy imitates the data, and g
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                           IQL
 
 s, a, r, s' are always from the data. i counts critics. Q' is a slow copy of Q, with weights theta'. L is the expectile
-loss, e the expectile. The paper writes tau for our e, and alpha for our tau. With e = 1/2, V is the mean: the value of
-the policy of the data. The closer e is to 1, the closer V is to the largest Q'. beta is the (inverse) temperature.
+loss, e its level. The paper writes tau for our e, and alpha for our tau. With e = 1/2, V is the mean: the value of
+the policy of the data. The closer e is to 1, the closer V is to the largest Q'. The larger beta, the greedier pi.
 
 Paper: Kostrikov, Nair and Levine 2021, arXiv:2110.06169, "Offline Reinforcement Learning with Implicit Q-Learning".
 
 Differs from the paper:
 - Discrete actions, too: a critic then has an output for each action, and the policy is categorical.
-- Rewards are scaled in every environment; in mazes, no 1 is subtracted a step. Observations can be normalised.
-- As in the authors' code, a time limit is not terminal: y has the value of the last observation.
+- Rewards are scaled in every environment; in mazes each step costs nothing (paper: 1). Observations can be normalised.
+- At a time limit y has V(s') of the last observation. The authors' data leave out that transition.
 - PyTorch's own initialisation, not an orthogonal one. No fine-tuning in the environment, which is only for evaluation.
 
     python algorithms/iql.py
@@ -91,7 +91,7 @@ class Args:
     tau: float = 0.02  # [6] share of the new weights in an update of the targets; paper: 0.005
     batch_size: int = 256  # transitions in a gradient step
     expectile: float = 0.98  # [1] e; paper: 0.7, and 0.9 in mazes
-    temperature: float = 3.0  # [4] beta: 0 imitates all actions of the data alike; paper: 3, and 10 in mazes
+    temperature: float = 3.0  # [4] beta: 0 imitates all actions of the data equally; paper: 3, and 10 in mazes
     max_weight: float = 100.0  # [4] w_max
     return_range: float = 100.0  # rewards are scaled: best minus worst return is this; 0: unscaled; authors' code: 1000
     norm_obs: bool = False  # normalise observations
@@ -99,7 +99,7 @@ class Args:
     num_envs = 1  # no flag: environments are for evaluation only
 
     def __post_init__(self) -> None:
-        ranges = {"expectile": (1e-6, 1 - 1e-6), "max_weight": (1e-6, math.inf)}  # without their bounds
+        ranges = {"expectile": (1e-6, 1 - 1e-6), "max_weight": (1e-6, math.inf)}  # open intervals: without their ends
         check_ranges(self, tau=(0, 1), temperature=(0, math.inf), return_range=(0, math.inf), **ranges)
 
 
@@ -215,8 +215,8 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         if not condition:
             raise UsageError(f"--dataset {args.dataset}: {message}")
 
-    def vectors(name: str, space: gym.Space) -> np.ndarray:  # (T, ...) -> (T, D)
-        array = arrays[name]
+    def vectors(name: str) -> np.ndarray:  # (T, D)
+        array, space = arrays[name], acts if name == "actions" else observes
         if isinstance(space, gym.spaces.Discrete) and array.ndim == 1:  # numbers of states or actions: one-hot
             inside = np.isin(array, space.start + np.arange(space.n))
             check(inside.all(), f"{name} from {array.min()} to {array.max()}, but {args.env_id} has {space}")
@@ -225,20 +225,20 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         check(array.shape[1] == gym.spaces.flatdim(space), f"{name} {array.shape}, but {args.env_id} has {space}")
         return array
 
-    check(env_id in (None, args.env_id), f"it was made in {env_id}, not in {args.env_id}: add --env-id {env_id}")
+    hint = f"it was made in {env_id}, not in {args.env_id}: name that --env-id, or another --dataset"
+    check(env_id is None or f":{args.env_id}".endswith(f":{env_id}"), hint)  # args.env_id may be module:id
     needed = 8e-9 * num_rows * gym.spaces.flatdim(observes)  # GB of both observations: a float32 has four bytes
     memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
-    data = {}
+    data, single = {}, ("rewards", "terminations", "truncations")  # one number a row
     for name, array in arrays.items():
-        numbers = name in ("rewards", "terminations", "truncations")  # one a row
-        shape = (num_rows,) if numbers else (num_rows, *array.shape[1:])
+        shape = (num_rows,) if name in single else (num_rows, *array.shape[1:])
         check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
         check(array.dtype.kind in "biuf" and np.isfinite(array).all(), f"words, NaN or infinity in {name}")
-        data[name] = array.astype(np.float32) if numbers else vectors(name, acts if name == "actions" else observes)
-    ends = data["terminations"] + data["truncations"]
-    check(np.isin(ends, (0, 1, 2)).all(), "terminations and truncations must be 0 or 1")
-    moved = (data["next_observations"][:-1] != data["observations"][1:]).any(-1) & (ends[:-1] == 0)
+        data[name] = array.astype(np.float32) if name in single else vectors(name)
+    ends = np.stack([data["terminations"], data["truncations"]])
+    check(np.isin(ends, (0, 1)).all(), "terminations and truncations must be 0 or 1")
+    moved = (data["next_observations"][:-1] != data["observations"][1:]).any(-1) & ~ends.any(0)[:-1]
     check(not moved.any(), f"row {moved.nonzero()[0][:1]} does not lead to the next row, but no episode ends there")
     if isinstance(acts, gym.spaces.Discrete):
         data["actions"] = data["actions"].argmax(-1)

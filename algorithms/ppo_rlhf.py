@@ -215,11 +215,10 @@ def ppo_loss(log_prob, values, old_log_prob, old_values, advantages, returns, ar
         clipped_values = old_values + (values - old_values).clamp(-args.clip_coef_vf, args.clip_coef_vf)
         value_losses = torch.max(value_losses, (clipped_values - returns).square())
     value_loss = value_losses.mean()
-    loss = policy_loss + args.vf_coef * value_loss
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss}
     metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # KL(pi_old, pi) by k3, joschu.net/blog/kl-approx.html: >= 0
     metrics["clipfrac"] = (ratio != clipped_ratio).float().mean()  # share of ratios outside of 1 +- epsilon
-    return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}
+    return policy_loss + args.vf_coef * value_loss, {f"losses/{k}": v.detach() for k, v in metrics.items()}
 
 
 def update(run: "Run", rows: Iterator[tuple[Episode, list, list]], args: Args) -> dict[str, float]:
@@ -354,8 +353,7 @@ def evaluate_saved(args: Args) -> dict[str, float]:
         _, held_out = training_and_held_out_prompts(run, run.actor, args)
         if args.adaptive_kl is not None:
             try:
-                saved = torch.load(f"{args.run_dir}/checkpoint.pt", map_location="cpu", mmap=True, weights_only=True)
-                args.beta = saved["model"]["beta"].item()  # as [5] left it
+                args.beta = torch.load(f"{args.run_dir}/checkpoint.pt", mmap=True)["model"]["beta"].item()  # by [5]
             except Exception as error:  # a damaged file can raise anything
                 raise UsageError(f"checkpoint.pt in --run-dir, which has beta, can't be read: {error!r:.200}") from None
         show(run, held_out, args)

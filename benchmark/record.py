@@ -124,13 +124,11 @@ def play(args: Args, env_id: str, agents: list) -> dict[str, np.ndarray]:
 ARRAYS = "observations", "actions", "rewards", "terminations", "truncations", "next_observations"
 
 
-def take_buffer(
-    run_dir: str, module: object, saved: object, agent: object, steps: int
-) -> tuple[dict[str, np.ndarray], list[int]]:
+def take_buffer(run_dir: str, module: object, saved: object, agent: object, steps: int) -> dict[str, np.ndarray]:
     """The replay buffer in a run's checkpoint: first all of environment 0, then all of environment 1, and so on.
 
-    Also the last row of each. What is left of an episode whose first steps are lost is left out. A buffer does not keep
-    time limits. A time limit shows only where the next episode begins in another state.
+    Episodes whose first steps are lost are left out, and those that had not ended yet, but for the last environment's.
+    A buffer does not keep time limits. A time limit shows only where the next episode begins in another state.
     """
     script = Path(module.__file__).stem
     if script not in ("sac", "td3", "dqn"):
@@ -163,17 +161,20 @@ def take_buffer(
     whole = begins.cumsum(1) > 0  # (N, rows): from the first beginning of an episode on
     if not whole.any():
         raise UsageError(f"{run_dir}: in these transitions no episode begins; ask for more --steps")
-    data = {name: array[whole] for name, array in zip(ARRAYS, arrays, strict=True)}
-    return data, [int(row) - 1 for row in whole.sum(1).cumsum() if row]
+    ends = terminated.copy()
+    ends[:, :-1] |= ~follows
+    ended = ends[:, ::-1].cumsum(1)[:, ::-1] > 0  # (N, rows): up to the last end
+    ended[-1] = True
+    whole = whole & ended if (whole & ended).any() else whole
+    return {name: array[whole] for name, array in zip(ARRAYS, arrays, strict=True)}
 
 
-def summary(data: dict[str, np.ndarray], env_id: str, last_rows: list[int]) -> dict[str, object]:
-    """Number and returns of the episodes. The last one of each environment may be cut: left out if there are others."""
+def summary(data: dict[str, np.ndarray], env_id: str) -> dict[str, object]:
+    """Number and returns of the episodes. The last one may be cut: it is left out if there are others."""
     ends = np.flatnonzero(data["terminations"] | data["truncations"])
     starts = np.concatenate([[0], ends[:-1] + 1])
     returns = np.add.reduceat(data["rewards"], starts)
-    whole = returns[~np.isin(ends, last_rows)]
-    whole = whole if len(whole) else returns
+    whole = returns[:-1] if len(returns) > 1 else returns
     result = {"episodes": len(whole), "mean_return": whole.mean(), "std_return": whole.std()}
     result |= {"min_return": whole.min(), "max_return": whole.max()}
     name = env_id.split("/")[-1].split("-")[0]
@@ -190,8 +191,9 @@ Made by
 
     {command}
 
-in {episodes} whole episodes, whose mean return was {mean_return:.4g} (standard deviation {std_return:.4g}, from
-{min_return:.4g} to {max_return:.4g}). `data.npz` has {arrays}; `data.json` says the same as this page, and more.
+in {episodes} episodes, without the last one, which may be cut. Their mean return was {mean_return:.4g} (standard
+deviation {std_return:.4g}, from {min_return:.4g} to {max_return:.4g}). `data.npz` has {arrays}; `data.json` says how
+they were made.
 Behaviour: {behaviour}. Trained by
 
     {trained_by}
@@ -212,10 +214,10 @@ def main() -> None:
     loaded = [load_agent(run_dir) for run_dir in args.run_dir]
     env_id = args.env_id or loaded[0][1].env_id
     if args.replay_buffer:
-        data, last_rows = take_buffer(args.run_dir[0], *loaded[0], args.steps)
+        data = take_buffer(args.run_dir[0], *loaded[0], args.steps)
     else:
         try:
-            data, last_rows = play(args, env_id, [agent for _, _, agent in loaded]), [args.steps - 1]
+            data = play(args, env_id, [agent for _, _, agent in loaded])
         except (gym.error.Error, ImportError) as error:
             raise UsageError(f"--env-id {env_id}: {error}") from None
     names = [f"{module.__name__.split('.')[-1]} on {saved.env_id}, seed {saved.seed}" for module, saved, _ in loaded]
@@ -225,7 +227,7 @@ def main() -> None:
     about |= {"behaviour": behaviour + ("; its replay buffer" if args.replay_buffer else "")}
     configs = [json.loads(Path(run_dir, "config.json").read_text()) for run_dir in args.run_dir]
     about["trained_by"] = [shlex.join(["python", *config["command"]]) for config in configs]
-    about |= {"transitions": len(data["rewards"])} | summary(data, env_id, last_rows)
+    about |= {"transitions": len(data["rewards"])} | summary(data, env_id)
     about["versions"] = {name: version(name) for name in ("gymnasium", "numpy", "torch")}
     args.output.mkdir(parents=True, exist_ok=True)
     shapes = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in data.items())

@@ -116,12 +116,18 @@ def test_padding_by_hand():
 # ---- The transformer
 
 
+def test_layers_begin_with_weights_of_their_own():
+    agent = make_agent(DISCRETE, num_layers=2)
+    for one, other in zip(*(layer.parameters() for layer in agent.layers), strict=True):
+        assert one.ndim == 1 or not torch.equal(one, other)
+
+
 @each_kind
 def test_tokens_are_return_state_action_and_actions_are_predicted_at_states(space):
     agent, seen = make_agent(space, max_timestep=9), {}
     agent.normalize.fit(torch.randn(50, 4) * 3 + 1)
-    agent.transformer.register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
-    agent.transformer.register_forward_hook(lambda _, inputs, output: seen.update(output=output))
+    agent.layers[0].register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
+    agent.layers[-1].register_forward_hook(lambda _, inputs, output: seen.update(output=output))
     context = dt.collate([random_steps(space, 4), random_steps(space, 4, seed=2)], "cpu")
     predicted = agent(context)
     assert seen["tokens"].shape == (2, 12, 16)
@@ -300,7 +306,7 @@ def test_a_lone_observation_is_the_first_step_of_an_episode():
 def test_actions_are_drawn_from_the_policy_and_a_seed_says_which():
     agent, obs = make_agent(DISCRETE), np.ones(4)
     with torch.no_grad():
-        agent.predict_action.bias += torch.tensor([1.0, 0.0, -1.0])
+        agent.predict_action[1].bias += torch.tensor([1.0, 0.0, -1.0])
     first = {"returns_to_go": torch.ones(1), "timesteps": torch.zeros(1, dtype=torch.int64),
              "observations": torch.ones(1, 4), "actions": torch.tensor([0])}  # fmt: skip
     policy = agent(dt.collate([first], "cpu"))[0, 0].softmax(-1).detach()

@@ -292,6 +292,7 @@ WRONG = {
     "an unknown state": ({"observations": np.array([0, 1, 0, 4, 16])}, "observations"),
     "vectors": ({"observations": np.zeros((5, 3))}, "observations (5, 3)"),
     "half an end": ({"terminations": np.array([0, 0, 0.5, 0, 1])}, "0 or 1"),
+    "two ends": ({"terminations": np.array([0, 0, 0, 0, 2])}, "0 or 1"),
     "a jump within an episode": ({"next_observations": np.array([1, 2, 5, 8, 12])}, "row [2]"),
     "an episode that goes on": ({"truncations": np.zeros(5)}, "row [1]"),
 }
@@ -325,7 +326,7 @@ def test_too_many_vectors_for_the_memory_are_refused_before_they_are_made(module
 
 
 def test_data_of_another_environment_and_files_that_are_none(tmp_path):
-    with pytest.raises(iql.UsageError, match="add --env-id CliffWalking-v1"):
+    with pytest.raises(iql.UsageError, match="made in CliffWalking-v1, not in FrozenLake-v1: name that --env-id"):
         read(write(tmp_path / "d", "CliffWalking-v1"))
     (tmp_path / "text.npz").write_text("no archive")
     for wrong in "text.npz", "missing.npz":
@@ -334,6 +335,14 @@ def test_data_of_another_environment_and_files_that_are_none(tmp_path):
     (tmp_path / "d" / "data.json").write_text("{}")
     with pytest.raises(iql.UsageError, match="env_id"):
         read(tmp_path / "d")
+
+
+def test_a_module_before_the_id_makes_no_other_environment(tmp_path):
+    for made_in in "FrozenLake-v1", "gymnasium:FrozenLake-v1":
+        data = read(write(tmp_path / "d", made_in), "gymnasium:FrozenLake-v1")
+        assert len(data["rewards"]) == 5
+    with pytest.raises(iql.UsageError, match="not in gymnasium:FrozenLake-v1"):
+        read(write(tmp_path / "d", "Lake-v1"), "gymnasium:FrozenLake-v1")
 
 
 def test_minari_is_asked_for_only_where_it_is_needed(monkeypatch):
@@ -370,7 +379,7 @@ def test_minaris_episodes_are_the_same_transitions(minari, tmp_path):
     folder = str(tmp_path / "lake-v0" / "data")
     assert asked == ["lake/random-v0", folder, folder]
     stored.env_spec.id = "CliffWalking-v1"
-    with pytest.raises(iql.UsageError, match="add --env-id CliffWalking-v1"):
+    with pytest.raises(iql.UsageError, match="made in CliffWalking-v1, not in FrozenLake-v1: name that --env-id"):
         read("lake/random-v0")
 
 

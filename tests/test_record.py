@@ -134,19 +134,19 @@ def test_shares_of_random_actions_and_agents_in_turn(trained, monkeypatch):
 def test_scores_of_d4rl_by_hand():
     data = {"rewards": np.array([1000.0, 477.13, 5.0]), "terminations": np.array([False, True, False])}
     data["truncations"] = np.array([False, False, True])
-    about = record.summary(data, "Hopper-v5", [2])
+    about = record.summary(data, "Hopper-v5")
     assert about["episodes"] == 1
     assert about["d4rl_score"] == pytest.approx(100 * (1477.13 + 20.272305) / (3234.3 + 20.272305))
-    assert "d4rl_score" not in record.summary(data, "FrozenLake-v1", [2])
+    assert "d4rl_score" not in record.summary(data, "FrozenLake-v1")
 
 
-def test_of_each_environment_the_last_episode_is_left_out():
-    data = {"rewards": np.array([1.0, 2, 3, 4, 5, 6, 7]), "truncations": np.zeros(7, bool)}
+def test_the_last_episode_does_not_count_unless_it_is_the_only_one():
+    data = {"rewards": np.array([1.0, 2, 3, 4, 5, 6, 70]), "truncations": np.zeros(7, bool)}
     data["terminations"] = np.array([0, 1, 1, 1, 0, 1, 1], bool)
-    about = record.summary(data, "FrozenLake-v1", [2, 6])  # returns 3, 3, 4, 11, 7
-    assert (about["episodes"], about["min_return"], about["max_return"]) == (3, 3, 11)
-    about = record.summary({name: array[2:4] for name, array in data.items()}, "FrozenLake-v1", [0, 1])
-    assert (about["episodes"], about["mean_return"]) == (2, 3.5), "there are no others"
+    about = record.summary(data, "FrozenLake-v1")  # returns 3, 3, 4, 11, 70
+    assert (about["episodes"], about["min_return"], about["max_return"]) == (4, 3, 11)
+    about = record.summary({name: array[2:3] for name, array in data.items()}, "FrozenLake-v1")
+    assert (about["episodes"], about["mean_return"]) == (1, 3)
 
 
 class Careless(gym.Env):
@@ -196,7 +196,7 @@ def stream(num_rows):
 @pytest.mark.parametrize(
     ("added", "size", "steps"), [(6, 10, 99), (10, 10, 99), (23, 10, 99), (23, 10, 14), (9, 10, 8)]
 )
-def test_a_buffer_begins_where_an_episode_begins(script, added, size, steps):
+def test_a_buffer_begins_where_an_episode_begins_and_ends_where_one_ends(script, added, size, steps):
     """By brute force: added rows of two environments, of which the buffer keeps size, and steps are asked for."""
     rows = stream(added)
     ring = np.zeros((size, 2, 7), np.float32)
@@ -212,18 +212,20 @@ def test_a_buffer_begins_where_an_episode_begins(script, added, size, steps):
     buffer["added"] = torch.tensor(2 * added) if script == "dqn" else added
     module = SimpleNamespace(__file__=f"{script}.py", load_file=lambda _: {"buffer": buffer})
     agent = SimpleNamespace(action_space=gym.spaces.Discrete(2), to_env=lambda actions: actions.numpy())
-    data, last_rows = record.take_buffer("run", module, SimpleNamespace(num_envs=2), agent, steps)
+    data = record.take_buffer("run", module, SimpleNamespace(num_envs=2), agent, steps)
 
-    expected, lasts = [], []
+    expected, firsts = [], []
     for env in range(2):
         oldest = max(0, added - min(size, steps // 2))  # where an end before it would be lost, too
         first = next(i for i in range(oldest, added) if i == 0 or (i > oldest and rows[env][i][0][2] == 0))
-        expected += [obs for obs, *_ in rows[env][first:]]
-        lasts.append(len(expected) - 1)
+        # Where the next one has another beginning, or a terminal state; of the last environment all is kept
+        ends = [i for i in range(first, added) if rows[env][i][2] or (i + 1 < added and rows[env][i + 1][0][2] == 0)]
+        last = added - 1 if env else max(ends, default=first - 1)
+        firsts.append(len(expected))
+        expected += [obs for obs, *_ in rows[env][first : last + 1]]
     assert data["observations"].tolist() == expected
-    assert last_rows == lasts
     assert_in_order(data)
-    for i in 0, lasts[0] + 1:
+    for i in firsts:
         assert data["observations"][i, 2] == 0, "an episode begins"
 
 
@@ -245,14 +247,17 @@ def test_a_replay_buffer_is_taken_out_as_it_was_kept(script, module, trained, mo
         added, size = buffer["added"].item(), len(buffer["obs"]) // num_envs * num_envs
         assert added > size, "it has lost its first transitions"
         order, parts = np.arange(added - size, added).reshape(-1, num_envs).T % len(buffer["obs"]), []
-        for part in order:  # of an environment, from the first transition that follows an end
+        for env, part in enumerate(order):  # from the first transition that follows an end to the last end
             leads = (buffer["next_obs"][part[:-1]] == buffer["obs"][part[1:]]).all(-1)
-            ends = buffer["terminated"][part[:-1]].bool() | ~leads
-            parts.append(part[int(ends.nonzero()[0]) + 1 :])
+            ends = (buffer["terminated"][part[:-1]].bool() | ~leads).nonzero()[:, 0].tolist()
+            ends += [len(part) - 1] * (env == num_envs - 1 or bool(buffer["terminated"][part[-1]]))
+            parts.append(part[ends[0] + 1 : ends[-1] + 1])
         columns = {name: buffer[name].numpy()[np.concatenate(parts)] for name in names}
     else:
-        columns = {name: buffer[name].numpy().swapaxes(0, 1).reshape(kept, *buffer[name].shape[2:])
-                   for name in names}  # fmt: skip
+        follows = (buffer["next_obs"][:-1] == buffer["obs"][1:]).all(-1)
+        stop = int((~follows[:, 0]).nonzero()[-1]) + 1  # Pendulum has time limits alone
+        assert stop < len(buffer["obs"]), "the second environment keeps its last episode, which is cut"
+        columns = {name: np.concatenate([buffer[name][:stop, 0], buffer[name][:, 1]]) for name in names}
         columns["actions"] = 2 * columns["actions"]  # Pendulum's go from -2 to 2
     assert np.array_equal(data["observations"], columns["obs"])
     assert np.array_equal(data["next_observations"], columns["next_obs"])
@@ -261,9 +266,7 @@ def test_a_replay_buffer_is_taken_out_as_it_was_kept(script, module, trained, mo
     np.testing.assert_allclose(data["actions"], columns["actions"], rtol=1e-6)
     assert_in_order(data)
     if script == "sac":
-        assert np.diff(np.flatnonzero(data["truncations"])).tolist() == [200] * 4 + [24] + [200] * 5 + [24], (
-            "time limits"
-        )
+        assert np.diff(np.flatnonzero(data["truncations"])).tolist() == [200] * 9 + [24], "time limits"
     args = iql.Args(env_id=env_id, dataset="a")
     if script == "sac":
         assert len(iql.read_dataset(args, iql.make_env(args))["rewards"]) == kept, "iql.py can read it"
