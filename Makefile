@@ -44,7 +44,7 @@ RLHF ?= runs/rlhf
 stage = $(VENV)/bin/python algorithms/$(1).py --run-dir $(RLHF)/$(1) \
 	$(if $(wildcard $(RLHF)/$(1)/config.json),--resume,$(2)) $(ARGS)
 
-rlhf: $(VENV)/scripts ## from demonstrations to models that people like better: some minutes, all in runs/rlhf
+rlhf: $(VENV)/scripts ## from demonstrations to models that people like better: ten minutes, all in runs/rlhf
 	$(call stage,sft)
 	$(call stage,reward_model,--model-name $(RLHF)/sft/model)
 	$(call stage,dpo,--model-name $(RLHF)/sft/model --beta 0.5 --nll-coef 0.2)

@@ -17,7 +17,7 @@ d3rlpy's own way drops the last transition before a time limit. The update is d3
 - cql, discrete: Huber's loss in place of the square. It finds means only where errors are below 1, so our reward scale
   of 100 gives a policy that never arrives; with --reward-scale 1 the penalty has to be smaller, too. Targets are copied
   every 1 / tau steps, not a little in each.
-- bc: the squared error. iql.py --expectile 0.5 --temperature 0 learns a standard deviation; both aim at the mean.
+- bc, with a Box: the squared error. iql.py --temperature 0 learns a standard deviation; both aim at the mean.
 
 The run folder has no model. --resume begins the run anew, with the flags that it had.
 """

@@ -932,7 +932,7 @@ def truths(experiment: Experiment) -> list[str]:
 
 
 def nearest_published(experiment: Experiment) -> list[str]:
-    """At most three results of the same algorithm by others: of each source the one with the nearest budget."""
+    """At most three results of the same algorithm by others: of each source the best one with the nearest budget."""
     found = {}
     if experiment.done[0].config["args"].get("algorithm") not in (None, experiment.script):
         return []  # the baseline that a script has beside its own algorithm
@@ -943,14 +943,15 @@ def nearest_published(experiment: Experiment) -> list[str]:
             if (name == "the authors" and "MAX over" in row["protocol"]) or row["return"].startswith("~"):
                 continue  # there is the return at that very step beside it; a value that was read off a picture
             steps = row["steps"] or experiment.budget
-            text = digits(row["return"].split(" ± ")[0])
+            value = float(row["return"].split(" ± ")[0])
+            text = digits(value)
             text += f" at {short(steps)}" * (abs(math.log(steps / experiment.budget)) > 0.05)
             other = re.sub(r".*[-_](v\d+).*", r"\1", row["environment"])
             theirs = f" ({name}" + f", on {other}" * (other not in experiment.env_id and other[0] == "v") + ")"
-            found.setdefault(name, []).append((abs(math.log(steps / experiment.budget)), text + theirs))
+            found.setdefault(name, []).append((abs(math.log(steps / experiment.budget)), -value, text + theirs))
     order = [name for _, name in SOURCES if name in found]
-    best = sorted((min(found[name]), order.index(name)) for name in order)
-    return [text for (_, text), _ in best[:3]]
+    best = sorted((min(found[name])[0], order.index(name)) for name in order)
+    return [min(found[order[i]])[-1] for _, i in best[:3]]
 
 
 def looks_of(experiments: list[Experiment]) -> list[dict]:

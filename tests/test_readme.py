@@ -41,6 +41,8 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "python benchmark/run.py --suite multiagent --workers 2": "the same",
     "python benchmark/run.py --suite multiagent --num-seeds 1 --workers 2": "the same",
     "python benchmark/run.py --suite preference --workers 2": "the same",
+    "python benchmark/run.py --suite games --workers 2": "the same",
+    "python benchmark/run.py --suite atari --workers 1": "the same",
     "python benchmark/run.py --suite frontier --workers 2": "the same",
     "python benchmark/report.py runs/frontier": "test_report.py",
     "python benchmark/run.py --suite offline --workers 2": "test_run.py: its runs begin",
@@ -61,7 +63,7 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "python benchmark/report.py --compare runs/one runs/other": "test_report.py",
     "python algorithms/maddpg.py --run-dir runs/ONE --evaluate --opponent-dir runs/OTHER "
     "--eval-episodes 1000": "test_maddpg.py",
-    "python benchmark/throughput.py --output runs/throughput": "test_throughput.py",
+    "python benchmark/throughput.py --steps 30000 --output runs/throughput": "test_throughput.py",
     "DEATHS=20 python -m pytest tests/test_contract.py -k killed_and_resumed": "test_contract.py",
     "python tests/mutants.py --scripts ppo --sample 50": "test_mutants.py",
 }

@@ -1241,7 +1241,7 @@ def test_tables_for_pages(tmp_path, monkeypatch, capsys):
     assert "242.1 at 1M (RL Zoo, tuned, on v2)" in lander
     (cheetah,) = [line for line in brief if "HalfCheetah" in line]
     assert re.search(r"\*\*7000\*\* \[\d{4}, \d{4}\] \| 5000 \| ", cheetah)
-    assert "5242 (Spinning Up, on v3); 5514 (the authors, on v1)" in cheetah
+    assert "5579 (Spinning Up, on v3); 5514 (the authors, on v1)" in cheetah
     assert long[-1] == (
         "| dpo | preferences, true reward | 100 pairs | 1 | **0.500** | 0.500 | "
         "the optimum at this divergence 0.750; where it began -0.250 |"
