@@ -147,7 +147,7 @@ def q_values(critics: nn.ModuleList, obs: Tensor, actions: Tensor) -> Tensor:
     return torch.stack([critic(inputs).squeeze(-1) for critic in critics])
 
 
-def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
+def open_dataset(dataset: str, observes: gym.Space) -> tuple[dict[str, np.ndarray], str | None]:
     """The arrays of a data set, (T, ...) each, and the id of its environment where that stands beside them."""
     path = Path(dataset)
     file = path / "data.npz" if path.is_dir() else path
@@ -165,12 +165,12 @@ def open_dataset(dataset: str) -> tuple[dict[str, np.ndarray], str | None]:
         stored = minari.MinariDataset(folder) if path.is_dir() else minari.load_dataset(dataset)
         episodes = list(stored.iterate_episodes())  # an episode of n steps has n + 1 observations
         parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}
-        parts["observations"] = [episode.observations[:-1] for episode in episodes]
-        parts["next_observations"] = [episode.observations[1:] for episode in episodes]
+        seen = [episode.observations for episode in episodes]  # mazes have a dict of parts, one for each key
+        seen = [np.hstack([obs[key] for key in observes]) if isinstance(obs, dict) else obs for obs in seen]
+        parts |= {"observations": [obs[:-1] for obs in seen], "next_observations": [obs[1:] for obs in seen]}
         return {name: np.concatenate(parts[name]) for name in ARRAYS}, getattr(stored.env_spec, "id", None)
     except ImportError:
-        hint = "no .npz file or folder with data.npz; Minari's data sets need pip install 'minari[hdf5]'"
-        raise UsageError(f"--dataset {dataset} is {hint}") from None
+        raise UsageError(f"--dataset {dataset} is no .npz file; Minari's need pip install 'minari[hdf5]'") from None
     except Exception as error:  # missing or damaged files raise many kinds
         raise UsageError(f"--dataset {dataset} can't be read: {type(error).__name__}: {error!s:.200}") from None
 
@@ -181,7 +181,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
     observations, next_observations: (T, obs_dim). actions: (T,) from 0, or (T, action_dim) in [-1, 1]. rewards: (T,).
     terminations, truncations: (T,) of 0 and 1. Only a termination means that nothing can be earned any more.
     """
-    arrays, env_id = open_dataset(args.dataset)
+    arrays, env_id = open_dataset(args.dataset, env.env.observation_space)
     observes, acts, num_rows = env.env.observation_space, env.action_space, len(np.atleast_1d(arrays["rewards"]))
 
     def check(condition: bool, message: str) -> None:

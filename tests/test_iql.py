@@ -383,6 +383,23 @@ def test_minaris_episodes_are_the_same_transitions(minari, tmp_path):
         read("lake/random-v0")
 
 
+def test_minaris_dicts_of_observations_become_vectors_in_the_environments_order(minari):
+    _, stored = minari
+    space, n = gym.make("goal_env:Point-v0").observation_space, 5
+    space.seed(1)
+    seen = [space.sample() for _ in range(n + 1)]
+    ends = np.zeros(n, bool)
+    episode = SimpleNamespace(actions=np.zeros((n, 2), np.float32), rewards=np.ones(n), terminations=ends)
+    episode.truncations = np.arange(n) == n - 1
+    episode.observations = {key: np.stack([obs[key] for obs in seen]) for key in sorted(space, reverse=True)}
+    stored.iterate_episodes = lambda: iter([episode, episode])
+    stored.env_spec.id = "Point-v0"
+    data = read("maze", "goal_env:Point-v0")
+    flat = torch.from_numpy(np.stack([gym.spaces.flatten(space, obs) for obs in seen]))
+    assert torch.equal(data["observations"], torch.cat([flat[:-1], flat[:-1]]))
+    assert torch.equal(data["next_observations"], torch.cat([flat[1:], flat[1:]]))
+
+
 def test_the_package_minari_itself(tmp_path, monkeypatch):
     """Where it is installed: a data set that it has written."""
     minari = pytest.importorskip("minari")

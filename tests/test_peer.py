@@ -157,7 +157,7 @@ def test_a_run_is_a_row_of_its_own_in_the_report(monkeypatch, d3rlpy):
     assert name == "DiscreteCQLConfig"
     assert values["optim_factory"] == "Adam, cosine over 250"
     assert d3rlpy.shapes == ((16,), 4)
-    data, _ = cql.open_dataset(str(cql.DATA))
+    data, _ = cql.open_dataset(str(cql.DATA), gym.spaces.Discrete(16))
     rewards = {float(reward) for batch in d3rlpy.batches for reward in batch.rewards.flat}
     assert rewards == {100 * float(reward) for reward in np.unique(data["rewards"])}, "--reward-scale"
 
@@ -172,7 +172,7 @@ def test_box_actions_are_scaled_for_the_environment(monkeypatch, d3rlpy, logs):
     assert rows(Path("a"))[-1]["eval/episodic_return"] == pytest.approx(expected["eval/episodic_return"], rel=1e-6)
     actions = np.concatenate([batch.actions for batch in d3rlpy.batches])
     assert np.abs(actions).max() <= 1
-    data, _ = iql.open_dataset("logs")
+    data, _ = iql.open_dataset("logs", gym.spaces.Box(-1, 1))
     scale = 50 / abs(np.subtract(*data["rewards"].reshape(3, 45).sum(1)[:2]))  # the last episode may be cut
     rewards = np.concatenate([batch.rewards for batch in d3rlpy.batches])
     assert np.isclose(rewards, scale * data["rewards"]).any(1).all(), "--return-range"
