@@ -107,7 +107,7 @@ class Args:
     learning_rate: float = 2e-3  # of AdamW; paper: 0.05 to 0.00007, of SGD
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     weight_decay: float = 1e-4  # [6] c
-    buffer_size: int = 10_000  # steps in the replay buffer; paper: those of the last 125,000 sequences (Atari)
+    buffer_size: int = 50_000  # steps in the replay buffer; paper: those of the last 125,000 sequences (Atari)
     batch_size: int = 128  # positions in a gradient step; paper: 1024 (Atari), 2048 (board games)
     learning_starts: int = 1_000  # environment steps before the first gradient step
     train_frequency: int = 2  # environment steps, summed over all environments, per gradient step
