@@ -42,6 +42,7 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "python benchmark/run.py --suite multiagent --num-seeds 1 --workers 2": "the same",
     "python benchmark/run.py --suite preference --workers 2": "the same",
     "python benchmark/run.py --suite games --workers 2": "the same",
+    "python benchmark/report.py runs/games": "test_report.py",
     "python benchmark/run.py --suite atari --workers 1": "the same",
     "python benchmark/run.py --suite frontier --workers 2": "the same",
     "python benchmark/report.py runs/frontier": "test_report.py",
@@ -273,7 +274,7 @@ def test_the_tables_of_results_can_be_made_anew():
         assert page.count(begin) == page.count("|\n\n<!-- end of results -->\n") == 1
 
 
-@pytest.mark.parametrize(("name", "table"), [("frontier", "frontier"), ("offline", "long")])
+@pytest.mark.parametrize(("name", "table"), [("frontier", "frontier"), ("games", "long"), ("offline", "long")])
 def test_the_tables_of_kept_experiments_are_what_report_prints(name, table):
     command = f"python benchmark/report.py benchmark/results/{name}.json --table {table}"
     marks = rf"<!-- {name}: {re.escape(command)} -->\n\n(.*?)\n\n<!-- end of {name} -->"
