@@ -24,7 +24,7 @@ Differs from the paper:
 - c is fixed: no Lagrange multiplier. As in the authors' code: no 1/2 before the square in [4]; a third of [7]'s actions
   each from a uniform density, pi(.|s), pi(.|s').
 - Unlike there: entropy in [1], alpha starts at 0.2, two hidden layers, no imitation at first, the actor learns from the
-  updated critics, time limits are kept, rewards are scaled, learning rates fall; double DQN in place of QR-DQN.
+  updated critics, and also from time limits, rewards are scaled, learning rates fall; double DQN, not QR-DQN.
 
     python algorithms/cql.py
 """

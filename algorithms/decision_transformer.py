@@ -9,15 +9,15 @@ To act, ask it for a high return. There are no values and no discount; training 
     [4] loss:         minimise E[-log pi(a_t|...)], or E[(a_t - pi(...))^2] for a Box                              DT
     [5] acting:       R_1 is the return that you ask for; R_{t+1} = R_t - r_t, with the reward received            DT
 
-What it does badly. It rarely joins good pieces of several episodes (stitching), as iql.py does. And it takes luck for
-skill, as on the default logs: it repeats what earned a lot by chance (Paster et al. 2022, arXiv:2205.15967).
+What it does badly. It rarely joins good pieces of several episodes (stitching); iql.py does. And it takes luck for
+skill: on the default logs it repeats what earned a lot by chance (Paster et al. 2022, arXiv:2205.15967).
 
 Paper: Chen et al. 2021, arXiv:2106.01345, "Decision Transformer: Reinforcement Learning via Sequence Modeling".
 
 Differs from the paper:
-- As in the authors' code for MuJoCo, but no dropout (there 0.1), GELU in place of ReLU, and smaller networks.
+- No dropout (authors' code: 0.1), GELU (MuJoCo: ReLU), smaller networks, and embeddings of time that begin smaller.
 - Returns-to-go are divided by their largest absolute value in the data, not by a constant for each environment.
-- Contexts are padded to the longest of a batch, not to K. Evaluations take the likeliest action; Atari's code draws.
+- Contexts are padded to the longest of a batch, not to K. Evaluations take the likeliest action (Atari: a drawn one).
 
     python algorithms/decision_transformer.py
 """
@@ -150,7 +150,7 @@ class DecisionTransformer(nn.Module):
         nn.init.normal_(self.embed_time.weight, std=0.02)  # authors' Gym code: PyTorch's 1, large beside the rest
         self.norm = nn.LayerNorm(size)
         kind = {"dropout": 0.0, "activation": "gelu", "norm_first": True, "batch_first": True}
-        layers = [nn.TransformerEncoderLayer(size, 1, 4 * size, **kind) for _ in range(args.num_layers)]  # one head
+        layers = [nn.TransformerEncoderLayer(size, 1, 4 * size, **kind) for _ in range(args.num_layers)]  # 1 head
         self.layers = nn.ModuleList(layers)
         self.predict_action = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, self.action_dim))
 

@@ -351,9 +351,9 @@ def evaluate_saved(args: Args) -> dict[str, float]:
         run.agent, run.actor = None, load(run, f"{args.run_dir}/model", args).to(run.accelerator.device)
         run.reference = load_model(args.model_name, AutoModelForCausalLM, args).to(run.accelerator.device)
         _, held_out = training_and_held_out_prompts(run, run.actor, args)
-        if args.adaptive_kl is not None:
+        if args.adaptive_kl is not None:  # beta is as [5] left it
             try:
-                args.beta = torch.load(f"{args.run_dir}/checkpoint.pt", mmap=True)["model"]["beta"].item()  # by [5]
+                args.beta = torch.load(run.dir / "checkpoint.pt", "cpu", weights_only=True)["model"]["beta"].item()
             except Exception as error:  # a damaged file can raise anything
                 raise UsageError(f"checkpoint.pt in --run-dir, which has beta, can't be read: {error!r:.200}") from None
         show(run, held_out, args)

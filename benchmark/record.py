@@ -191,9 +191,9 @@ Made by
 
     {command}
 
-in {episodes} episodes, without the last one, which may be cut. Their mean return was {mean_return:.4g} (standard
-deviation {std_return:.4g}, from {min_return:.4g} to {max_return:.4g}). `data.npz` has {arrays}; `data.json` says how
-they were made.
+in {episodes} episodes (the last one may be cut, and counts only if it is alone). Their mean return was
+{mean_return:.4g} (standard deviation {std_return:.4g}, from {min_return:.4g} to {max_return:.4g}). `data.npz` has
+{arrays}; `data.json` says how they were made.
 Behaviour: {behaviour}. Trained by
 
     {trained_by}

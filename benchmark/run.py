@@ -118,10 +118,8 @@ class Run:
 
     def command(self, output: Path) -> list[str]:
         """The words that start it; the launcher adds --run-dir."""
-        flags, places = (
-            self.flags,
-            {"root": ROOT, "seed": self.seed} | {name: output / folder for name, folder in self.needs.items()},
-        )
+        places = {"root": ROOT, "seed": self.seed} | {name: output / folder for name, folder in self.needs.items()}
+        flags = self.flags
         for name, place in places.items():
             flags = [flag.replace(f"{{{name}}}", str(place)) for flag in flags]
         env_id = [f"--env-id={self.env_id}"] if self.env_id else []
