@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import re
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -507,6 +510,20 @@ def test_on_the_slippery_lake_those_who_arrived_were_lucky():
     assert exact_return(arrived) == pytest.approx(0.071, abs=0.001)
     likeliest = np.eye(4)[arrived.argmax(-1)]
     assert exact_return(likeliest) == 0, "it pushes against the wall at the start, as most did for most of the time"
+
+
+def test_the_guides_program_plays_with_a_trained_agent(monkeypatch):
+    dt.train(dt.Args(**SMALL, total_timesteps=2, eval_episodes=1, run_dir="runs/lake"))
+    section = (
+        (ROOT / "algorithms" / "README.md").read_text().split("\n## decision_transformer.py\n")[1].split("\n## ")[0]
+    )
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    os.symlink(ROOT / "algorithms", "algorithms")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    namespace = {}
+    exec(program, namespace)
+    assert len(namespace["history"].steps) == 1
+    assert namespace["history"].return_to_go == 1 - namespace["reward"]
 
 
 @pytest.mark.slow
