@@ -67,7 +67,7 @@ ONE_CORE |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
 
 @dataclass
 class Args:
-    only: tuple[str, ...] = ()  # scripts, environments, both as in ppo/CartPole-v1, start, solve, memory; none: all
+    only: tuple[str, ...] = ()  # scripts, environments, names as in the table, start, solve, memory; none: all
     repeats: int = 5  # measurements of each side
     steps: int = 50_000  # environment steps of a measurement, after a warm-up of a tenth of them
     cores: int = 1  # what both sides are pinned to, on Linux; JAX has a thread for each, our scripts one for vectors
@@ -94,6 +94,10 @@ class Work:
     @property
     def name(self) -> str:
         return f"{self.script}/{self.env_id}"
+
+    @property
+    def full_name(self) -> str:  # as the table has it
+        return f"{self.name} {self.note}".strip()
 
 
 def refuse(message: object) -> NoReturn:
@@ -661,8 +665,8 @@ def pays_after(speed: float, start: float, other_speed: float, other_start: floa
 def measure(work: Work, args: Args) -> dict:
     steps = args.steps * work.share_of_steps
     steps, warm_up = (math.ceil(n / work.multiple) * work.multiple for n in (steps, steps / 10))
-    notes = [work.name, work.note, f"({args.cores} cores)" if args.cores > 1 else ""]
-    row = {"name": " ".join(filter(None, notes)), "peer": work.peer, "steps": steps, "warm_up": warm_up}
+    name = f"{work.full_name} ({args.cores} cores)" if args.cores > 1 else work.full_name
+    row = {"name": name, "peer": work.peer, "steps": steps, "warm_up": warm_up}
     row |= {"settings": work.settings, "peer_arguments": work.peer_arguments(work.settings)}
     ours, theirs, env, our_starts, their_starts = [], [], [], [], []
     for i in range(args.repeats):
@@ -673,7 +677,7 @@ def measure(work: Work, args: Args) -> dict:
         theirs.append(sps)
         their_starts.append(start)
         env.append(in_new_process(work.time_alone or time_env, work.env_id, steps))
-        print(f"{work.name} {i + 1}: {ours[-1]:,.0f} steps/s, {work.peer} {theirs[-1]:,.0f}", flush=True)
+        print(f"{name} {i + 1}: {ours[-1]:,.0f} steps/s, {work.peer} {theirs[-1]:,.0f}", flush=True)
     flop_per_s = in_new_process(time_matmul)
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return row | {
@@ -859,11 +863,11 @@ def main() -> None:
     if not 1 <= args.cores <= (len(cores) or 1):
         refuse(f"--cores {args.cores}: there are {len(cores) or 'no'} to pin to")
     starting = {"start": [*STARTS]} | {f"start/{script}": [script] for script in STARTS}
-    known = {name for work in WORKS for name in (work.script, work.env_id, work.name)}
+    known = {name for work in WORKS for name in (work.script, work.env_id, work.name, work.full_name)}
     known |= starting.keys() | {"solve", "memory"}
     if unknown := [name for name in args.only if name not in known]:
         refuse(f"--only {unknown[0]}: there is {', '.join(sorted(known))}")
-    works = [w for w in WORKS if not args.only or {w.script, w.env_id, w.name} & set(args.only)]
+    works = [w for w in WORKS if not args.only or {w.script, w.env_id, w.name, w.full_name} & set(args.only)]
     if not find_spec("sbx") and any(work in BESIDE_SBX for work in works):
         print("the rows beside SBX are left out: pip install sbx-rl")
         works = [work for work in works if work not in BESIDE_SBX]
