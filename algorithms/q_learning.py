@@ -94,7 +94,7 @@ class Args:
     ucb_c: float = 1.0  # ucb: weight of the uncertainty, in units of the return
     plot_values: bool = False  # draw a grid's final values as values.png in the run's folder; needs matplotlib
 
-    num_envs, device = 1, "cpu"  # no flags: it learns from one step at a time
+    num_envs, device, threads = 1, "cpu", None  # no flags: it learns from one step at a time
 
     def __post_init__(self) -> None:
         range_e = (1e-9, math.inf) if self.exploration == "boltzmann" else (0, 1)  # Boltzmann divides by it
@@ -298,7 +298,7 @@ class UsageError(Exception):
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
-    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1)} | ranges
+    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
         if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
@@ -449,11 +449,11 @@ class Run:
             self.envs = [stack.enter_context(contextlib.closing(make_env(args))) for _ in range(args.num_envs)]
             self.opened = stack.pop_all()  # what close will close; start adds to it
         self.obs_shape, self.action_space = (int(self.envs[0].observation_space.n),), self.envs[0].action_space
-        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU or a second thread to help
+        small = len(self.obs_shape) == 1  # networks for vectors are too small for a GPU to help
         self.obs = np.zeros(args.num_envs, np.int64)  # the number of a state, of obs_shape[0] states
         self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
-        torch.set_num_threads(1 if small else torch.get_num_threads())
+        torch.set_num_threads(args.threads or (1 if small else torch.get_num_threads()))
         random.seed(args.seed)
         np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)
@@ -466,7 +466,7 @@ class Run:
         args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
         if args.resume:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
-            changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device"}
+            changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
                 raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():

@@ -192,7 +192,7 @@ def train(algorithm: str, ours: ModuleType, args: object, data: dict[str, np.nda
 
 def main() -> None:
     algorithm, ours, args = parse(sys.argv[1:])
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads or 1)
     gym.logger.min_level = gym.logger.ERROR
     with contextlib.closing(ours.make_env(args)) as env:  # finds mistakes before it installs anything
         agent = ours.make_agent(args, env.observation_space.shape, env.action_space)

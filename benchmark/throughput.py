@@ -60,6 +60,7 @@ from typing import NoReturn
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+WIDE = "td3", "sac"  # their networks have 256 units: with --cores they get as many threads
 PACKAGES = "torch", "gymnasium", "numpy", "stable-baselines3", "sbx-rl", "jax", "trl"
 ONE_CORE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
 ONE_CORE |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
@@ -70,7 +71,7 @@ class Args:
     only: tuple[str, ...] = ()  # scripts, environments, names as in the table, start, solve, memory; none: all
     repeats: int = 5  # measurements of each side
     steps: int = 50_000  # environment steps of a measurement, after a warm-up of a tenth of them
-    cores: int = 1  # what both sides are pinned to, on Linux; JAX has a thread for each, our scripts one for vectors
+    cores: int = 1  # what both sides are pinned to, on Linux; JAX, td3, sac and their peers use all, others one
     output: Path = ROOT / "benchmark" / "results"  # folder for throughput.json and throughput.md
 
 
@@ -197,7 +198,7 @@ def sb3_actor_critic(
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.noise import NormalActionNoise
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings.get("threads", 1))
     env, peers = make_vec_env(env_id, 1), import_module(library)
     if "alpha" in settings:
         model = peers.SAC("MlpPolicy", env, seed=1, **sb3_sac_arguments(settings))
@@ -644,11 +645,11 @@ def time_parallel_env(env_id: str, steps: int) -> float:
     return steps / (time.perf_counter() - started)
 
 
-def time_matmul(size: int = 1024) -> float:
-    """float32 operations a second of one thread in a big matrix product: the best of several."""
+def time_matmul(threads: int = 1, size: int = 1024) -> float:
+    """float32 operations a second in a big matrix product: the best of several."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     a, best = torch.rand(size, size), 0.0
     for _ in range(20):
         started = time.perf_counter()
@@ -666,6 +667,8 @@ def measure(work: Work, args: Args) -> dict:
     steps = args.steps * work.share_of_steps
     steps, warm_up = (math.ceil(n / work.multiple) * work.multiple for n in (steps, steps / 10))
     name = f"{work.full_name} ({args.cores} cores)" if args.cores > 1 else work.full_name
+    if args.cores > 1 and work.script in WIDE:
+        work = replace(work, settings=work.settings | {"threads": args.cores})
     row = {"name": name, "peer": work.peer, "steps": steps, "warm_up": warm_up}
     row |= {"settings": work.settings, "peer_arguments": work.peer_arguments(work.settings)}
     ours, theirs, env, our_starts, their_starts = [], [], [], [], []
@@ -678,7 +681,7 @@ def measure(work: Work, args: Args) -> dict:
         their_starts.append(start)
         env.append(in_new_process(work.time_alone or time_env, work.env_id, steps))
         print(f"{name} {i + 1}: {ours[-1]:,.0f} steps/s, {work.peer} {theirs[-1]:,.0f}", flush=True)
-    flop_per_s = in_new_process(time_matmul)
+    flop_per_s = in_new_process(time_matmul, args.cores)
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return row | {
         "command": ["python", f"algorithms/{work.script}.py", *flags], "ours": ours, "theirs": theirs,

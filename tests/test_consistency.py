@@ -80,8 +80,8 @@ DIFFERS_IN = {  # exceptions of single scripts: functions, classes, methods of R
 }  # fmt: skip
 HEADINGS = ["Run", "Evaluation", "Algorithm"]  # of the flags
 MISSING_FLAGS = {
-    "q_learning": {"num_envs", "device"}, "reinforce": {"num_envs"}, "iql": {"num_envs"}, "cql": {"num_envs"},
-    "decision_transformer": {"num_envs"},
+    "q_learning": {"num_envs", "device", "threads"}, "reinforce": {"num_envs"},
+    "iql": {"num_envs"}, "cql": {"num_envs"}, "decision_transformer": {"num_envs"},
 }  # fmt: skip
 OWN_WORDS = {  # common flags with another comment
     "maddpg": {"env_id"},  # Gymnasium has none of its environments

@@ -202,6 +202,29 @@ def test_only_small_networks_are_kept_from_a_gpu(script, env_id, device, monkeyp
         assert run.device == device
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "threads"),
+    [(script, [], 1) for script in IN_TORCH if script in ACTING]
+    + [(script, ["--threads", 2], 2) for script in IN_TORCH if script in ACTING]
+    + [("ppo", ["--env-id", "ALE/Pong-v5"], 3), ("dqn", ["--env-id", "ALE/Pong-v5", "--threads", 2], 2)],
+)
+def test_threads_of_pytorch(script, flags, threads, monkeypatch):
+    """Vectors get one, images all that PyTorch would take, unless the user wants another number."""
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    with closing(module_of(script).Run(arguments(script, *flags))):
+        assert chosen == [threads]
+
+
+def test_a_run_goes_on_with_other_threads(cli, tmp_path):
+    flags = "--env-id", "Pendulum-v1", "--total-timesteps", 40, "--learning-starts", 10
+    assert cli("sac", *flags, "--threads", 2, "--run-dir", tmp_path / "run")[0] == 0
+    code, _, err = cli("sac", "--resume", "--total-timesteps", 60, "--threads", 1, "--run-dir", tmp_path / "run")
+    assert code == 0, err
+    assert timeless(tmp_path / "run")[-1]["global_step"] == 60
+
+
 # ---- What must not change a run
 
 
@@ -608,7 +631,8 @@ def test_flags_beside_resume_and_evaluate_are_checked_together_with_the_runs_own
 # ---- Flags
 
 # Tested by themselves, above and below
-ELSEWHERE = {"device", "track", "wandb_project_name", "run_dir", "resume", "evaluate", "checkpoint_frequency"}
+ELSEWHERE = {"device", "threads", "track", "wandb_project_name", "run_dir", "resume", "evaluate"}
+ELSEWHERE |= {"checkpoint_frequency"}
 CHANGES = [
     (script, name, value)
     for script in ALL
@@ -745,6 +769,7 @@ MISTAKES = {  # of any script
 }
 MISTAKES_WITH = {  # of any script with this flag
     "device": {"--device cuda:99": "cpu", "--device tpu": "cpu", "--device mps": "cpu"},
+    "threads": {"--threads 0": "--threads", "--threads 99999999999": "--threads", "--threads all": "--threads"},
     "gamma": {"--gamma 1.5": "--gamma", "--gamma -0.1": "--gamma"},
     "num_envs": {"--num-envs 0": "--num-envs", "--total-timesteps 2047 --num-envs 2": "--num-envs"},
     "eval_episodes": {"--eval-episodes 0": "--eval-episodes"},

@@ -322,6 +322,30 @@ def test_repeats_alternate_and_their_median_counts(monkeypatch):
     assert pays in throughput.to_markdown(result)
 
 
+@pytest.mark.parametrize(
+    ("script", "cores", "threads"), [("td3", 1, None), ("td3", 2, 2), ("sac", 2, 2), ("dqn", 2, None)]
+)
+def test_with_more_cores_wide_networks_get_more_threads(monkeypatch, script, cores, threads):
+    given, args_of = [], {}
+
+    def time_script(work, *_):
+        given.append(work.settings)
+        return 1.0, 0.0, []
+
+    def in_new_process(function, *args):
+        args_of[function] = args
+        return (1.0, 0.0) if function is peer else 1.0
+
+    peer = object()
+    monkeypatch.setattr(throughput, "time_script", time_script)
+    monkeypatch.setattr(throughput, "in_new_process", in_new_process)
+    work = throughput.Work(script, "CartPole-v1", {"gamma": 0.9}, "nobody", dict, peer, 1, 1e6)
+    throughput.measure(work, throughput.Args(repeats=1, steps=100, cores=cores))
+    assert given == [{"gamma": 0.9} | ({"threads": threads} if threads else {})]
+    assert args_of[peer][1] == given[0]
+    assert args_of[throughput.time_matmul] == (cores,), "the limit is that of as many threads"
+
+
 def test_a_long_start_pays_when_the_speed_has_made_up_for_it():
     # 10 s more at the start; 1/100 s less for each step: 1000 steps later both have taken 20 s
     assert throughput.pays_after(100, 10, 50, 0) == pytest.approx(1000)
