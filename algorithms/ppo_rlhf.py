@@ -95,6 +95,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for models below 10M weights, else all; 2 are faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -305,15 +306,14 @@ def train(args: Args) -> dict[str, float]:
             unpadded = ([row[:n] for row, n in zip(x.tolist(), lengths, strict=True)] for x in (advantages, returns))
             metrics = update(run, zip(episodes, *unpadded, strict=True), args)
             run.global_step += args.batch_size
-            kl = (old_log_prob - ref_log_prob).sum(1).mean().item()
+            kl, entropy = (x.sum(1).mean().item() for x in (old_log_prob - ref_log_prob, -old_log_prob))  # of replies
             if args.adaptive_kl is not None:
                 run.bare.beta.fill_(adapted_beta(beta, kl, args.adaptive_kl))
 
             # 4. Log; explained_variance: 1 if V foresaw the returns, 0 if a constant would do as well
             metrics |= {"losses/explained_variance": explained.item(), "objective/kl": kl, "objective/beta": beta}
             metrics |= {"objective/scores": scores.mean().item(), "objective/rlhf_reward": rewards.sum(1).mean().item()}
-            metrics["objective/entropy"] = -old_log_prob.sum(1).mean().item()  # of the whole reply
-            run.log(metrics | {"charts/learning_rate": actor_group["lr"]})
+            run.log(metrics | {"objective/entropy": entropy, "charts/learning_rate": actor_group["lr"]})
         show(run, held_out, args)
         return run.result
 
@@ -371,7 +371,7 @@ class UsageError(Exception):
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     """Refuses numbers out of range: by default integers below 1, others below 0. Then sets defaults that are None."""
-    ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf)} | ranges
+    ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf), "threads": (1, 1024)} | ranges
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
         if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
@@ -552,8 +552,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
         raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
-    if model.num_parameters() < 10_000_000:
-        torch.set_num_threads(1)  # small matrices: a second thread costs more than it gives
+    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else torch.get_num_threads()))
     return model
 
 
@@ -772,7 +771,7 @@ class Run:
         if args.resume:
             config = json.loads(path.read_text())
             changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
-            changed -= {"run_dir", "resume", "device", "total_timesteps", "micro_batch_size"}
+            changed -= {"run_dir", "resume", "device", "threads", "total_timesteps", "micro_batch_size"}
             if changed or args.total_timesteps < config["args"]["total_timesteps"]:
                 changed = ", ".join(changed or ["total_timesteps"])
                 raise UsageError(f"--resume goes on with the run's own arguments: leave out {changed}")

@@ -217,12 +217,27 @@ def test_threads_of_pytorch(script, flags, threads, monkeypatch):
         assert chosen == [threads]
 
 
-def test_a_run_goes_on_with_other_threads(cli, tmp_path):
-    flags = "--env-id", "Pendulum-v1", "--total-timesteps", 40, "--learning-starts", 10
-    assert cli("sac", *flags, "--threads", 2, "--run-dir", tmp_path / "run")[0] == 0
-    code, _, err = cli("sac", "--resume", "--total-timesteps", 60, "--threads", 1, "--run-dir", tmp_path / "run")
+@pytest.mark.parametrize(("flags", "threads"), [([], 1), (["--threads", 2], 2)])
+@pytest.mark.parametrize("script", ON_DATA)
+def test_threads_of_small_language_models(script, flags, threads, cli, monkeypatch):
+    chosen = []
+
+    def stop(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(f"algorithms.{script}.make_trainable", stop)
+    cli(script, *tiny(script), *flags)
+    assert {*chosen} == {threads}
+
+
+@scripts(IN_TORCH, quick=["sac"])
+def test_a_run_goes_on_with_other_threads(script, cli, tmp_path):
+    quarter, run_dir = FACTS[script].quarter, tmp_path / "run"
+    assert cli(script, *tiny(script), "--total-timesteps", quarter, "--threads", 2, "--run-dir", run_dir)[0] == 0
+    code, _, err = cli(script, "--resume", "--total-timesteps", 2 * quarter, "--threads", 1, "--run-dir", run_dir)
     assert code == 0, err
-    assert timeless(tmp_path / "run")[-1]["global_step"] == 60
+    assert timeless(run_dir)[-1]["global_step"] == 2 * quarter
 
 
 # ---- What must not change a run
