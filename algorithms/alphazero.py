@@ -248,7 +248,7 @@ class Tree:
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
     """What is maximised in [1], which the papers call PUCT, for each move: (B, A) each -> (B, A).
 
-    Q of a move that was never taken is 0.
+    Q is total / visits; of a move that was never taken it is total itself.
     """
     n = 1 + visits.sum(-1, keepdims=True)  # N(s): a node's first visit made it. The pseudocode's root lacks this 1
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
@@ -349,7 +349,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a network, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
+    """Trains a network, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         adam = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}

@@ -316,7 +316,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
+    """Trains an agent, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         data = read_dataset(args, run.envs[0])

@@ -277,7 +277,7 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy, returns its last evaluation. run: goes_on (evaluates, saves), bare (the policy), step, log."""
+    """Trains a policy, returns its last evaluation. Of run it uses goes_on, bare (the policy), step and log."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         run.reference = None if args.lora_rank else copy.deepcopy(model).to(run.accelerator.device)

@@ -10,7 +10,7 @@ goal. The learner is SAC, as in sac.py: it needs no change, because the goal g i
     [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                          SAC, Eq. 5
     [5] actor:   minimise E[alpha log pi(a|s) - min_i Q_i(s, a)],  a ~ pi                                 SAC, cf. Eq. 7
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 SAC, Algorithm 1
-    [7] a replayed transition gets, with probability k / (k + 1), a new goal g' = achieved(s') of a step of its episode;
+    [7] a replayed transition gets, with probability k / (k + 1), a new goal g', which a step of its episode achieved;
         future: this step or a later one; episode: any step; final: the last one            HER, Sections 3.3 and 4.5
     [8] its reward becomes r' = r(achieved(s'), g')                                                 HER, cf. Algorithm 1
 
@@ -24,7 +24,7 @@ Differs from HER's paper (from SAC's: see sac.py):
 - Transitions are replayed while their episode still runs, with goals from its steps so far (paper: whole episodes).
 - Goals are drawn anew at each replay, as in the authors' code. final, too, replaces k / (k + 1) of the goals, not half.
 - g' also decides whether s' is terminal, where the environment can tell. The strategy random is left out.
-- Networks see the achieved goal, too. Observations are not normalised, targets not clipped. Time limits: see sac.py.
+- Networks see the achieved goal, too. Observations are not normalised, y is not clipped. Time limits: see sac.py.
 
     python algorithms/her.py --env-id gymnasium_robotics:FetchReach-v4
 """
@@ -94,12 +94,12 @@ class Args:
     tau: float = 0.005  # [6] share of the new weights in an update of the targets
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 256  # transitions in a gradient step; HER's paper: 128
-    learning_starts: int | None = None  # steps of uniform random actions, without learning; None: min(run / 10, 10,000)
+    learning_starts: int | None = None  # random steps before learning; None: total_timesteps / 10, at most 10,000
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
     num_critics: int = 2  # [1], [5] number of critics, all in the minimum
-    alpha: float = 0.2  # [1], [5] temperature: at the start, and with --no-autotune always
+    alpha: float = 0.2  # [1], [5] temperature at the start, with --no-autotune always; the authors' code: 1
     autotune: bool = True  # [3] tune the temperature
-    her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals are taken from; paper: often final
+    her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals come from; paper: final
     her_ratio: float = 4.0  # [7] k: replayed transitions with a new goal for each one with its true goal; 0: plain SAC
 
     def __post_init__(self) -> None:
@@ -199,7 +199,7 @@ class HindsightReplayBuffer:
         memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
             raise UsageError(f"--buffer-size {buffer_size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
-        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0  # both in rows
+        self.num_envs, self.size, self.added = num_envs, buffer_size // num_envs, 0  # size, added: in rows
         shapes = {"obs": (obs_dim,), "actions": (action_dim,), "rewards": (), "terminated": (), "next_obs": (obs_dim,)}
         self.arrays = {name: np.zeros((self.size, num_envs, *shape), np.float32) for name, shape in shapes.items()}
         self.arrays |= {name: np.zeros((self.size, num_envs), np.int64) for name in ("first", "last")}
@@ -222,7 +222,7 @@ class HindsightReplayBuffer:
 
         # [7] A goal for each transition: the one achieved in a random row from earliest to last
         earliest = {"future": rows, "episode": np.maximum(first, oldest), "final": last}[args.her_strategy]
-        share = torch.rand(batch_size, dtype=torch.float64).numpy()  # uniform; a float32 could round up to last + 1
+        share = torch.rand(batch_size, dtype=torch.float64).numpy()  # uniform in [0, 1)
         chosen = earliest + (share * (last + 1 - earliest)).astype(int)
         new_goals = self.arrays["next_obs"][chosen % self.size, envs][:, goals.achieved]  # (B, goal_dim)
 
@@ -291,8 +291,7 @@ def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dic
         alpha_loss.backward()
         optimizers["alpha_optimizer"].step()
     soft_update(agent.target_critics, agent.critics, args.tau)
-    metrics |= {"losses/actor_loss": actor_loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
-    return metrics
+    return metrics | {"losses/actor_loss": actor_loss.detach(), "losses/entropy": entropy, "losses/alpha": alpha}
 
 
 def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) -> SAC:
@@ -303,7 +302,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
+    """Trains an agent, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         optimizers = {
@@ -312,8 +311,9 @@ def train(args: Args) -> dict[str, float]:
             "alpha_optimizer": torch.optim.Adam([agent.log_alpha], args.q_lr, fused=True),
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
-        run.envs[0].reset(seed=args.seed)  # compute_reward may need what this sets
-        goals = Goals(args, run.envs[0].unwrapped)
+        env = run.opened.enter_context(contextlib.closing(make_env(args)))  # none that acts: asking may change it
+        env.reset(seed=args.seed)  # compute_reward may need what this sets
+        goals = Goals(args, env.unwrapped)
         buffer = HindsightReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due; False at the end

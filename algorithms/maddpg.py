@@ -241,7 +241,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains all agents, returns their last evaluation. run: obs, step (environments), goes_on (evaluates, saves)."""
+    """Trains all agents, returns their last evaluation. Of run it uses obs, step, goes_on and log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         n, adam = len(agent.names), {"lr": args.learning_rate, "betas": (0.9, args.beta2), "fused": True}

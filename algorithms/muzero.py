@@ -12,18 +12,18 @@ p_a, the probability of each action, and v, the discounted sum of rewards to com
     [6] loss: l = sum_k (CE(u_t+k-1, r_k) + CE(z_t+k, v_k) + CE(pi_t+k, p_k)) + c ||theta||^2
     [7] scale: S(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
 
-P is p, except in [3]. N(s) is 1 + sum_a N(s, a). In [1] Q is scaled to 0 ... 1, by the least and largest of its tree.
-G' is G one step deeper, at the end v. With two players it is the other one's: G', u and nu change sign. u_t is the
-reward of a_t (paper: u_t+1), nu the mean G of a search's root, pi the shares of its visits. k goes from 0 to K, for r
-from 1, and each k > 0 weighs 1 / K. CE is cross entropy. r and v are distributions over integers, in games without S.
+P is p, but in [3]. N(s) is 1 + sum_a N(s, a). In [1] Q is scaled: the least Q of the tree becomes 0, the largest 1. G'
+is G one step deeper, v at the end. With two players what is the other one's changes sign: G', in [5] every second u, nu
+if n is odd. u_t is the reward of a_t (paper: u_t+1), nu the mean G of a root, pi the shares of its visits. k is 0 to K,
+for r 1 to K; k > 0 weighs 1 / K. CE is cross entropy. r, v: distributions over integers of S(x), in games of x.
 
 Paper: Schrittwieser et al. 2020, arXiv:1911.08265, doi:10.1038/s41586-020-03051-4.
 
 Differs from the paper:
 - Environments run side by side in one process, and the model, of MLPs, learns between their steps, by AdamW.
-- h sees one observation (paper: 8 to 100). Latent states have mean 0 and variance 1 (paper: from 0 to 1).
-- Games begin with a few random moves. They have a reward at their end, then v is 0. v is not a number, see above.
-- Replay is uniform, of finished episodes, without Reanalyze. Where a time limit ends one, its last v is the bootstrap.
+- h sees one observation (paper: 8 to 100), and in it which moves are legal. Latent states have mean 0 and variance 1.
+- Games begin with a few random moves. They have a reward at their end, then v is 0; v is a distribution there too.
+- Replay is uniform (paper: Atari by priority), of finished episodes. After a time limit the last v is the bootstrap.
 - An untried action counts as the mean of the tried ones (pseudocode: the worst). N(s) is 1 more than in the paper.
 
     python algorithms/muzero.py --env-id CartPole-v1
@@ -95,14 +95,14 @@ class Args:
     c_base: float = 19_652.0  # [1] visits of a node after which C(s) has grown by log 2: far more than here
     dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer actions get most of the noise; paper: 0.25 (Atari)
     noise_fraction: float = 0.25  # [3] epsilon
-    temperature: float = 1.0  # actions are drawn from N ** (1 / temperature); 0: the action with the most visits
-    final_temperature: float = 0.25  # temperature falls to it linearly over the run; paper: 1, 0.5, 0.25 (Atari)
-    temperature_moves: int = 30  # of a game, moves that are drawn; every later move is the one with the most visits
-    random_moves: int = 6  # a game of self-play begins with 0 to so many random moves; paper: 0
+    temperature: float = 1.0  # actions are drawn in proportion to N ** (1 / temperature); 0: the most visited one
+    final_temperature: float = 0.25  # temperature moves to it linearly over the run; paper: 1, 0.5, 0.25 (Atari)
+    temperature_moves: int = 30  # of a game, moves that are drawn, and no later ones; elsewhere all are, or with 0 none
+    random_moves: int = 6  # a game of self-play begins with 0 to this many random moves; paper: 0
     gamma: float = 0.997  # discount; paper: 1 in board games
     td_steps: int = 50  # [5] n; paper: 10 (Atari), to the end (board games)
     unroll_steps: int = 10  # [6] K; paper: 5
-    support_size: int = 20  # r and v: integers from minus this to this. By [7] 20 is 422; more is cut off; paper: 300
+    support_size: int = 20  # r and v: integers of S(x) to plus and minus this; 20 is x = 422; games need 1; paper: 300
     latent_size: int = 32  # numbers in a latent state
     hidden_size: int = 64  # units of a hidden layer
     learning_rate: float = 2e-3  # of AdamW; paper: 0.05 to 0.00007, of SGD
@@ -133,7 +133,7 @@ def unscale(y: Tensor) -> Tensor:
 
 
 def two_hot(x: Tensor, support_size: int, scaled: bool = True) -> Tensor:  # (...) -> (..., 2 * support_size + 1)
-    """A distribution with mean scale(x): an integer gets 1 minus its distance from it, or 0 beyond a distance of 1."""
+    """A distribution with mean S(x): an integer gets 1 minus its distance from that, or 0 beyond a distance of 1."""
     y = (scale(x) if scaled else x).clamp(-support_size, support_size)[..., None]
     support = torch.arange(-support_size, support_size + 1, device=x.device)
     return (1 - (support - y).abs()).clamp(min=0)
@@ -174,7 +174,7 @@ class Network(nn.Module):
         return self.norm(latent + self.g(torch.cat([latent, chosen], dim=1)))  # [4] g learns what changes
 
     def predict(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of p, v and r, (..., A or atoms), from states (..., L): the reward of a step is read from its end."""
+        """Logits of p, v and r, (..., A or atoms), of states (..., L). r is of the step to that state; s_0 has none."""
         return self.policy_head(latent), self.value_head(latent), self.reward_head(latent)  # [4]
 
     @torch.inference_mode()
@@ -208,15 +208,15 @@ class Tree:
     """
 
     def __init__(self, legal: np.ndarray, prior: np.ndarray, args: Args):  # (B, A) each, of the roots
-        nodes = len(legal), args.num_simulations + 1  # shapes, of arrays with a number a node, and a number a move
-        moves = (*nodes, legal.shape[1])
-        self.visits, self.total, self.prior = np.zeros(moves), np.zeros(moves), np.zeros(moves)  # N, W, P of (s, a)
-        self.legal = np.ones(moves, bool)  # the model does not know what is legal later
+        per_node = len(legal), args.num_simulations + 1  # shapes of arrays: a number for each node, or for each move
+        per_move = (*per_node, legal.shape[1])
+        self.visits, self.total, self.prior = np.zeros(per_move), np.zeros(per_move), np.zeros(per_move)  # N, W, P
+        self.legal = np.ones(per_move, bool)  # the model does not know what is legal later
         self.legal[:, 0], self.prior[:, 0] = legal, prior
-        self.child = np.full(moves, -1)  # the node to which an action leads; -1: none yet
-        self.reward = np.zeros(nodes)  # of the step that led to a node
+        self.child = np.full(per_move, -1)  # the node to which an action leads; -1: none yet
+        self.reward = np.zeros(per_node)  # of the step that led to a node
         game = is_game(args.env_id)
-        lowest, highest = (-1.0, 1.0) if game else (1e30, -1e30)  # of Q in a tree; known in games, elsewhere none yet
+        lowest, highest = (-1.0, 1.0) if game else (1e30, -1e30)  # of Q in a tree: in games at least -1 to 1
         self.lowest, self.highest = np.full(len(legal), lowest), np.full(len(legal), highest)
         self.discount = -args.gamma if game else args.gamma  # what is good for the other player is bad for this one
 
@@ -233,18 +233,18 @@ class Tree:
         scores = puct(self.visits, scaled, self.prior, args)  # of all nodes at once: quicker than one by one
         best = np.where(self.legal, scores, -np.inf).argmax(-1)  # (B, nodes)
         rows, nodes, path = np.arange(len(best)), np.zeros(len(best), int), []
-        parent, last_action = nodes.copy(), nodes.copy()
+        parent, last_action = np.zeros((2, len(best)), int)
         while len(rows):
             actions = best[rows, nodes]
             path.append((rows, nodes, actions))
             parent[rows], last_action[rows] = nodes, actions
             next_nodes = self.child[rows, nodes, actions]
-            rows, nodes = rows[next_nodes >= 0], next_nodes[next_nodes >= 0]
+            rows, nodes = rows[next_nodes >= 0], next_nodes[next_nodes >= 0]  # the walks that go on
         return path, parent, last_action
 
     def backup(self, path: list[tuple], value: np.ndarray) -> None:
         """value: (B,), v of the new node at the end of each path, for the player who is to move there."""
-        later = value.astype(np.float64)  # G' in [2]
+        later = value.astype(np.float64)  # G' in [2]; the first line below makes it G, which is G' one step up
         for rows, nodes, actions in reversed(path):
             later[rows] = self.reward[rows, self.child[rows, nodes, actions]] + self.discount * later[rows]  # [2] G
             self.visits[rows, nodes, actions] += 1  # [2]
@@ -256,7 +256,7 @@ class Tree:
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
     """What is maximised in [1], which the papers call PUCT, for each move: (B, A) each -> (B, A).
 
-    Q of a move that was never taken is 0.
+    Q is total / visits; of a move that was never taken it is total itself.
     """
     n = 1 + visits.sum(-1, keepdims=True)  # N(s): a node's first visit made it. The pseudocode's root lacks this 1
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
@@ -299,20 +299,20 @@ def draw_moves(pi: np.ndarray, move_numbers: np.ndarray, args: Args) -> np.ndarr
 
 
 def value_targets(rewards: np.ndarray, root_values: np.ndarray, args: Args) -> np.ndarray:
-    """z of an episode's T steps: rewards (T,), root_values (T + 1,). The last value is what follows the episode.
+    """z of an episode's T steps: rewards (T,), root_values (T + 1,), nu of each step.
 
-    It is 0 after a true end, and v of the last observation where a time limit cut the episode.
+    root_values[T] stands for what follows the episode: 0 after a true end, v where a time limit cut it.
     """
     targets, num_steps = np.zeros(len(rewards)), len(rewards)
     discounts = args.gamma ** np.arange(num_steps + 1)
     for t in range(num_steps):
-        n = min(args.td_steps, num_steps - t)
+        n = min(args.td_steps, num_steps - t)  # fewer near the end
         targets[t] = discounts[:n] @ rewards[t : t + n] + discounts[n] * root_values[t + n]  # [5]
     return targets
 
 
 class EpisodeBuffer:
-    """The last steps of finished episodes. A row is an observation and what follows: K + 1 steps of 4 + A numbers.
+    """The last steps of finished episodes. A row is an observation, and from it on K + 1 steps of 4 + A numbers.
 
     These are action, reward, z, known (1 or 0) and pi. A row can then be sampled without the rows that follow it.
     Steps of an episode that has not ended wait, for z needs what comes later.
@@ -339,7 +339,7 @@ class EpisodeBuffer:
         steps, unroll = np.stack(self.waiting[i]), self.args.unroll_steps
         obs, pi = np.split(steps[:, :-4], [self.widths[0]], axis=1)
         action, reward, value, player = steps[:, -4:].T
-        # In games z is first computed for the first player, then given to the one who was to move
+        # In games player * (...) turns what is the mover's into the first player's, and z back again
         values = np.append(player * value, 0 if terminated else last_value)
         z = player * value_targets(player * reward, values, self.args)
         targets = np.column_stack([action, reward, z, np.ones(len(z)), pi])  # (T, 4 + A)
@@ -377,7 +377,7 @@ def halve_gradient(x: Tensor) -> Tensor:
 
 
 def muzero_loss(agent: Network, batch: tuple[Tensor, ...], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """[6] but for its last term, which is AdamW's decay: what EpisodeBuffer.sample gives -> the loss, and metrics."""
+    """[6] but for its last term, for which AdamW's decay stands. What EpisodeBuffer.sample gives -> loss, metrics."""
     obs, pi, actions, rewards, z, known = batch
     latents = [agent.represent(obs)]
     for k in range(args.unroll_steps):
@@ -388,7 +388,7 @@ def muzero_loss(agent: Network, batch: tuple[Tensor, ...], args: Args) -> tuple[
     weights[:, 0] = 1
     # cross_entropy wants the classes in dimension 1. The reward in row k is that of the step to state k + 1
     policy_losses = nn.functional.cross_entropy(policy_logits.mT, pi.mT, reduction="none")  # [6] (B, K + 1)
-    scaled = not agent.is_game  # results of games are -1, 0 and 1: whole numbers already
+    scaled = not agent.is_game  # games: rewards are -1, 0 and 1, and z is no larger, so S is not needed
     z, rewards = (two_hot(x, args.support_size, scaled) for x in (z, rewards[:, :-1]))  # (..., atoms)
     value_losses = nn.functional.cross_entropy(value_logits.mT, z.mT, reduction="none")  # [6]
     reward_losses = nn.functional.cross_entropy(reward_logits[:, 1:].mT, rewards.mT, reduction="none")  # [6]
@@ -407,7 +407,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
+    """Trains an agent, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         adam = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
@@ -415,9 +415,8 @@ def train(args: Args) -> dict[str, float]:
         buffer = EpisodeBuffer(args, *run.obs_shape, agent.num_actions, run.device)
         run.start(model=agent, optimizer=optimizer, buffer=buffer)
         for waiting, taken in zip(buffer.waiting, run.actions, strict=True):
-            if not taken:  # an episode that could not be replayed after --resume began again
+            if not taken:  # no action yet: a new episode, perhaps instead of one that --resume could not replay
                 waiting.clear()
-
         while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: a search and a step in each of N environments
             obs, first_step = run.obs, run.global_step  # after an end run.obs is the next episode's first

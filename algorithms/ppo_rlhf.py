@@ -275,7 +275,7 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy, returns its last evaluation. run: goes_on (evaluates, saves), bare (the networks), step, log."""
+    """Trains a policy, returns its last evaluation. Of run it uses goes_on, bare (the networks), step and log."""
     with contextlib.closing(Run(args)) as run:
         agent, optimizer = make_agent(run, args)
         prompts, held_out = training_and_held_out_prompts(run, agent.actor, args)

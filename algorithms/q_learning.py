@@ -1,24 +1,24 @@
 """Tabular Q-learning, SARSA, Expected SARSA and Double Q-learning: learn from each step what each action is worth.
 
-Q(s, a) is the discounted sum of the rewards to expect after action a in state s. It is learned as a table: after each
-step, one entry moves towards a better estimate, the reward plus what the table says that the next state s' is worth.
-The four algorithms differ only in this value of s'.
+Q(s, a) is the return to expect after action a in state s: the sum of the rewards, the one t steps later times gamma^t.
+It is learned as a table. After each step, one entry moves by the share alpha towards a better estimate: the reward r
+plus gamma times what the table says that the next state s' is worth. The four algorithms differ only in this value.
 
     [1] Q-learning         target = r + gamma max_a Q(s', a)                     Watkins & Dayan 1992
     [2] SARSA              target = r + gamma Q(s', a')                          Rummery & Niranjan 1994
     [3] Expected SARSA     target = r + gamma sum_a pi(a|s') Q(s', a)            van Seijen et al. 2009
     [4] Double Q-learning  target = r + gamma Q_2(s', argmax_a Q_1(s', a))       van Hasselt 2010, Algorithm 1
-    [5] all                Q(s, a) <- Q(s, a) + alpha (target - Q(s, a))
+    [5] all                Q(s, a) <- Q(s, a) + alpha (target - Q(s, a));  target = r where s' is terminal
 
 Here a' is the next action, and pi the policy that explores. [2] and [3] learn what pi is worth, missteps included: on
 CliffWalking-v1 they keep away from the edge. [1] learns what the best policy is worth. A maximum of noisy estimates is
-too high on average: [4] takes the best action by one table, its worth from another. A coin picks Q_1, which is updated.
+too high on average: [4] takes the best action by one table, its worth from the other. A coin picks which one learns.
 
 Papers: doi:10.1007/BF00992698; CUED/F-INFENG/TR 166; doi:10.1109/ADPRL.2009.4927542; Double Q-learning, NeurIPS 2010.
 All four: Sutton & Barto 2018, Sections 6.4 to 6.7, incompleteideas.net/book/the-book-2nd.html.
 
 Differs from the papers:
-- alpha falls to 0, and all values start at 1, which is optimistic: actions not tried yet look good.
+- alpha falls linearly to 0. All values start at 1: optimistic, so untried actions look good. All draw a' before [5].
 - A time limit is not a terminal state: the value of the last state stands for the rest of the episode.
 - An environment without a time limit, as CliffWalking-v1 is, gets one of 1,000 steps.
 
@@ -89,7 +89,7 @@ class Args:
     initial_value: float = 1.0  # of all Q(s, a); optimistic if no return exceeds it
     exploration: Literal["epsilon-greedy", "boltzmann", "ucb"] = "epsilon-greedy"  # how actions are chosen
     start_e: float = 1.0  # epsilon, or Boltzmann's temperature in units of the return, at the start
-    end_e: float = 0.02  # the same from the end of exploration_fraction on
+    end_e: float = 0.02  # its value once exploration_fraction of the run is over
     exploration_fraction: float = 0.5  # share of the run in which it goes linearly from start_e to end_e
     ucb_c: float = 1.0  # ucb: weight of the uncertainty, in units of the return
     plot_values: bool = False  # draw a grid's final values as values.png in the run's folder; needs matplotlib
@@ -107,11 +107,11 @@ class Args:
 class Table:
     """Q(s, a) in lists: faster than arrays, one number at a time. A state's row is made when it is first met."""
 
-    def __init__(self, args: Args, action_space: gym.spaces.Discrete, obs_shape: tuple[int, ...] = ()):
+    def __init__(self, args: Args, action_space: gym.spaces.Discrete, obs_shape: tuple[int, ...]):  # (S,)
         self.obs_shape, self.action_space, num_actions = obs_shape, action_space, int(action_space.n)
         num_tables = 2 if args.algorithm == "double-q-learning" else 1
         self.q = [defaultdict(lambda: [args.initial_value] * num_actions) for _ in range(num_tables)]
-        self.counts = defaultdict(lambda: [0] * num_actions)  # how often each action was taken
+        self.counts = defaultdict(lambda: [0] * num_actions)  # how often each action was taken; its keys: states met
         self.next_action = -1  # to take in the present state; -1: it is not chosen yet
 
     def values(self, state: int) -> list[float]:
@@ -121,7 +121,7 @@ class Table:
         return [(a + b) / 2 for a, b in zip(self.q[0][state], self.q[1][state], strict=True)]
 
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The best action for a state, (), or for each of a batch, (B,). Of equal ones, as in new states, the first."""
+        """The best action for one state, or for each of B states, (B,). Of equal ones, as in new states, the first."""
         states = np.asarray(obs)
         rows = [self.values(s) if s in self.counts else [0.0] for s in states.flatten().tolist()]  # [0.0]: a new state
         return np.reshape([row.index(max(row)) for row in rows], states.shape) + self.action_space.start
@@ -166,7 +166,7 @@ def policy(values: list[float], counts: list[int], epsilon: float, args: Args) -
 
 
 def explore(values: list[float], counts: list[int], epsilon: float, args: Args) -> int:
-    """An action, drawn from policy, but epsilon-greedy without making its list: that is faster."""
+    """Draws an action from policy; epsilon-greedy does it without the list of probabilities, which is faster."""
     if args.exploration != "epsilon-greedy":
         return random.choices(range(len(values)), policy(values, counts, epsilon, args))[0]
     if random.random() < epsilon:
@@ -188,9 +188,9 @@ def next_value(q: list[float], other_q: list[float], next_action: int, next_prob
 
 
 def exact_returns(agent: Table, env: gym.Env, args: Args) -> dict[str, float]:
-    """Undiscounted returns to expect, from the known probabilities: of the greedy policy and of value iteration's.
+    """Expected undiscounted returns, from the known probabilities: of the greedy policy, and of the optimal one.
 
-    The latter maximises the discounted return without a time limit, so its return here can be the smaller one.
+    The optimal one is best for the discounted return without a time limit, so its return here can be the smaller one.
     """
     start = getattr(env.unwrapped, "initial_state_distrib", None)  # FrozenLake, CliffWalking and Taxi have one
     if start is None or len(start) > 2000:  # more states would take too much memory
@@ -205,7 +205,7 @@ def exact_returns(agent: Table, env: gym.Env, args: Args) -> dict[str, float]:
                 probs[s, a, next_s] += prob * (not terminated)
     q = np.zeros_like(rewards)
     for _ in range(10_000):
-        old_q, q = q, rewards + args.gamma * probs @ q.max(axis=1)  # [1]
+        old_q, q = q, rewards + args.gamma * probs @ q.max(axis=1)  # value iteration: [1] on average
         if np.abs(q - old_q).max() < 1e-10:
             break
     results = {}
@@ -225,7 +225,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
+    """Trains an agent, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
     with contextlib.closing(Run(args)) as run:  # closes the environment, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space)
         run.start(model=agent)  # what a checkpoint holds
@@ -235,14 +235,14 @@ def train(args: Args) -> dict[str, float]:
             # 1. Act
             epsilon = linear_schedule(args.start_e, args.end_e, duration, run.global_step)
             action, learning_rate = agent.next_action, args.learning_rate
-            if action < 0 or not run.actions[0]:  # an episode begins, also where --resume could not replay one
+            if not run.actions[0]:  # an episode begins
                 action = explore(agent.values(state), agent.counts[state], epsilon, args)
             if args.anneal_lr:
                 learning_rate *= 1 - run.global_step / args.total_timesteps
             next_state, reward, terminated, truncated, _ = run.step(action + first_action)
             agent.counts[state][action] += 1
 
-            # 2. Choose the next action before the table changes: [2] needs it; in the book the others choose after it
+            # 2. Choose the next action before [5], as [2] needs it. In the book the others choose after it
             next_values, next_counts = agent.values(next_state), agent.counts[next_state]
             next_action = explore(next_values, next_counts, epsilon, args)
             next_probs = policy(next_values, next_counts, epsilon, args) if args.algorithm == "expected-sarsa" else []

@@ -1,14 +1,14 @@
 """REINFORCE: play whole episodes, then make each action more likely in proportion to the return that followed it.
 
-The gradient of the expected return is an average over the policy's own episodes. So a batch of episodes estimates it,
-without a model of the environment, but with much noise. A baseline is a number that does not depend on the action.
-Subtracted from the return, it changes nothing on average and takes noise away. losses/gradient_variance_* measures in
-each batch how much noise is left with each of three baselines, whichever of them is used.
+The gradient of the expected return J is an average over the policy's own episodes. So a batch of episodes estimates
+it, without a model of the environment, but with much noise. A baseline is a number that does not depend on the action.
+Subtracted from the return, it changes nothing on average, and can take noise away. losses/gradient_variance_* measures
+in each batch how much noise is left with each of three baselines, whichever of them is used.
 
     [1] G_t    = r_t + gamma G_{t+1}                                                  S&B, Eq. 3.9 (R_{t+1} is r_t here)
     [2] grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t)]                            Williams, Th. 2; S&B, Eq. 13.11
     [3] b_t    = 0, or the mean of the other episodes' G_t at the same t, or V(s_t)   --baseline none, mean, value
-    [4] L      = E[(V(s_t) - G_t)^2]                                                  S&B, Section 13.4
+    [4] L      = E[(V(s_t) - G_t)^2], the loss of V, a network that predicts G_t      S&B, Section 13.4
     [5] var    = trace of the covariance of the K episodes' estimates of [2], divided by K: that of their mean
 
 Papers: Williams 1992, doi:10.1007/BF00992696. S&B: Sutton & Barto 2018, incompleteideas.net/book/the-book-2nd.html.
@@ -18,7 +18,7 @@ Differs from S&B:
 - A batch is K whole episodes. Short ones make K larger, so their mean has a small bias, of order 1 / K.
 - The optimizer is Adam, and the policy's learning rate falls to 0. V is fitted in several passes over a batch.
 - For V and --baseline value, a time limit is not a terminal state: V of the last observation stands for the rest of
-  the episode. With none and mean nothing can, and G_t ends there: where limits cut, [5] compares different estimates.
+  the episode. With none and mean G_t ends there: where limits cut, [5] compares estimates of different gradients.
 
     python algorithms/reinforce.py --env-id CartPole-v1
 """
@@ -80,9 +80,9 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
-    num_steps: int = 1024  # a batch: the episodes that begin within so many steps, played to their ends; each must end
+    num_steps: int = 1024  # a batch: the episodes that begin within so many steps, played to their ends; all must end
     learning_rate: float = 5e-3  # of the policy's Adam
-    anneal_lr: bool = True  # let the learning rate fall linearly to 0
+    anneal_lr: bool = True  # let the policy's learning rate fall linearly to 0
     value_learning_rate: float = 1e-2  # of the value network's Adam
     value_epochs: int = 5  # its passes over a batch; the policy makes one step
     gamma: float = 0.99  # discount
@@ -156,7 +156,7 @@ class Episode:  # T steps, from a reset to the end
 
 
 class Batch(list):
-    """The steps since the last update: obs, action, reward, next_obs, terminated, ended, each of length N = 1."""
+    """The steps since the last update: obs, action, reward, next_obs, terminated, ended, (1, ...) each."""
 
     def state_dict(self) -> dict:  # for a checkpoint within a batch
         return {"steps": [torch.from_numpy(np.concatenate(part)) for part in zip(*self, strict=True)]}
@@ -233,17 +233,17 @@ def update(
     (-objective(log_prob, advantage, len(episodes))).backward()  # minus: optimizers minimise
     optimizer.step()
 
-    values = torch.cat([value[:-1] for value in values])  # (B,)
-    returns = torch.cat([by_baseline["value"] for by_baseline in advantages]) + values  # (B,), bootstrapped
+    old_values = torch.cat([value[:-1] for value in values])  # (B,)
+    value_targets = torch.cat([by_baseline["value"] for by_baseline in advantages]) + old_values  # (B,), bootstrapped
     value_losses = []
     for _ in range(args.value_epochs):
-        for rows in torch.randperm(len(obs), device=obs.device).split(256):
-            value_loss = (agent.critic(obs[rows]).squeeze(-1) - returns[rows]).square().mean()  # [4]
+        for rows in torch.randperm(len(obs), device=obs.device).split(256):  # minibatches of 256 steps
+            value_loss = (agent.critic(obs[rows]).squeeze(-1) - value_targets[rows]).square().mean()  # [4]
             value_optimizer.zero_grad()
             value_loss.backward()
             value_optimizer.step()
             value_losses.append(value_loss.item())
-    explained_variance = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+    explained_variance = 1 - (value_targets - old_values).var(correction=0) / (value_targets.var(correction=0) + 1e-8)
     metrics = {"losses/entropy": policy.entropy().mean().item(), "losses/value_loss": np.mean(value_losses)}
     metrics["losses/explained_variance"] = explained_variance.item()
     return metrics | {f"losses/gradient_variance_{name}": variance for name, variance in variances.items()}
@@ -257,7 +257,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. run: obs, step (environments), goes_on (evaluates, saves), log."""
+    """Trains an agent, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent, batch = make_agent(args, run.obs_shape, run.action_space).to(run.device), Batch()
         optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate, fused=True)
@@ -267,7 +267,7 @@ def train(args: Args) -> dict[str, float]:
             batch[-1][-1][:] = True
         while run.goes_on():  # evaluates and saves where that is due; False at the end
             # 1. Act: all episodes that begin within num_steps steps, however long they last. If those that end within
-            #    so many steps counted instead, too many would be short, and the mean over them would be biased
+            #    so many steps counted instead, too many would be short, and the mean over them more biased
             obs = run.obs  # (1, obs_dim)
             with torch.inference_mode():
                 action = agent.policy(torch.from_numpy(obs).to(run.device)).sample()

@@ -259,6 +259,28 @@ def test_the_environment_is_reset_before_its_functions_are_tried(monkeypatch, ca
     assert "has no compute_terminated" not in capsys.readouterr().out
 
 
+class Restless(Point):
+    """To ask whether a goal ends the episode moves its own goal, as in AntMaze_UMaze-v3."""
+
+    def compute_terminated(self, achieved, desired, info):
+        self.goal = np.full(2, 8, np.float32)
+        return False
+
+
+gym.register("Restless-v0", Restless, disable_env_checker=True)
+
+
+def test_asking_about_goals_leaves_the_environments_that_act_alone(monkeypatch):
+    seen, add = [], her.HindsightReplayBuffer.add
+    monkeypatch.setattr(her, "evaluate", lambda *_: {"eval/episodic_return": 0.0})
+    monkeypatch.setattr(
+        her.HindsightReplayBuffer, "add", lambda buffer, **new: (seen.append(new["next_obs"]), add(buffer, **new))
+    )
+    her.train(her.Args(env_id="Restless-v0", total_timesteps=40, learning_starts=10, batch_size=8))
+    assert len(seen) == 40
+    assert np.abs(seen).max() < 8
+
+
 def test_goals_are_found_in_flat_observations():
     env = her.make_env(her.Args(env_id="Point-v0"))
     goals = her.Goals(her.Args(), env.unwrapped)
