@@ -1,9 +1,9 @@
 """Group-relative policy optimisation (GRPO): reinforcement learning of a language model without a value network.
 
-The policy writes a group of n replies y_i to each prompt x. A reward r_i scores each: a reward model or a function that
-checks the answer. A reply's advantage is how much better it is than its group [1]. Good replies get likelier, bad ones
-less likely, until the ratio to the policy that wrote them leaves a band, as in PPO [2]. A KL penalty keeps the policy
-near the reference, the model at the start; it is part of the reward r or of the loss (--kl), estimated by [3].
+The policy writes a group of n replies y_i to each prompt x. A reward model, or a function that checks the answer, gives
+each a score s_i. A reply's advantage is how much better it is than its group [1]. Good replies get likelier, bad ones
+less likely, until the ratio to the policy that wrote them leaves a band, as in PPO [2]. A KL penalty [3] keeps the
+policy near the reference, the model at the start: r_i = s_i - beta k1 of y_i (--kl reward), or it is part of the loss.
 
     [1] A_i = (r_i - mean(r)) / (std(r) + 0.0001)    --advantage grpo                      GRPO, Sec. 4.1.2
         A_i = r_i - mean(r)                          --advantage dr-grpo                   Dr. GRPO, Sec. 3.2
@@ -11,21 +11,21 @@ near the reference, the model at the start; it is part of the reward r or of the
     [2] L_i = -min(ratio A_i, clip(ratio, 1 - low, 1 + high) A_i), ratio = pi / pi_old     PPO, Eq. 7; DAPO: high > low
         one for each token. grpo: their mean. dr-grpo: their sum / --max-new-tokens. rloo: one ratio, of the whole y_i
     [3] d = log pi - log pi_ref:   k1 = d,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d          Schulman 2020; GRPO, Eq. 4
-        of a token, but in rloo's loss of the whole reply
-    [4] maximise E[r] - beta KL(pi, pi_ref): pi* is proportional to pi_ref exp(r / beta)   DPO, Eq. 3, 4
+        in the reward of the whole reply, in the loss of each token (rloo: of the whole reply)
+    [4] maximise E[s] - beta KL(pi, pi_ref): pi* is proportional to pi_ref exp(s / beta)   DPO, Eq. 3, 4
 
 Which settings follow the gradient of [4], on average and at pi = pi_old? rloo with k1 in the reward (the default) or k2
-in the loss; dr-grpo with k1 in the reward, on a smaller scale. Not grpo: its std rescales r, hence beta if the penalty
-is in the loss; with k1 in the reward, pi* is a fixed point: its advantages are 0. As values, k1 and k3 are unbiased.
-As losses, k1's gradient is 0 on average, and k3's is that of KL(pi_ref, pi): GRPO's paper, with grpo and k3 in the
-loss, has another optimum than pi*. In the reward, k2 and k3 can push the policy away from pi_ref: they are refused.
+in the loss; dr-grpo with k1 in the reward, on a smaller scale. Not grpo: its std weighs prompts unequally and its mean
+over tokens replies, but with k1 in the reward all advantages are 0 at pi*. Not k2 in a token's loss: it leaves out what
+later tokens will cost. As values, k1 and k3 are unbiased. As losses, k1's gradient is 0 on average, and k3's is that of
+KL(pi_ref, pi), token by token but in rloo: GRPO's paper has another optimum than pi*. --kl reward takes k1 alone.
 
 Paper: Shao et al. 2024, arXiv:2402.03300. Dr. GRPO: arXiv:2503.20783. RLOO: arXiv:2402.14740. DAPO: arXiv:2503.14476.
 DPO: arXiv:2305.18290. Differs from them: AdamW, warm-up and decay of its rate; a fixed reference; std + 0.0001, with
 n - 1; rloo takes several clipped steps with a batch (RLOO: one, without a ratio); no scores for parts of a reply; a
 cut-off reply is scored as if it ended; of DAPO no dynamic sampling, no mean over a group's tokens, no overlong penalty.
 
-    python algorithms/grpo.py  # RLOO. GRPO: --advantage grpo --kl loss --kl-estimator k3 --beta 0.04
+    python algorithms/grpo.py  # RLOO, whose optimum is that of [4]; the flags of GRPO: see algorithms/README.md
     python algorithms/grpo.py --model-name runs/SFT/model --dataset FILE.jsonl --reward FILE.py:function --kl none
 """
 
@@ -115,7 +115,7 @@ class Args:
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 1024
     group_size: int = 16  # n, replies to a prompt; paper: 64
     num_minibatches: int = 4  # minibatches in a batch, one gradient step each in each epoch; paper: 1
-    update_epochs: int = 2  # passes over the batch; paper: 1
+    update_epochs: int = 2  # passes over the batch; paper: 1; for long replies 1 too, with --num-minibatches 1
     micro_batch_size: int | None = None  # replies in one forward and backward pass of a process; None: the minibatch
     write_batch_size: int = 512  # replies that one process writes at the same time
     advantage: Literal["grpo", "dr-grpo", "rloo"] = "rloo"  # [1] and how [2] is averaged; the paper's is grpo
@@ -144,7 +144,7 @@ class Args:
         if len(self.reward_weights) != len(self.reward) or not all(map(math.isfinite, self.reward_weights)):
             raise UsageError(f"--reward-weights must be {len(self.reward)} numbers, one for each --reward")
         self.beta = 0.0 if self.kl == "none" else self.beta
-        if self.kl != "none" and (self.kl == "reward") != (self.kl_estimator == "k1"):  # others: a wrong or no gradient
+        if self.kl != "none" and (self.kl == "reward") != (self.kl_estimator == "k1"):  # else a wrong gradient, or none
             raise UsageError("--kl reward needs --kl-estimator k1, --kl loss k2 or k3")
 
 
@@ -198,7 +198,7 @@ def grpo_loss(
         log_prob, old_log_prob, ref_log_prob = (sum_of_each(x, lengths) for x in (log_prob, old_log_prob, ref_log_prob))
         lengths = [1] * len(lengths)
     sizes = torch.tensor(lengths, device=log_prob.device)  # (B,)
-    advantages = advantages.repeat_interleave(sizes)  # (N,)
+    advantages = advantages.repeat_interleave(sizes)  # (N,); of rloo (B,)
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
@@ -238,7 +238,7 @@ def update(run: "Run", batch: list[tuple[Reply, float]], args: Args) -> dict[str
 
 
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Reply]:
-    """A reply to each prompt. The processes share the work, then each has all. run: judges (of --reward), tokenizer."""
+    """A reply to each prompt. Processes share the work, then each has all. Of run it uses judges and tokenizer."""
     found = {}
     for rows, ids, replies, log_prob, tensors in written_replies(run, prompts, seed, args):
         with reference_policy(run) as reference:
@@ -268,8 +268,7 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
     """Mean reward, estimated KL divergence from the reference and length of sampled replies."""
     asked = [*itertools.islice(itertools.cycle(prompts), args.eval_replies)]
     replies = play(run, asked, f"{args.seed} evaluation", args)
-    reward = totals(replies, args)[0].mean().item()
-    kl = sum(sum(r.old_log_prob) - sum(r.ref_log_prob) for r in replies) / len(replies)
+    reward, kl = (x.mean().item() for x in totals(replies, args))
     length = sum(len(r.reply) for r in replies) / len(replies)
     result = {"eval/reward": reward, "eval/kl": kl, "eval/rlhf_reward": reward - args.beta * kl, "eval/length": length}
     means = torch.tensor([r.scores for r in replies]).mean(0).tolist()
@@ -372,7 +371,7 @@ def parse_args() -> Args:
     if {"-h", "--help"} & {*sys.argv}:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
-        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*(?:\n.+)*", __doc__), flags, sep="\n"))
     default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
     if {"--resume", "--evaluate"} & {*sys.argv}:
         default = {"default": saved_args(run_dirs[-1])}
@@ -551,7 +550,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # float32: bfloat16 rounds 5 to 1/32
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # near 5, bfloat16 has steps of 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 

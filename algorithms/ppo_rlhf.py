@@ -20,8 +20,8 @@ al. 2019, arXiv:1909.08593. Huang et al. 2024, arXiv:2403.17031. PPO: arXiv:1707
 
 Differs from the papers:
 - Left out: InstructGPT's pretraining data (PPO-ptx), moving average of the weights, and scores shifted to mean 0.
-- AdamW; learning rates fall to 0. If --reward is a function, V starts as the policy with a new output layer of zeros.
-- A reply cut off at --max-new-tokens is scored as if it ended there, less --missing-eos-penalty; Huang et al.: -1.
+- AdamW; learning rates fall to 0. If --reward is a function or reads other tokens, V is the policy with a zero output.
+- A reply cut off at --max-new-tokens is scored as if it ended, less --missing-eos-penalty; Huang et al. score it -1.
 
     python algorithms/ppo_rlhf.py [--model-name MODEL --dataset PROMPTS --reward REWARD_MODEL --beta 0.05]
 """
@@ -121,8 +121,8 @@ class Args:
     missing_eos_penalty: float = 0.0  # taken off the score of a reply that has not ended after --max-new-tokens
     clip_coef: float = 0.2  # [3] epsilon
     clip_coef_vf: float | None = None  # value loss: clip V to V_old +- this; Huang et al.: 0.2; None: no clipping
-    vf_coef: float = 0.5  # weight of L_value [3]; V has its own weights: it matters for --max-grad-norm alone
-    norm_adv: bool = True  # normalise the advantages of each batch
+    vf_coef: float = 0.5  # weight of L_value [3]; V has its own weights and AdamW undoes it, but for --max-grad-norm
+    norm_adv: bool = True  # normalise the advantages of each batch; ppo.py: of each minibatch
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
     weight_decay: float = 0.0  # of AdamW
     lora_rank: int = 0  # train low-rank matrices beside each linear layer (LoRA, alpha = 2 rank); 0: train all weights
@@ -163,9 +163,9 @@ class ActorCritic(nn.Module):
         self.actor, self.critic, self.critic_head = actor, critic, head
         self.register_buffer("beta", torch.tensor(beta))  # a checkpoint holds it: [5] changes it
 
-    def values(self, ids: Tensor, targets: Tensor) -> Tensor:  # (B, T), (B, K) -> (N,), V before each reply token
+    def values(self, ids: Tensor, targets: Tensor) -> Tensor:  # -> (N,), V(s_t), read at the token before y_t
         states = self.critic(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, -targets.shape[1] :]
-        with torch.autocast(ids.device.type, enabled=False):  # bfloat16 rounds 5 to 1/32
+        with torch.autocast(ids.device.type, enabled=False):  # near 5, bfloat16 has steps of 1/32
             return self.critic_head(states.float()).squeeze(-1)[targets != -100]
 
     def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # -> log pi(y_t|s_t); V(s_t); (N,) both
@@ -173,7 +173,7 @@ class ActorCritic(nn.Module):
 
     def save_pretrained(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
         """The policy alone, as any program loads it."""
-        weights = {name[6:]: value for name, value in state_dict.items() if name.startswith("actor.")}
+        weights = {name[len("actor.") :]: value for name, value in state_dict.items() if name.startswith("actor.")}
         self.actor.save_pretrained(folder, state_dict=weights)
 
 
@@ -249,12 +249,12 @@ def update(run: "Run", rows: Iterator[tuple[Episode, list, list]], args: Args) -
 
 
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episode]:
-    """An episode for each prompt. Processes share the work, then each has all. run: judges (--reward), ends, agent."""
+    """An episode for each prompt. Processes share the work, then each has all. Of run it uses judges, ends, agent."""
     episodes = {}
     for rows, ids, replies, log_prob, tensors in written_replies(run, prompts, seed, args):
         with reference_policy(run) as reference:
             ref_log_prob = token_log_probs(reference, *tensors)
-            values = run.agent.values(*tensors) if run.agent else ref_log_prob  # --evaluate: no V, and nothing reads it
+            values = run.agent.values(*tensors) if run.agent else ref_log_prob  # here, for no_grad; --evaluate: no V
         split = [[row.tolist() for row in x.cpu().split([*map(len, replies)])] for x in (ref_log_prob, values)]
         texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
         scores = run.judges[0]([prompts[row].text for row in rows], texts)
@@ -299,10 +299,10 @@ def train(args: Args) -> dict[str, float]:
                 advantages = whitened(advantages, is_token)
 
             # 3. Learn, at rates that rise over the warm-up, and fall over the whole run
-            share = min(1, (run.global_step + args.batch_size) / max(args.warmup * args.total_timesteps, 1))
-            share *= 1 - run.global_step / args.total_timesteps
+            rise = min(1, (run.global_step + args.batch_size) / max(args.warmup * args.total_timesteps, 1))
+            factor = rise * (1 - run.global_step / args.total_timesteps)
             actor_group, critic_group = run.optimizer.param_groups
-            actor_group["lr"], critic_group["lr"] = args.learning_rate * share, args.critic_learning_rate * share
+            actor_group["lr"], critic_group["lr"] = args.learning_rate * factor, args.critic_learning_rate * factor
             unpadded = ([row[:n] for row, n in zip(x.tolist(), lengths, strict=True)] for x in (advantages, returns))
             metrics = update(run, zip(episodes, *unpadded, strict=True), args)
             run.global_step += args.batch_size
@@ -321,13 +321,10 @@ def train(args: Args) -> dict[str, float]:
 def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimizer]:
     if run.accelerator.distributed_type == "FSDP":  # it gathers the weights for forward alone, not for actor or values
         raise UsageError("FSDP can't share out two networks that are also used apart: start it with torchrun alone")
-    share = args.batch_size // args.num_minibatches // PROCESSES  # of a minibatch, for each process
-    size = run.micro_batch_size = args.micro_batch_size or math.gcd(share or 1, 64)
-    run.accelerator.gradient_accumulation_steps = share // size
-    if args.batch_size % (args.num_minibatches * size * PROCESSES):
-        sizes = f"times --micro-batch-size {size} times {PROCESSES} processes"
-        raise UsageError(f"--batch-size {args.batch_size} must be a multiple of --num-minibatches {sizes}")
     actor = load(run, args.model_name, args)
+    if args.batch_size % (args.num_minibatches * run.micro_batch_size * PROCESSES):
+        sizes = f"times --micro-batch-size {run.micro_batch_size} times {PROCESSES} processes"
+        raise UsageError(f"--batch-size {args.batch_size} must be a multiple of --num-minibatches {sizes}")
     run.reference = None if args.lora_rank else copy.deepcopy(actor).to(run.accelerator.device)
     start = args.model_name if ".py:" in args.reward else args.reward  # a reward model knows what makes a reply good
     if not run.tokenizer.get_vocab().items() <= load_tokenizer(start).get_vocab().items():
@@ -341,6 +338,9 @@ def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimiz
 
 
 def load(run: "Run", name: str, args: Args) -> nn.Module:
+    share = args.batch_size // args.num_minibatches // PROCESSES  # of a minibatch, for each process
+    run.micro_batch_size = args.micro_batch_size or math.gcd(share or 1, 64)
+    run.accelerator.gradient_accumulation_steps = share // run.micro_batch_size
     run.tokenizer, run.judges = load_tokenizer(name), [load_reward(args.reward, args, run.accelerator.device)]
     return load_model(name, AutoModelForCausalLM, args)
 
@@ -399,7 +399,7 @@ def parse_args() -> Args:
     if {"-h", "--help"} & {*sys.argv}:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
-        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*", __doc__), flags, sep="\n"))
+        sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*(?:\n.+)*", __doc__), flags, sep="\n"))
     default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
     if {"--resume", "--evaluate"} & {*sys.argv}:
         default = {"default": saved_args(run_dirs[-1])}
@@ -578,7 +578,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # float32: bfloat16 rounds 5 to 1/32
+    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # near 5, bfloat16 has steps of 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 

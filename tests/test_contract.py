@@ -733,6 +733,16 @@ def test_help_is_in_three_groups_and_short(script, monkeypatch, capsys):
     assert max(map(len, lines)) <= 120
 
 
+@scripts(ALL, quick=ALL)
+def test_help_names_the_paper_in_whole_sentences(script, monkeypatch, capsys):
+    module = module_of(script)
+    (papers,) = re.findall(r"(?s)\nPapers?: .*?\n\n", module.__doc__)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "-h"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert papers.strip() in capsys.readouterr().out
+
+
 # ---- Mistakes
 
 

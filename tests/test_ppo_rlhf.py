@@ -307,6 +307,17 @@ def weights(agent):
     return torch.cat([value.flatten() for value in agent.state_dict().values()])
 
 
+def test_an_evaluation_makes_the_passes_of_the_training(folder, monkeypatch):
+    """Not of a whole batch: a run that fits into memory can be evaluated there."""
+    monkeypatch.setattr(ppo_rlhf, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(ppo_rlhf, "load_reward", lambda *_: None)
+    monkeypatch.setattr(ppo_rlhf, "load_model", lambda *_: None)
+    for flags, size, passes in ({"num_minibatches": 4}, 64, 2), ({"num_minibatches": 4, "micro_batch_size": 32}, 32, 4):
+        run = types.SimpleNamespace(accelerator=types.SimpleNamespace(device="cpu"), micro_batch_size=512)
+        ppo_rlhf.load(run, "model", arguments(folder, batch_size=512, total_timesteps=512, **flags))
+        assert (run.micro_batch_size, run.accelerator.gradient_accumulation_steps) == (size, passes)
+
+
 def test_micro_batches_equal_the_batch_for_replies_of_different_lengths(folder):
     found = {}
     for size in (8, 4, 1):
