@@ -12,19 +12,19 @@ better. Nothing but the rules is given.
     [4] policy target: pi_a = N(s, a) / sum_b N(s, b) at the root                              AlphaZero, pseudocode
     [5] loss:          l = (z - v)^2 - pi^T log p + c ||theta||^2                                       AlphaZero
 
-N counts how often the search went through a position or took a move. P is the network's p, except at the root: [3].
+N counts how often the search went through a position or took a move. P is p, but at the root, in self-play: [3].
 In [2] v is the network's value of the new position, or the result where the game is over. It goes up the path, at each
 position with the sign for its player to move. z is the result of the game for the player to move in s: -1, 0 or 1.
 
-Papers: Silver et al. 2018, arXiv:1712.01815 (AlphaZero), doi:10.1126/science.aar6404; AlphaGo Zero: Nature 550, 354.
+Papers: Silver et al. 2018, arXiv:1712.01815, pseudocode: doi:10.1126/science.aar6404. AlphaGo Zero: Nature 550, 354.
 
 Differs from the paper:
-- Games run side by side in one process; the network learns between their moves. No game is resigned or cut short.
-- The network sees one position, not the last 8, and who is to move. At the root N(s) is 1 more than in the pseudocode.
+- Games run side by side in one process, and learning between moves. None is resigned. Each search begins a new tree.
+- The network sees who moves, and one position, not 8. At the root N(s) is 1 more than in the pseudocode.
 - Games of self-play begin with a few random moves, so that the network also learns positions that follow mistakes.
 - Q is from -1 to 1, and 0 for an untried move, as in AlphaGo Zero. In the pseudocode an untried move counts as lost.
 - The network is an MLP, or residual blocks without batch normalisation. Both heads share one layer after 4 channels.
-- The optimiser is AdamW; its weight decay is the last term of [5]. Illegal moves are masked out of the loss as well.
+- AdamW: its weight decay stands for the last term of [5]. Illegal moves are masked out of the loss as well.
 
     python algorithms/alphazero.py --env-id tic_tac_toe
 """
@@ -77,7 +77,7 @@ class Args:
     total_timesteps: int = 80_000  # environment steps, summed over all environments
     num_envs: int = 100  # environments stepped together
     device: str = "auto"  # auto (here always a CPU), cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 speed up networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -92,13 +92,13 @@ class Args:
     # Algorithm
     num_simulations: int = 50  # walks through the tree for each move of self-play; paper: 800
     eval_simulations: int = 200  # the same in evaluations
-    c_init: float = 1.25  # [1] weight of P against Q; paper: 1.25, but for Q from 0 to 1, which would be 2.5 here
+    c_init: float = 1.25  # [1] weight of P against Q; paper: 1.25 for Q from 0 to 1, as much as 2.5 here
     c_base: float = 19_652.0  # [1] visits of a node after which C(s) has grown by log 2: far more than here
     dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer moves get most of the noise; paper: 0.3 chess, 0.03 Go
     noise_fraction: float = 0.25  # [3] epsilon
     temperature: float = 1.0  # a move of self-play has probability ~ N ** (1 / temperature); 0: the most visited move
     temperature_moves: int = 30  # of a game, moves that are drawn; every later move is the one with the most visits
-    random_moves: int = 6  # a game of self-play begins with 0 to so many random moves; paper: 0
+    random_moves: int = 6  # a game of self-play begins with 0 to this many random moves; paper: 0
     num_blocks: int = 0  # residual blocks; 0: no convolutions, which is enough for tiny boards; paper: 19
     num_channels: int = 64  # of a convolution; paper: 256
     hidden_size: int = 256  # units of a layer
@@ -216,7 +216,7 @@ class Tree:
         self.value_of_first, self.player = np.zeros(nodes), np.zeros(nodes)  # as judge gives them
 
     def add(self, games: np.ndarray, node: int, judged: tuple[np.ndarray, ...]) -> None:
-        """Fills in node number node of these games."""
+        """Fills in this node of these games."""
         self.legal[games, node], self.prior[games, node] = judged[:2]
         self.value_of_first[games, node], self.player[games, node] = judged[2:]
 
@@ -248,9 +248,9 @@ class Tree:
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
     """What is maximised in [1], which the papers call PUCT, for each move: (B, A) each -> (B, A).
 
-    Q is total / visits; of a move that was never taken it is total itself.
+    Q is total / visits; of an untried move it is total: 0 in alphazero.py, a mean in muzero.py.
     """
-    n = 1 + visits.sum(-1, keepdims=True)  # N(s): a node's first visit made it. The pseudocode's root lacks this 1
+    n = 1 + visits.sum(-1, keepdims=True)  # N(s): 1 is the visit that made the node; the pseudocode's root lacks it
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
     q = total / np.maximum(visits, 1)  # [2]
     return q + c * prior * np.sqrt(n) / (1 + visits)  # [1]
@@ -285,7 +285,7 @@ def search(judge: Callable, states: list[pyspiel.State], args: Args, noise: bool
 
 
 def draw_moves(pi: np.ndarray, move_numbers: np.ndarray, args: Args) -> np.ndarray:
-    """The moves of self-play: (B, A) -> (B,). move_numbers: (B,), of moves so far; random ones at the start count."""
+    """The moves of self-play: (B, A) -> (B,). move_numbers, (B,): how many came before, random ones included."""
     if args.temperature == 0:
         return pi.argmax(-1)
     weights = (pi / pi.max(-1, keepdims=True)) ** (1 / args.temperature)  # at most 1: no overflow, no sum of 0
@@ -296,7 +296,7 @@ def draw_moves(pi: np.ndarray, move_numbers: np.ndarray, args: Args) -> np.ndarr
 
 
 class GameBuffer:
-    """The last positions of finished games, each one row: observation, pi, z. Positions of other games wait for z."""
+    """The last positions of finished games, a row each: observation, pi, z. Those of unfinished games wait for z."""
 
     def __init__(self, buffer_size: int, widths: list[int], num_envs: int, device: str):
         needed = 4e-9 * buffer_size * sum(widths)  # GB: a float32 has four bytes
@@ -349,7 +349,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a network, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
+    """Trains a network, returns its last evaluation. run.step acts; run.goes_on evaluates and saves; run.log writes."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         adam = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
@@ -375,7 +375,7 @@ def train(args: Args) -> dict[str, float]:
             for game in np.flatnonzero(terminated):
                 buffer.finish(game, rewards[game])
 
-            # 3. Learn: a gradient step per train_frequency environment steps; N environments can make several due
+            # 3. Learn: a gradient step per train_frequency environment steps; this pass made N environment steps
             if run.global_step < args.learning_starts or buffer.num_added == 0:
                 continue
             rate = args.learning_rate * ((1 - first_step / args.total_timesteps) if args.anneal_lr else 1)
@@ -672,7 +672,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
@@ -693,7 +693,7 @@ class Run:
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
         self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
-        torch.set_num_threads(args.threads or (1 if small else torch.get_num_threads()))
+        torch.set_num_threads(args.threads or (1 if small else Run.all_threads))
         random.seed(args.seed)
         np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)

@@ -20,7 +20,7 @@ SimPO: arXiv:2405.14734. Iterative RPO: arXiv:2404.19733.
 
 Differs from the papers:
 - AdamW, not RMSprop; batches of similar length; bfloat16 autocast on CUDA. The learning rate falls to 0, see --warmup.
-- ipo sums over a reply's tokens, as the DPO authors' code does; TRL takes their mean.
+- ipo sums over a reply's tokens, as its equation does; TRL takes their mean.
 - Pairs longer than --max-length are left out; the authors cut them. Sampled replies that are cut count as ended.
 - The reference is the model as given, not first fitted to the preferred replies. No new pairs (RSO, Iterative RPO).
 
@@ -75,7 +75,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of accelerate or torchrun
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by accelerate, torchrun
 REVIEWS = Path(__file__).parent.parent / "benchmark" / "reviews"  # the default task
 Text = str | list[dict]  # a text, or a chat: messages with role and content
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for models below 10M weights, else all; 2 are faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -115,7 +115,7 @@ class Args:
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
     learning_rate: float = 5e-4  # of AdamW; paper: 1e-6, which suits large models; with LoRA rather 1e-5
-    warmup: float = 0.1  # the rate falls to 0 over the run; in this share it also rises; paper: 150 updates, no fall
+    warmup: float = 0.1  # the rate falls to 0 over the run, and rises in this first share; paper: 150 updates, no fall
     batch_size: int = 32  # pairs of an update, summed over all processes; paper: 64
     micro_batch_size: int | None = None  # pairs of one pass of a process; lower it if memory runs out; None: its share
     max_grad_norm: float = 1.0  # larger gradients (norm: losses/grad_norm) are scaled down to it; authors' code: 10
@@ -152,7 +152,7 @@ def log_probs(model: nn.Module, prompts: list[list[int]], replies: list[list[int
     rows = [*zip(prompts, replies, strict=True)]
     ids = pad([prompt + reply for prompt, reply in rows], 0).to(model.device)  # (B, T)
     labels = pad([[-100] * len(prompt) + reply for prompt, reply in rows], -100)[:, first:].to(model.device)  # (B, K)
-    # No mask: padding stands on the right, and causal attention never reads it. Logits: (B, K, vocabulary)
+    # No mask: causal attention never reads padding on its right. Output t predicts token t + 1: (B, K, vocabulary)
     logits = model(input_ids=ids[:, :-1], logits_to_keep=labels.shape[1], use_cache=False).logits
     losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")  # 0 at -100
     return -losses.view(labels.shape).sum(-1)  # [1]
@@ -181,7 +181,7 @@ def dpo_loss(
         losses = (margins / args.beta - 1 / (2 * args.beta)).square()  # [5]
     else:
         losses = -nn.functional.logsigmoid(margins - args.simpo_gamma)  # [6]
-    accuracies = (margins.sign() + 1) / 2  # a tie counts 1/2; TRL counts 0, so its first value here would be 0
+    accuracies = (margins.sign() + 1) / 2  # a tie counts 1/2 (TRL: 0): at the first step, all are ties
     metrics = losses, chosen_rewards, rejected_rewards, accuracies, margins, chosen, rejected
     return losses - args.nll_coef * chosen / lengths[0], torch.stack(metrics).detach()  # [7]; "loss" is without it
 
@@ -214,10 +214,10 @@ def evaluate(run: "Run", pairs: list[Pair], args: Args) -> dict[str, float]:
     """The metrics of held-out pairs; from sampled replies, estimates of the KL divergence, the length and --reward."""
     metrics = run.share(lambda batch: loss_of_pairs(run, batch, args)[1].T, by_length(pairs)).mean(0)
     means = dict(zip(METRICS, metrics.tolist(), strict=True))
-    prompts = itertools.cycle({str(pair.prompt_text): pair for pair in pairs}.values())  # each once, then again
+    asked = itertools.cycle({str(pair.prompt_text): pair for pair in pairs}.values())  # each once, then again
     ends = sorted({pair.chosen[-1] for pair in pairs})  # the tokens that end a reply in the data: sampling stops there
 
-    def sampled(batch: list[tuple[int, Pair]]) -> Tensor:  # -> (B, 3): log-ratio, length, reward
+    def sampled(batch: list[tuple[int, Pair]]) -> Tensor:  # numbered, for seeds -> (B, 3): log-ratio, length, reward
         texts, prompts = [pair.prompt_text for _, pair in batch], [pair.prompt for _, pair in batch]
         replies = sample(run.actor, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
         with reference_policy(run) as reference:
@@ -227,14 +227,14 @@ def evaluate(run: "Run", pairs: list[Pair], args: Args) -> dict[str, float]:
         rewards = run.judge(texts, decoded) if run.judge else [0.0] * len(batch)
         return torch.tensor([ratios.tolist(), [len(reply) for reply in replies], rewards]).T.to(ratios.device)
 
-    values = run.share(sampled, [*enumerate(itertools.islice(prompts, args.eval_replies))]).mean(0).tolist()
+    values = run.share(sampled, [*enumerate(itertools.islice(asked, args.eval_replies))]).mean(0).tolist()
     result = {"eval/loss": means["loss"], "eval/accuracy": means["rewards/accuracies"]}
     result |= {"eval/margin": means["rewards/margins"]}
     return result | dict(zip(("eval/kl", "eval/length", "eval/reward")[: 3 if run.judge else 2], values, strict=False))
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy and returns its last evaluation."""
+    """Trains a policy, returns its last evaluation. run.goes_on evaluates and saves; run.bare is the policy."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         pairs, held_out = training_and_held_out(run.tokenizer, model, args)
@@ -379,13 +379,13 @@ def hold_out(pairs: list[Pair], args: Args) -> tuple[list[Pair], list[Pair]]:
     size, groups, held_out = min(args.eval_pairs, math.ceil(len(pairs) / 10)), {}, []
     random.Random(args.seed).shuffle(pairs)
     for pair in pairs:
-        groups.setdefault(str(pair.prompt), []).append(pair)
+        groups.setdefault(str(pair.prompt_text), []).append(pair)
     for group in groups.values():
         held_out += group if len(held_out) + len(group) <= size else []
     if not held_out:  # each prompt has more than size pairs, as in the default task
         return pairs[size:], pairs[:size]
-    prompts = {str(pair.prompt) for pair in held_out}
-    return [pair for pair in pairs if str(pair.prompt) not in prompts], held_out
+    prompts = {str(pair.prompt_text) for pair in held_out}
+    return [pair for pair in pairs if str(pair.prompt_text) not in prompts], held_out
 
 
 def by_length(pairs: list[Pair]) -> list[Pair]:
@@ -588,6 +588,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
             model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+            model.config.get_text_config().pad_token_id = load_tokenizer(name).pad_token_id  # LoRA saves no config
             model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
@@ -600,7 +601,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
         raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
-    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else torch.get_num_threads()))
+    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
     return model
 
 
@@ -666,7 +667,7 @@ def reference_policy(run: "Run") -> Iterator[nn.Module]:
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"

@@ -73,7 +73,7 @@ class Args:
     total_timesteps: int = 50_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
     device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 speed up networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -91,7 +91,7 @@ class Args:
     gamma: float = 0.99  # discount
     buffer_size: int = 100_000  # transitions in the replay buffer; paper: 1,000,000
     batch_size: int = 128  # transitions in a gradient step; paper: 32
-    learning_starts: int = 1_000  # environment steps before the first gradient step, by [5]; paper: 50,000, random ones
+    learning_starts: int = 1_000  # environment steps, by [5], before the first gradient step; paper: 50,000, random
     train_frequency: int = 1  # environment steps, summed over all environments, per gradient step; paper: 4
     target_network_frequency: int = 1  # [7] C, gradient steps between updates of the target network; paper: 10,000
     tau: float = 0.01  # [7] share of the new weights in such an update; paper: 1, a copy
@@ -158,7 +158,7 @@ class QNetwork(nn.Module):
         self.obs_shape, self.action_space = obs_shape, space
         if len(obs_shape) == 3:
             self.hidden, hidden_dim = nature_cnn(), 512
-        else:  # PyTorch's own start: with the zero biases of orthogonal(), hidden(2 s) would be 2 hidden(s) at first
+        else:  # PyTorch's own start: with the zero biases of orthogonal(), Q would at first grow in proportion to |s|
             self.hidden = nn.Sequential(nn.Linear(*obs_shape, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
             hidden_dim = 128
         self.head = nn.Linear(hidden_dim, int(space.n))  # Q, or the advantages A of [4]
@@ -221,20 +221,20 @@ class ImageReplayBuffer(ReplayBuffer):
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...]):
         super().__init__(args, obs_shape[:1], torch.int64, more_bytes=math.prod(obs_shape[1:]))
-        # A step adds up to 2 num_envs images: where an episode ends, its last one and the first one of the next
+        # Room for size images and for what is older in their stacks. A step adds up to 2 num_envs: at an end two each
         num_images = self.size + 2 * args.num_envs * obs_shape[0]
         self.register_buffer("images", torch.zeros(num_images, *obs_shape[1:], dtype=torch.uint8))
 
     def add(self, obs: np.ndarray, next_obs: np.ndarray, **others: np.ndarray) -> None:
         obs, next_obs = torch.from_numpy(obs), torch.from_numpy(next_obs)  # (N, K, 84, 84)
         indices = self.next_obs[torch.arange(self.added - len(obs), self.added) % self.size]  # (N, K)
-        begun = (self.images[indices % len(self.images)] != obs).flatten(1).any(1)  # (N,): obs is no successor
+        begun = (self.images[indices % len(self.images)] != obs).flatten(1).any(1)  # (N,): a new episode's first obs
         new_images = torch.cat([obs[begun, -1], next_obs[:, -1]])
         new_indices = indices[-1, -1] + 1 + torch.arange(len(new_images))  # indices[-1, -1]: the newest image so far
         self.images[new_indices % len(self.images)] = new_images
         indices[begun] = new_indices[: -len(obs), None]  # an episode's first stack is one image K times
         super().add(obs=indices, next_obs=torch.cat([indices[:, 1:], new_indices[-len(obs) :, None]], 1), **others)
-        # Forget transitions whose oldest image, up to 2 num_envs K older than their newest, may be overwritten
+        # Forget a transition whose newest image is not among the last size: its oldest is up to 2 num_envs K older
         while self.next_obs[self.oldest % self.size, -1] <= new_indices[-1] - self.size:
             self.oldest += 1
 
@@ -274,7 +274,7 @@ def explore(q_values: Tensor, epsilon: float, held: nn.Module, args: Args) -> Te
         held.actions[begins] = actions[begins]
         weights = 1 / torch.arange(1.0, 10_001) ** 2  # [6] n up to 10,000
         held.steps_left[begins] = 1 + torch.multinomial(weights, num_envs, replacement=True)[begins]
-        at_random, actions = held.steps_left > 0, held.actions.clone()  # now: who repeats a held action
+        at_random, actions = held.steps_left > 0, held.actions.clone()  # now: who holds an action
         held.steps_left -= at_random.long()
     return torch.where(at_random, actions, q_values.argmax(-1))
 
@@ -305,7 +305,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
+    """Trains an agent, returns its last evaluation. run.step acts; run.goes_on evaluates and saves; run.log writes."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         q_network = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         target_network = copy.deepcopy(q_network)
@@ -336,7 +336,7 @@ def train(args: Args) -> dict[str, float]:
                 rewards = np.sign(rewards)  # as in the paper: -1, 0 or 1; the logged returns are not clipped
             buffer.add(obs=obs, actions=actions, rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-            # 2. Learn: a gradient step per train_frequency environment steps; one pass of this loop makes N of those
+            # 2. Learn: a gradient step per train_frequency environment steps; this pass made N environment steps
             rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = rate
             made = max(0, step - args.learning_starts) // args.train_frequency  # gradient steps so far
@@ -498,7 +498,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
@@ -519,7 +519,7 @@ class Run:
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
         self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
-        torch.set_num_threads(args.threads or (1 if small else torch.get_num_threads()))
+        torch.set_num_threads(args.threads or (1 if small else Run.all_threads))
         random.seed(args.seed)
         np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)

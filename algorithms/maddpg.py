@@ -75,7 +75,7 @@ class Args:
     total_timesteps: int = 625_000  # environment steps, summed over all environments
     num_envs: int = 25  # environments stepped together
     device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 speed up networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -241,7 +241,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains all agents, returns their last evaluation. Of run it uses obs, step, goes_on and log."""
+    """Trains all agents, returns their last evaluation. run.step acts; run.goes_on evaluates and saves."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         n, adam = len(agent.names), {"lr": args.learning_rate, "betas": (0.9, args.beta2), "fused": True}
@@ -473,7 +473,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
@@ -494,7 +494,7 @@ class Run:
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
         self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
-        torch.set_num_threads(args.threads or (1 if small else torch.get_num_threads()))
+        torch.set_num_threads(args.threads or (1 if small else Run.all_threads))
         random.seed(args.seed)
         np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)

@@ -76,7 +76,7 @@ class Args:
     total_timesteps: int = 30_000  # environment steps, summed over all environments
     num_envs: int = 20  # environments stepped together
     device: str = "auto"  # auto (here always a CPU), cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 speed up networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -256,9 +256,9 @@ class Tree:
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
     """What is maximised in [1], which the papers call PUCT, for each move: (B, A) each -> (B, A).
 
-    Q is total / visits; of a move that was never taken it is total itself.
+    Q is total / visits; of an untried move it is total: 0 in alphazero.py, a mean in muzero.py.
     """
-    n = 1 + visits.sum(-1, keepdims=True)  # N(s): a node's first visit made it. The pseudocode's root lacks this 1
+    n = 1 + visits.sum(-1, keepdims=True)  # N(s): 1 is the visit that made the node; the pseudocode's root lacks it
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
     q = total / np.maximum(visits, 1)  # [2]
     return q + c * prior * np.sqrt(n) / (1 + visits)  # [1]
@@ -288,7 +288,7 @@ def search(model: Network, obs: np.ndarray, args: Args, noise: bool = False) -> 
 
 
 def draw_moves(pi: np.ndarray, move_numbers: np.ndarray, args: Args) -> np.ndarray:
-    """The moves of self-play: (B, A) -> (B,). move_numbers: (B,), of moves so far; random ones at the start count."""
+    """The moves of self-play: (B, A) -> (B,). move_numbers, (B,): how many came before, random ones included."""
     if args.temperature == 0:
         return pi.argmax(-1)
     weights = (pi / pi.max(-1, keepdims=True)) ** (1 / args.temperature)  # at most 1: no overflow, no sum of 0
@@ -407,7 +407,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
+    """Trains an agent, returns its last evaluation. run.step acts; run.goes_on evaluates and saves; run.log writes."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         adam = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
@@ -436,7 +436,7 @@ def train(args: Args) -> dict[str, float]:
             for i in np.flatnonzero(terminated | truncated):
                 buffer.finish(i, terminated[i], agent.initial(next_obs[i : i + 1])[3].item())
 
-            # 3. Learn: a gradient step per train_frequency environment steps; N environments can make several due
+            # 3. Learn: a gradient step per train_frequency environment steps; this pass made N environment steps
             if run.global_step < args.learning_starts or buffer.num_added == 0:
                 continue
             rate = args.learning_rate * (1 - progress if args.anneal_lr else 1)
@@ -739,7 +739,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
@@ -760,7 +760,7 @@ class Run:
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
         self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
-        torch.set_num_threads(args.threads or (1 if small else torch.get_num_threads()))
+        torch.set_num_threads(args.threads or (1 if small else Run.all_threads))
         random.seed(args.seed)
         np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)

@@ -74,7 +74,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of accelerate or torchrun
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by accelerate, torchrun
 REVIEWS = Path(__file__).parent.parent / "benchmark" / "reviews"  # the default task
 Text = str | list[dict]  # a text, or a chat: messages with role and content
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for models below 10M weights, else all; 2 are faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -275,7 +275,7 @@ def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy, returns its last evaluation. Of run it uses goes_on, bare (the networks), step and log."""
+    """Trains a policy, returns its last evaluation. run.goes_on evaluates and saves; run.bare: both networks."""
     with contextlib.closing(Run(args)) as run:
         agent, optimizer = make_agent(run, args)
         prompts, held_out = training_and_held_out_prompts(run, agent.actor, args)
@@ -540,6 +540,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
             model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+            model.config.get_text_config().pad_token_id = load_tokenizer(name).pad_token_id  # LoRA saves no config
             model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
@@ -552,7 +553,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
         raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
-    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else torch.get_num_threads()))
+    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
     return model
 
 
@@ -739,7 +740,7 @@ def show(run: "Run", prompts: list[Prompt], args: Args) -> None:
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"

@@ -14,9 +14,9 @@ Stiennon et al. 2020, arXiv:2009.01325.
 
 Differs from the papers:
 - A new head starts at 0, not at random: at first no reply is preferred. Rewards are not shifted to a mean of 0.
-- Each pair is shuffled on its own; Ouyang et al. keep all pairs of a prompt in one batch, against overfitting.
-- AdamW, its rate falling to 0; bfloat16 autocast on CUDA; batches of similar length, no pairs above --max-length.
-- Left out of Christiano et al., who judge behaviour: sums over a clip's steps, an ensemble, ties, random labels.
+- Pairs are shuffled one by one; Ouyang et al. keep all pairs of a prompt in one batch, against overfitting.
+- Adam's beta2 is 0.98 (0.95), its rate falls to 0 (a tenth); bfloat16 autocast on CUDA; batches of similar length.
+- Left out of Christiano et al., who judge behaviour: sums over a clip's steps, an ensemble, ties, 10 % random choices.
 
     python algorithms/reward_model.py
     python algorithms/reward_model.py --model-name Qwen/Qwen3-0.6B --dataset Anthropic/hh-rlhf --learning-rate 1e-5
@@ -69,7 +69,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of accelerate or torchrun
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by accelerate, torchrun
 REVIEWS = Path(__file__).parent.parent / "benchmark" / "reviews"  # the default task
 Text = str | list[dict]  # a text, or a chat: messages with role and content
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for models below 10M weights, else all; 2 are faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -108,7 +108,7 @@ class Args:
     replies: str | None = None  # with --evaluate: a file with the columns prompt and reply, printed with their rewards
     # Algorithm
     learning_rate: float = 1e-3  # of AdamW; paper: 9e-6, which suits large models; with LoRA rather 1e-4
-    warmup: float = 0.1  # the learning rate falls to 0 over the whole run; in this share of it, it also rises from 0
+    warmup: float = 0.1  # the learning rate falls to 0 over the whole run; in this first share it also rises from 0
     batch_size: int = 32  # pairs of an update, summed over all processes; paper: all pairs of 64 prompts
     micro_batch_size: int | None = None  # pairs of one pass of a process; lower it if memory runs out; None: its share
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
@@ -147,7 +147,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor
     assert chosen.shape == rejected.shape
     margins = chosen - rejected
     losses = -nn.functional.logsigmoid(margins)  # [1], [3]
-    accuracies = (margins.sign() + 1) / 2  # a tie counts 1/2; TRL counts 0, so its first value here would be 0
+    accuracies = (margins.sign() + 1) / 2  # a tie counts 1/2 (TRL: 0): at the first step, all are ties
     return losses, torch.stack((losses, chosen, rejected, accuracies, margins)).detach()
 
 
@@ -191,13 +191,13 @@ def evaluate(run: "Run", pairs: list[Pair]) -> dict[str, float]:
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a reward model and returns its last evaluation."""
+    """Trains a reward model, returns its last evaluation. run.goes_on evaluates and saves."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         pairs, held_out = training_and_held_out(run.tokenizer, model, args)
         set_padding(run.tokenizer, model, pairs + held_out, args)
         model = make_trainable(model, "SEQ_CLS", args)
-        # While the head is 0, the layers below get no gradient. Their first gradients come later: 0.98 lets Adam adapt
+        # The layers below a head of 0 get no gradient at first, then small, growing ones: 0.98 lets Adam forget sooner
         options = {"betas": (0.9, 0.98), "weight_decay": args.weight_decay, "fused": True}
         run.start(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options))
         batches = batches_from(run.global_step, pairs, args)
@@ -347,13 +347,13 @@ def hold_out(pairs: list[Pair], args: Args) -> tuple[list[Pair], list[Pair]]:
     size, groups, held_out = min(args.eval_pairs, math.ceil(len(pairs) / 10)), {}, []
     random.Random(args.seed).shuffle(pairs)
     for pair in pairs:
-        groups.setdefault(str(pair.prompt), []).append(pair)
+        groups.setdefault(str(pair.prompt_text), []).append(pair)
     for group in groups.values():
         held_out += group if len(held_out) + len(group) <= size else []
     if not held_out:  # each prompt has more than size pairs, as in the default task
         return pairs[size:], pairs[:size]
-    prompts = {str(pair.prompt) for pair in held_out}
-    return [pair for pair in pairs if str(pair.prompt) not in prompts], held_out
+    prompts = {str(pair.prompt_text) for pair in held_out}
+    return [pair for pair in pairs if str(pair.prompt_text) not in prompts], held_out
 
 
 def by_length(pairs: list[Pair]) -> list[Pair]:
@@ -556,6 +556,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
             model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+            model.config.get_text_config().pad_token_id = load_tokenizer(name).pad_token_id  # LoRA saves no config
             model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
@@ -568,7 +569,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
         raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
-    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else torch.get_num_threads()))
+    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
     return model
 
 
@@ -613,7 +614,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"

@@ -11,14 +11,14 @@ short reply counts for more. Batches sorted by length would do that too, as each
     [1] log pi(y|x) = sum over the tokens of y, its end included, of log pi(y_t | x, y_<t)
     [2] L = -(sum over the batch of log pi(y|x)) / (sum over the batch of |y|)
 
-No model of the language can have a lower loss than the entropy of what it is to imitate, on average over replies that
+No model can have a lower loss than the entropy of what it is to imitate, on average over replies that
 it has not seen. On the default task the entropy is known: a grammar wrote the demonstrations.
 
 Paper: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, stage 1.
 
 Differs from the paper:
-- No dropout (paper: 0.2). Adam's beta2 is 0.98 (paper: 0.95). The rate falls linearly to 0 (paper: cosine, to a tenth).
-- The model that is kept is the last one, not the one that a reward model likes best.
+- No dropout (paper: 0.2); beta2 0.98 (0.95); the rate warms up, then falls linearly to 0 (no warm-up, cosine to 1/10).
+- One epoch of the reviews, not 16. The model that is kept is the last, not the one that a reward model likes best.
 
     python algorithms/sft.py
     torchrun --nproc-per-node 8 algorithms/sft.py --model-name Qwen/Qwen3-0.6B --dataset FILE.jsonl --learning-rate 1e-5
@@ -70,7 +70,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of accelerate or torchrun
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by accelerate, torchrun
 REVIEWS = Path(__file__).parent.parent / "benchmark" / "reviews"  # the default task
 Text = str | list[dict]  # a text, or a chat: messages with role and content
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 64_000  # demonstrations to learn from, summed over all epochs; a step is a demonstration
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for models below 10M weights, else all; 2 are faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -109,7 +109,7 @@ class Args:
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
     learning_rate: float = 5e-3  # of AdamW; paper: 9.65e-6 (6B), which suits large models; with LoRA rather 1e-4
-    warmup: float = 0.03  # the learning rate falls to 0 over the whole run; in this share of it, it also rises from 0
+    warmup: float = 0.03  # the rate falls to 0 over the whole run; in this first share it rises too; paper: none
     batch_size: int = 32  # demonstrations of an update, summed over all processes; paper: 32
     micro_batch_size: int | None = None  # of one pass of a process; lower it if memory runs out; None: its share
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it
@@ -141,7 +141,7 @@ def reply_losses(model: nn.Module, batch: list[Demonstration]) -> tuple[Tensor, 
     # cross_entropy gives 0 at -100: no gradient comes from a prompt
     masked = pad([[-100] * len(row.prompt) + row.reply for row in batch], -100).to(model.device)
     targets = masked[:, first:].flatten()  # (B * K,)
-    # No mask: padding stands on the right, and causal attention never reads it. Logits: (B, K, vocabulary)
+    # No mask: causal attention never reads padding on its right. Output t predicts token t + 1: (B, K, vocabulary)
     logits = model(input_ids=ids[:, :-1], logits_to_keep=ids.shape[1] - first, use_cache=False).logits
     logits = logits.flatten(0, 1).float()
     losses = nn.functional.cross_entropy(logits, targets, reduction="none")  # [1], negated, token by token
@@ -149,10 +149,10 @@ def reply_losses(model: nn.Module, batch: list[Demonstration]) -> tuple[Tensor, 
 
 
 def update(run: "Run", batch: list[Demonstration], args: Args) -> dict[str, float]:
-    """One update. Each process takes its share of the batch, in micro-batches. Returns means over its tokens."""
+    """One update. Each process takes its share of the batch, in micro-batches. Returns means over all tokens."""
     mine, size, sums = batch[RANK::PROCESSES], run.micro_batch_size, []
     tokens = sum(len(row.reply) for row in batch)  # of all processes
-    parts = len(batch) / size  # accelerate divides the sum of all losses by this: micro-batches times processes
+    parts = len(batch) / size  # accelerate will divide by this: the micro-batches of all processes together
     for i in range(0, len(mine), size):
         with run.accelerator.accumulate(run.model):  # averages the gradients; after the last micro-batch, an update
             losses, hits = reply_losses(run.model, mine[i : i + size])
@@ -175,7 +175,7 @@ def evaluate(run: "Run", rows: list[Demonstration], args: Args) -> dict[str, flo
     asked = itertools.cycle({str(row.prompt_text): row for row in rows}.values())  # each once, then again
     ends = sorted({row.reply[-1] for row in rows})  # the tokens that end a reply in the data: sampling stops there
 
-    def sampled(batch: list[tuple[int, Demonstration]]) -> Tensor:  # -> (B, 2): length, reward
+    def sampled(batch: list[tuple[int, Demonstration]]) -> Tensor:  # numbered, for seeds -> (B, 2): length, reward
         prompts = [row.prompt for _, row in batch]
         replies = sample(run.bare, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
         decoded = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
@@ -188,14 +188,13 @@ def evaluate(run: "Run", rows: list[Demonstration], args: Args) -> dict[str, flo
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a model and returns its last evaluation."""
+    """Trains a model, returns its last evaluation. run.goes_on evaluates and saves; run.bare is the model."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         rows, held_out = training_and_held_out(run.tokenizer, model, args)
         model = make_trainable(model, "CAUSAL_LM", args)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         options = {"betas": (0.9, 0.98), "weight_decay": args.weight_decay, "fused": True}
-        run.start(model, torch.optim.AdamW(trained, **options))
+        run.start(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options))
         batches = batches_from(run.global_step, rows, args)
         while run.goes_on(lambda: evaluate(run, held_out, args)):  # evaluates and saves where that is due
             # 1. Take the next batch, of an epoch's random order
@@ -235,7 +234,7 @@ def load(run: "Run", name: str, args: Args) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # without dropout
     except Exception as error:
         raise UsageError(f"{name} has no config.json of a causal language model: {error}") from None
-    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else torch.get_num_threads()))
+    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
     return model
 
 
@@ -251,16 +250,16 @@ def evaluate_saved(args: Args) -> dict[str, float]:
 
 
 USUAL = {  # names of columns
-    "prompt": ["prompt", "question", "instruction", "query", "problem", "context"],
+    "prompt": ["prompt", "question", "instruction", "query", "problem", "context", "input"],
     "reply": ["completion", "response", "answer", "output", "solution", "chosen", "messages", "conversations"],
     "input": ["input"], "system": ["system", "system_prompt"], "tools": ["tools"],
 }  # fmt: skip
 
 
 def prompts_and_replies(row: dict, names: dict[str, str | None], args: Args) -> list[tuple[Text, Text]]:
-    """Prompt and reply: texts, or a chat and what goes on with it. Of a whole chat one for each of its replies."""
+    """Prompt and reply: texts, or a chat and its next message. A whole chat gives a pair for each of its replies."""
     reply, prompt = as_text(row[names["reply"]]), as_text(row[names["prompt"]]) if names["prompt"] else None
-    if isinstance(prompt, str) and isinstance(reply, str) and names["input"] and row[names["input"]]:
+    if names["input"] != names["prompt"] and row.get(names["input"]) and type(prompt) is type(reply) is str:
         prompt = f"{prompt}\n\n{row[names['input']]}"  # Alpaca's instruction, and what it is about
     if isinstance(prompt, str) and (names["system"] or args.chat or isinstance(reply, list)):
         prompt = [{"role": "user", "content": prompt}]
@@ -281,7 +280,7 @@ def prompts_and_replies(row: dict, names: dict[str, str | None], args: Args) -> 
 
 
 def read_demonstrations(source: str, split: str | None, tokenizer: Tokenizer, limit: int, args: Args) -> list:
-    """The demonstrations of a data set, but for those that have too many tokens."""
+    """The demonstrations of a data set, except those that have too many tokens."""
     rows = read_rows("--dataset", source, args.dataset_config, split)
     rows = load_function("--convert", args.convert)(rows) if args.convert else rows
     columns = [*rows[0]]
@@ -318,18 +317,19 @@ def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) ->
         return [], read(args.dataset, args.dataset_split)  # other data: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
-        return [] if args.evaluate else read(args.dataset, args.dataset_split), held_out
-    rows, held_out, groups = read(args.dataset, args.dataset_split), [], {}
-    size = max(min(of_run.eval_demonstrations, len(rows) // 10), 1)
-    for row in random.Random(of_run.seed).sample(rows, len(rows)):
-        groups.setdefault(str(row.prompt), []).append(row)
-    for group in groups.values():  # what is held out has no prompt in common with the rest
-        held_out += group if len(held_out) + len(group) <= size else []
-    held_out = held_out or random.Random(of_run.seed).sample(rows, size)  # there are few prompts
-    ids = {id(row) for row in held_out}
-    rows = [row for row in rows if id(row) not in ids]
+        rows = [] if args.evaluate else read(args.dataset, args.dataset_split)
+    else:
+        rows, held_out, groups = read(args.dataset, args.dataset_split), [], {}
+        size = max(min(of_run.eval_demonstrations, len(rows) // 10), 1)
+        for row in random.Random(of_run.seed).sample(rows, len(rows)):
+            groups.setdefault(str(row.prompt_text), []).append(row)
+        for group in groups.values():  # all of a prompt or nothing: what is held out has none in common with the rest
+            held_out += group if len(held_out) + len(group) <= size else []
+        held_out = held_out or random.Random(of_run.seed).sample(rows, size)  # there are few prompts
+        ids = {id(row) for row in held_out}
+        rows = [row for row in rows if id(row) not in ids]
     if len(rows) < args.batch_size and not args.evaluate:
-        raise UsageError(f"{args.dataset}: {len(rows)} demonstrations are less than --batch-size {args.batch_size}")
+        raise UsageError(f"{args.dataset}: {len(rows)} demonstrations are fewer than --batch-size {args.batch_size}")
     return rows, held_out
 
 
@@ -523,6 +523,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
             model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
+            model.config.get_text_config().pad_token_id = load_tokenizer(name).pad_token_id  # LoRA saves no config
             model.name_or_path = os.path.abspath(name) if os.path.exists(name) else name  # a new adapter names its base
             return model
         model, info = kind.from_pretrained(name, **options)
@@ -535,7 +536,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
     except Exception as error:
         raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
-    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else torch.get_num_threads()))
+    torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
     return model
 
 
@@ -593,7 +594,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"

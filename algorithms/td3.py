@@ -15,12 +15,12 @@ mistake: the actor goes there, and the critics learn from the mistake. TD3 adds 
 network: a slow copy of a network, with weights theta'.
 
 Paper: Fujimoto, van Hoof & Meger 2018, arXiv:1802.09477, where mu is called pi.
-DDPG (Lillicrap et al. 2016, arXiv:1509.02971): --num-critics 1 --policy-frequency 1 --policy-noise 0 --tau 0.001
+DDPG's rules (Lillicrap et al., arXiv:1509.02971): --num-critics 1 --policy-frequency 1 --policy-noise 0 --tau 0.001
 
 Differs from the paper:
-- As in the authors' present code: two hidden layers of 256 units, not of 400 and 300; sigma and c are in
-  units of half the range of an action; a' of [3] is clipped to the range; a time limit is not a terminal state: the
-  value of the last observation stands for the rest of the episode.
+- As in the authors' present code: two hidden layers of 256 units, not of 400 and 300; sigma, c and --exploration-noise
+  are in units of half the range of an action; a' of [3] is clipped to the range; a time limit is not a terminal state:
+  the value of the last observation stands for the rest of the episode.
 - tau is 0.01, not 0.005.
 - Actions are random in the first tenth of the run, 10,000 steps at most; learning starts after them.
 
@@ -71,7 +71,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps, summed over all environments
     num_envs: int = 1  # environments stepped together
     device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 speed up networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -191,7 +191,7 @@ def soft_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 
 def update(agent: TD3, optimizers: dict, batch: list[Tensor], number: int, args: Args) -> dict[str, Tensor]:
-    """The gradient step of this number, from 1, with a batch of the buffer. Returns metrics to log."""
+    """A gradient step with a batch of the buffer; its number starts at 1. Returns metrics to log."""
     obs, actions, rewards, terminated, next_obs = batch
     with torch.no_grad():
         next_actions = smooth(agent.target_actor(next_obs), args.policy_noise, args.noise_clip)  # [3]
@@ -224,7 +224,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. Of run it uses obs, step, goes_on (evaluates, saves) and log."""
+    """Trains an agent, returns its last evaluation. run.step acts; run.goes_on evaluates and saves; run.log writes."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         optimizers = {
@@ -246,7 +246,7 @@ def train(args: Args) -> dict[str, float]:
             next_obs, rewards, terminated, _, _ = run.step(agent.to_env(actions))  # [1] needs no truncated
             buffer.add(obs=obs, actions=actions.cpu(), rewards=rewards, terminated=terminated, next_obs=next_obs)
 
-            # 2. Learn: utd gradient steps for every environment step; one pass of this loop makes N of those
+            # 2. Learn: utd gradient steps for each of the N environment steps of this pass
             made = int(args.utd * max(0, first_step - args.learning_starts))  # gradient steps so far
             due = int(args.utd * max(0, run.global_step - args.learning_starts))
             for number in range(made + 1, due + 1):
@@ -380,7 +380,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal = 0  # main sets it when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
@@ -401,7 +401,7 @@ class Run:
         self.obs = np.zeros((args.num_envs, *self.obs_shape), np.float32 if small else np.uint8)
         self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
-        torch.set_num_threads(args.threads or (1 if small else torch.get_num_threads()))
+        torch.set_num_threads(args.threads or (1 if small else Run.all_threads))
         random.seed(args.seed)
         np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
         torch.manual_seed(args.seed)

@@ -109,7 +109,7 @@ SHARED_LENGTH = 363
 SHARED_LENGTH_OF_BOTH = {"muzero": 373}  # environments of Gymnasium and games: it evaluates in both
 # The aim is 260. Reading files, chats and templates takes 110, models, LoRA and rewards 100, the rest 220. Those that
 # learn from replies of their own have what writes these, and what reads prompts: 130 more
-SHARED_LENGTH_OF_TEXT = {"reward_model": 431, "sft": 444, "dpo": 452, "grpo": 565, "ppo_rlhf": 565}
+SHARED_LENGTH_OF_TEXT = {"reward_model": 432, "sft": 445, "dpo": 453, "grpo": 566, "ppo_rlhf": 566}
 BROUGHT_BY_OTHERS = {"ale_py", "matplotlib", "minari", "peft"}  # an extra of Gymnasium; what only some flags need
 PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "pyspiel": "open-spiel"}  # of modules with another name
 

@@ -211,7 +211,7 @@ def test_only_small_networks_are_kept_from_a_gpu(script, env_id, device, monkeyp
 def test_threads_of_pytorch(script, flags, threads, monkeypatch):
     """Vectors get one, images all that PyTorch would take, unless the user wants another number."""
     chosen = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(module_of(script).Run, "all_threads", 3)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     with closing(module_of(script).Run(arguments(script, *flags))):
         assert chosen == [threads]
@@ -229,6 +229,22 @@ def test_threads_of_small_language_models(script, flags, threads, cli, monkeypat
     monkeypatch.setattr(f"algorithms.{script}.make_trainable", stop)
     cli(script, *tiny(script), *flags)
     assert {*chosen} == {threads}
+
+
+@pytest.mark.parametrize("script", ON_DATA)
+def test_a_large_model_gets_all_threads_also_after_a_small_one(script, cli, monkeypatch):
+    chosen = []
+
+    def stop(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(module_of(script).Run, "all_threads", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as a small one has left it
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("transformers.PreTrainedModel.num_parameters", lambda *_: 20_000_000)
+    monkeypatch.setattr(f"algorithms.{script}.make_trainable", stop)
+    cli(script, *tiny(script))
+    assert {*chosen} == {3}
 
 
 @scripts(IN_TORCH, quick=["sac"])

@@ -656,6 +656,20 @@ def test_held_out_pairs_share_no_prompt_with_the_others(folders):
 
 
 @pytest.mark.parametrize("script", [dpo, reward_model, sft])
+def test_a_prompt_of_several_token_lists_is_on_one_side(script, folders, monkeypatch):
+    """A tokenizer may merge a prompt's end with the start of a reply, so its ids are not always the same."""
+    row = script.Demonstration if script is sft else script.Pair
+    replies = ([1],) if script is sft else ([1], [2])
+    found = [row([i], *replies, f"prompt {i % 30}") for i in range(90)]
+    monkeypatch.setattr(script, "read_demonstrations" if script is sft else "read_pairs", lambda *_, **__: [*found])
+    model = AutoModelForCausalLM.from_pretrained(folders / "gpt2")
+    learned, held_out = script.training_and_held_out(tokenizer_of("gemma"), model, script.Args(dataset="d.jsonl"))
+    assert len(learned) + len(held_out) == 90
+    assert len(held_out) == 9
+    assert not {row.prompt_text for row in learned} & {row.prompt_text for row in held_out}
+
+
+@pytest.mark.parametrize("script", [dpo, reward_model, sft])
 def test_evaluate_asks_what_the_run_held_out(script, folders, monkeypatch, tmp_path):
     """Also with another seed, or another number of rows. Of other data the run may have learned nothing: all of it."""
     monkeypatch.chdir(tmp_path)

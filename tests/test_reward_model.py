@@ -291,6 +291,21 @@ def test_lora_trains_its_matrices_and_the_head_and_loads_again(folders):
         reward_model.train(arguments(folders, "gpt2", run_dir="other", **flags))
 
 
+def test_rewards_of_a_lora_adapter_are_read_where_it_learned_them(folders, tmp_path, capsys):
+    """Its base may pad with the end token, and an adapter's folder has no config that says otherwise."""
+    eos = tokenizer_of("qwen2").eos_token_id
+    base = save_model(tmp_path / "base", "llama", "qwen2", pad_token_id=eos)
+    flags = {"model_name": str(base), "lora_rank": 2, "learning_rate": 3e-2, "run_dir": "run"}
+    reward_model.train(arguments(folders, **flags))
+    texts = [{"prompt": "hi ", "reply": reply} for reply in ("yes", "no", "a longer one")]
+    write_jsonl(Path("replies.jsonl"), texts)
+    capsys.readouterr()
+    reward_model.evaluate_saved(reward_model.saved_args("run", evaluate=True, replies="replies.jsonl"))
+    printed = [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    judge = reward_model.load_reward("run/model", arguments(folders), torch.device("cpu"))
+    assert judge(["hi "] * 3, [text["reply"] for text in texts]) == pytest.approx(printed, abs=1e-5)
+
+
 def test_a_reward_model_goes_on_with_its_head(folders):
     reward_model.train(arguments(folders, run_dir="run", total_timesteps=48))
     args = arguments(folders, model_name="run/model")

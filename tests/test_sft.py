@@ -251,6 +251,7 @@ def test_of_a_chat_each_reply_is_learned(folders, tmp_path):
         ({"instruction": "cup ", "input": "", "output": "good"}, "cup "),
         ({"instruction": "cup", "input": "smell ", "output": "good"}, "cup\n\nsmell "),
         ({"question": "cup ", "answer": "good"}, "cup "),
+        ({"input": "cup ", "output": "good"}, "cup "),
         ({"prompt": [{"role": "user", "content": "cup"}], "completion": [{"role": "assistant", "content": "good"}]},
          [{"role": "user", "content": "cup"}]),
         ({"system": "the", "prompt": "cup", "response": "good"},
@@ -267,6 +268,13 @@ def test_usual_columns(folders, tmp_path, record, prompt):
     assert tokenizer.decode(row.reply) == "good <end>"
 
 
+def test_a_column_named_for_the_prompt_is_not_its_input_too(folders, tmp_path):
+    records = [{"instruction": "smell", "input": "cup ", "output": "good"}] * 2
+    args = arguments(folders, dataset=write(tmp_path / "rows.jsonl", records), prompt_column="input")
+    rows_read = sft.read_demonstrations(args.dataset, None, sft.load_tokenizer(args.model_name), 64, args)
+    assert [row.prompt_text for row in rows_read] == ["cup ", "cup "]
+
+
 @pytest.mark.parametrize(
     ("records", "flags", "word"),
     [
@@ -278,6 +286,11 @@ def test_usual_columns(folders, tmp_path, record, prompt):
         (
             [{"prompt": "cup", "completion": "good"}] * 4,
             ["--batch-size", "32", "--total-timesteps", "64"],
+            "--batch-size",
+        ),
+        (
+            [{"prompt": "cup", "completion": "good"}] * 4,
+            ["--batch-size", "32", "--total-timesteps", "64", "--eval-split", "train"],
             "--batch-size",
         ),
     ],
