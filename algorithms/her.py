@@ -303,7 +303,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 def train(args: Args) -> dict[str, float]:
     """Trains an agent, returns its last evaluation. run.step acts; run.goes_on evaluates and saves; run.log writes."""
-    with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
+    with contextlib.closing(Run(args)) as run, contextlib.closing(make_env(args)) as env:  # closed also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         optimizers = {
             "actor_optimizer": torch.optim.Adam(agent.actor.parameters(), args.policy_lr, fused=True),
@@ -311,9 +311,8 @@ def train(args: Args) -> dict[str, float]:
             "alpha_optimizer": torch.optim.Adam([agent.log_alpha], args.q_lr, fused=True),
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
-        env = run.opened.enter_context(contextlib.closing(make_env(args)))  # none that acts: asking may change it
         env.reset(seed=args.seed)  # compute_reward may need what this sets
-        goals = Goals(args, env.unwrapped)
+        goals = Goals(args, env.unwrapped)  # none of those that act: asking may change it
         buffer = HindsightReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due; False at the end
