@@ -283,7 +283,7 @@ def test_watching_a_run_does_not_change_it(script, cli, finished, tmp_path):
     assert sorted(int(re.match(r"step-(\d+)", name)[1]) // facts.quarter for name in names) == ([2, 4] if films else [])
 
 
-@scripts(ACTING, quick=ACTING)
+@scripts(ACTING, quick=["q_learning", "reinforce", "ppo", "dqn", "sac", "maddpg"])
 def test_checkpoints_change_nothing(script, cli, tmp_path, monkeypatch):
     """Not a row of the log, whether there are many, one or none; nor do they cut episodes."""
     module, quarter = module_of(script), FACTS[script].quarter
@@ -719,7 +719,7 @@ def test_no_flag_is_left_out(script):
     assert set(changes) <= set(flags)
 
 
-@scripts(ALL, quick=ALL)
+@scripts(ALL, quick=["ppo", "ppo_rlhf"])
 def test_help_explains_itself_and_every_flag(script):
     result = call(script, "--help")
     assert result.returncode == 0

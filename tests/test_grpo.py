@@ -500,6 +500,7 @@ def test_killed_and_resumed_equals_unbroken(folders, tmp_path):
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(folders, tmp_path):
     """Seven replies are evaluated: one process has fewer of them."""
     flags = {"total_timesteps": 64, "eval_replies": 7}

@@ -956,7 +956,7 @@ MPE = ["simple_adversary_v3", "simple_crypto_v3", "simple_push_v3", "simple_refe
        "simple_spread_v3", "simple_tag_v3", "simple_v3", "simple_world_comm_v3"]  # fmt: skip
 
 
-@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("continuous", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("env_id", MPE)
 def test_every_environment_of_the_paper_runs_and_its_episodes_are_truncated(env_id, continuous, tmp_path, replayed):
     args = maddpg.Args(env_id=env_id, continuous_actions=continuous, run_dir=str(tmp_path / "run"), **TINY | {

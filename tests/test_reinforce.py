@@ -539,7 +539,7 @@ def test_a_run_that_dies_and_goes_on_equals_one_without_checkpoints(env_id, monk
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("baseline", ["none", "mean", "value"])
+@pytest.mark.parametrize("baseline", [pytest.param("none", marks=pytest.mark.slow), "mean", "value"])
 def test_learns_a_bandit(baseline):
     log = run(env_id="ReinforceArms-v0", total_timesteps=2048, num_steps=32, baseline=baseline)
     assert log[-1]["eval/episodic_return"] == 12

@@ -199,6 +199,7 @@ def test_killed_and_resumed_equals_unbroken(folders, tmp_path):
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(folders, tmp_path):
     sft.train(arguments(folders, run_dir=str(tmp_path / "one"), total_timesteps=32))
     flags = dataclasses.asdict(
