@@ -274,7 +274,9 @@ def test_the_tables_of_results_can_be_made_anew():
         assert page.count(begin) == page.count("|\n\n<!-- end of results -->\n") == 1
 
 
-@pytest.mark.parametrize(("name", "table"), [("frontier", "frontier"), ("games", "long"), ("offline", "long")])
+@pytest.mark.parametrize(
+    ("name", "table"), [("frontier", "frontier"), ("games", "long"), ("offline", "long"), ("offline_mujoco", "long")]
+)
 def test_the_tables_of_kept_experiments_are_what_report_prints(name, table):
     command = f"python benchmark/report.py benchmark/results/{name}.json --table {table}"
     marks = rf"<!-- {name}: {re.escape(command)} -->\n\n(.*?)\n\n<!-- end of {name} -->"
