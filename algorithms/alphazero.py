@@ -19,7 +19,7 @@ position with the sign for its player to move. z is the result of the game for t
 Papers: Silver et al. 2018, arXiv:1712.01815, pseudocode: doi:10.1126/science.aar6404. AlphaGo Zero: Nature 550, 354.
 
 Differs from the paper:
-- Games run side by side in one process, and learning between moves. None is resigned. Each search begins a new tree.
+- Games run side by side in one process, with learning between moves. None is resigned. Each search has a new tree.
 - The network sees who moves, and one position, not 8. At the root N(s) is 1 more than in the pseudocode.
 - Games of self-play begin with a few random moves, so that the network also learns positions that follow mistakes.
 - Q is from -1 to 1, and 0 for an untried move, as in AlphaGo Zero. In the pseudocode an untried move counts as lost.
@@ -77,7 +77,7 @@ class Args:
     total_timesteps: int = 80_000  # environment steps, summed over all environments
     num_envs: int = 100  # environments stepped together
     device: str = "auto"  # auto (here always a CPU), cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -672,7 +672,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"

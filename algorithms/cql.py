@@ -75,7 +75,7 @@ class Args:
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 5_000  # gradient steps; authors' code: 3,000,000
     device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -242,8 +242,8 @@ def box_values(agent: CQL, obs: Tensor, actions: Tensor, next_obs: Tensor, num_s
     """Q_i(s, a), log Z_i(s), and the values of s' in [1]: (n, B) each."""
     q = q_values(agent.critics, obs, actions)
     with torch.no_grad():
-        next_actions, next_log_prob = agent.sample(next_obs)
-        next_values = q_values(agent.target_critics, next_obs, next_actions) - agent.log_alpha.exp() * next_log_prob
+        next_actions, log_prob = agent.sample(next_obs)
+        next_values = q_values(agent.target_critics, next_obs, next_actions) - agent.log_alpha.exp() * log_prob  # [1]
         sampled, log_density = sample_actions(agent, obs, next_obs, num_samples)
     sampled_q = q_values(agent.critics, obs.expand(len(sampled), *obs.shape), sampled)  # (n, M, B)
     return [q, log_integral(sampled_q, log_density), next_values]
@@ -471,7 +471,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"

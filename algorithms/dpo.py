@@ -98,7 +98,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -667,7 +667,7 @@ def reference_policy(run: "Run") -> Iterator[nn.Module]:
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"

@@ -15,17 +15,17 @@ policy near the reference, the model at the start: r_i = s_i - beta k1 of y_i (-
     [4] maximise E[s] - beta KL(pi, pi_ref): pi* is proportional to pi_ref exp(s / beta)   DPO, Eq. 3, 4
 
 Which settings follow the gradient of [4], on average and at pi = pi_old? rloo with k1 in the reward (the default) or k2
-in the loss; dr-grpo with k1 in the reward, on a smaller scale. Not grpo: its std weighs prompts unequally and its mean
-over tokens replies, but with k1 in the reward all advantages are 0 at pi*. Not k2 in a token's loss: it leaves out what
-later tokens will cost. As values, k1 and k3 are unbiased. As losses, k1's gradient is 0 on average, and k3's is that of
-KL(pi_ref, pi), token by token but in rloo: GRPO's paper has another optimum than pi*. --kl reward takes k1 alone.
+in the loss; dr-grpo with k1 in the reward, on a smaller scale. Not grpo: its std gives prompts, its mean over tokens
+gives replies unequal weights; but with k1 in the reward all advantages are 0 at pi*. Not k2 of single tokens: it leaves
+out what later tokens will cost. As values, k1 and k3 are unbiased. As losses, k1's gradient is 0 on average, and k3's
+is KL(pi_ref, pi)'s, token by token but in rloo: GRPO's paper has another optimum than pi*. --kl reward takes k1 alone.
 
 Paper: Shao et al. 2024, arXiv:2402.03300. Dr. GRPO: arXiv:2503.20783. RLOO: arXiv:2402.14740. DAPO: arXiv:2503.14476.
 DPO: arXiv:2305.18290. Differs from them: AdamW, warm-up and decay of its rate; a fixed reference; std + 0.0001, with
 n - 1; rloo takes several clipped steps with a batch (RLOO: one, without a ratio); no scores for parts of a reply; a
 cut-off reply is scored as if it ended; of DAPO no dynamic sampling, no mean over a group's tokens, no overlong penalty.
 
-    python algorithms/grpo.py  # RLOO, whose optimum is that of [4]; the flags of GRPO: see algorithms/README.md
+    python algorithms/grpo.py  # RLOO. GRPO: --advantage grpo --kl loss --kl-estimator k3 --beta 0.04, one step a batch
     python algorithms/grpo.py --model-name runs/SFT/model --dataset FILE.jsonl --reward FILE.py:function --kl none
 """
 
@@ -99,7 +99,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -115,7 +115,7 @@ class Args:
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 1024
     group_size: int = 16  # n, replies to a prompt; paper: 64
     num_minibatches: int = 4  # minibatches in a batch, one gradient step each in each epoch; paper: 1
-    update_epochs: int = 2  # passes over the batch; paper: 1; for long replies 1 too, with --num-minibatches 1
+    update_epochs: int = 2  # passes over the batch; paper: 1; rloo with long replies: 1, and --num-minibatches 1
     micro_batch_size: int | None = None  # replies in one forward and backward pass of a process; None: the minibatch
     write_batch_size: int = 512  # replies that one process writes at the same time
     advantage: Literal["grpo", "dr-grpo", "rloo"] = "rloo"  # [1] and how [2] is averaged; the paper's is grpo
@@ -712,7 +712,7 @@ def show(run: "Run", prompts: list[Prompt], args: Args) -> None:
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"

@@ -75,7 +75,7 @@ class Args:
     total_timesteps: int = 20_000  # environment steps, summed over all environments
     num_envs: int = 1  # environments stepped together
     device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -99,7 +99,7 @@ class Args:
     num_critics: int = 2  # [1], [5] number of critics, all in the minimum
     alpha: float = 0.2  # [1], [5] temperature at the start, with --no-autotune always; the authors' code: 1
     autotune: bool = True  # [3] tune the temperature
-    her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals come from; paper: final
+    her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals come from; paper: often final
     her_ratio: float = 4.0  # [7] k: replayed transitions with a new goal for each one with its true goal; 0: plain SAC
 
     def __post_init__(self) -> None:
@@ -466,7 +466,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"

@@ -15,7 +15,7 @@ p_a, the probability of each action, and v, the discounted sum of rewards to com
 P is p, but in [3]. N(s) is 1 + sum_a N(s, a). In [1] Q is scaled: the least Q of the tree becomes 0, the largest 1. G'
 is G one step deeper, v at the end. With two players what is the other one's changes sign: G', in [5] every second u, nu
 if n is odd. u_t is the reward of a_t (paper: u_t+1), nu the mean G of a root, pi the shares of its visits. k is 0 to K,
-for r 1 to K; k > 0 weighs 1 / K. CE is cross entropy. r, v: distributions over integers of S(x), in games of x.
+for r 1 to K; k > 0 weighs 1 / K. CE: cross entropy. r and v are distributions, of S(r) and S(v), in games without S.
 
 Paper: Schrittwieser et al. 2020, arXiv:1911.08265, doi:10.1038/s41586-020-03051-4.
 
@@ -76,7 +76,7 @@ class Args:
     total_timesteps: int = 30_000  # environment steps, summed over all environments
     num_envs: int = 20  # environments stepped together
     device: str = "auto"  # auto (here always a CPU), cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -739,7 +739,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"

@@ -71,7 +71,7 @@ class Args:
     total_timesteps: int = 500_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
     device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all. 2 help networks of 256 units
+    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -499,7 +499,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"

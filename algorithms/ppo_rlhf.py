@@ -20,7 +20,7 @@ al. 2019, arXiv:1909.08593. Huang et al. 2024, arXiv:2403.17031. PPO: arXiv:1707
 
 Differs from the papers:
 - Left out: InstructGPT's pretraining data (PPO-ptx), moving average of the weights, and scores shifted to mean 0.
-- AdamW; learning rates fall to 0. If --reward is a function or reads other tokens, V is the policy with a zero output.
+- AdamW; learning rates fall to 0. If --reward is a function or reads other tokens, V starts as the policy, giving 0.
 - A reply cut off at --max-new-tokens is scored as if it ended, less --missing-eos-penalty; Huang et al. score it -1.
 
     python algorithms/ppo_rlhf.py [--model-name MODEL --dataset PROMPTS --reward REWARD_MODEL --beta 0.05]
@@ -95,7 +95,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -740,7 +740,7 @@ def show(run: "Run", prompts: list[Prompt], args: Args) -> None:
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"

@@ -242,7 +242,7 @@ def train(args: Args) -> dict[str, float]:
             next_state, reward, terminated, truncated, _ = run.step(action + first_action)
             agent.counts[state][action] += 1
 
-            # 2. Choose the next action before [5], as [2] needs it. In the book the others choose after it
+            # 2. Choose the next action before [5], as [2] needs it. In the book the others choose after [5]
             next_values, next_counts = agent.values(next_state), agent.counts[next_state]
             next_action = explore(next_values, next_counts, epsilon, args)
             next_probs = policy(next_values, next_counts, epsilon, args) if args.algorithm == "expected-sarsa" else []
@@ -432,7 +432,7 @@ def load(run_dir: str) -> nn.Module:
 class Run:
     """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"

@@ -92,7 +92,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -136,7 +136,7 @@ def pair_rewards(model: nn.Module, pairs: list[Pair], pad_id: int) -> tuple[Tens
     """[2] of the chosen and of the rejected replies, (B,) each: the model gives it at the last token before padding."""
     # No mask: padding stands on the right, and causal attention never reads it
     ids = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], pad_id)  # (2B, T)
-    return model(input_ids=ids.to(model.device), use_cache=False).logits.float().squeeze(-1).chunk(2)  # [2]; (2B, 1)
+    return model(input_ids=ids.to(model.device), use_cache=False).logits.float().squeeze(-1).chunk(2)  # [2], of (2B, 1)
 
 
 METRICS = "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"
@@ -614,7 +614,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"

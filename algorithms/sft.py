@@ -92,7 +92,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 64_000  # demonstrations to learn from, summed over all epochs; a step is a demonstration
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, or 1 below 10M weights, where 2 would be faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -259,7 +259,7 @@ USUAL = {  # names of columns
 def prompts_and_replies(row: dict, names: dict[str, str | None], args: Args) -> list[tuple[Text, Text]]:
     """Prompt and reply: texts, or a chat and its next message. A whole chat gives a pair for each of its replies."""
     reply, prompt = as_text(row[names["reply"]]), as_text(row[names["prompt"]]) if names["prompt"] else None
-    if names["input"] != names["prompt"] and row.get(names["input"]) and type(prompt) is type(reply) is str:
+    if isinstance(prompt, str) and isinstance(reply, str) and row.get(names["input"]) not in (None, "", prompt):
         prompt = f"{prompt}\n\n{row[names['input']]}"  # Alpaca's instruction, and what it is about
     if isinstance(prompt, str) and (names["system"] or args.chat or isinstance(reply, list)):
         prompt = [{"role": "user", "content": prompt}]
@@ -594,7 +594,7 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
 class Run:
     """A run: its processes and their devices (accelerator), its folder, its log."""
 
-    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first when a signal arrives
+    stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
     def __init__(self, args: Args):
         name = f"{re.sub('[^A-Za-z0-9.-]+', '-', Path(args.dataset).stem)}__{Path(__file__).stem}__{args.seed}"
