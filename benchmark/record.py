@@ -31,7 +31,7 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), os.getcwd()]  # the scripts, and environments in modules of the current folder
 # Returns of a random and of an expert policy, from D4RL (Fu et al. 2020, arXiv:2004.07219): d4rl/infos.py. A score is
 # 0 for the first, 100 for the second. They are for older versions of these environments.
 D4RL = {
@@ -63,7 +63,7 @@ def load_agent(run_dir: str) -> tuple[object, object, object]:
     try:
         script = json.loads(Path(run_dir, "config.json").read_text())["script"]
         module = importlib.import_module(f"algorithms.{script}")
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UsageError(f"--run-dir {run_dir} is no run folder: {error}") from None
     if hasattr(module, "History"):
         raise UsageError(f"--run-dir {run_dir}: {script} needs the reward of each step, and is not recorded")
@@ -133,7 +133,10 @@ def take_buffer(run_dir: str, module: object, saved: object, agent: object, step
     script = Path(module.__file__).stem
     if script not in ("sac", "td3", "dqn"):
         raise UsageError(f"--replay-buffer takes transitions of sac, td3 and dqn; {run_dir} is a run of {script}")
-    buffer, num_envs = module.load_file(Path(run_dir, "checkpoint.pt"))["buffer"], saved.num_envs
+    try:
+        buffer, num_envs = module.load_file(Path(run_dir, "checkpoint.pt"))["buffer"], saved.num_envs
+    except module.UsageError as error:
+        raise UsageError(str(error)) from None
     if "images" in buffer:
         raise UsageError(f"{run_dir} observes images: only numbers of states and vectors can be recorded")
     names = "obs", "actions", "rewards", "terminated", "next_obs"
@@ -213,6 +216,9 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = [load_agent(run_dir) for run_dir in args.run_dir]
     env_id = args.env_id or loaded[0][1].env_id
+    there = next(path for path in (args.output.absolute(), *args.output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):  # known before the work, not after it
+        raise UsageError(f"--output {args.output}: {there} is no folder that can be written to")
     if args.replay_buffer:
         data = take_buffer(args.run_dir[0], *loaded[0], args.steps)
     else:
@@ -243,6 +249,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -214,12 +214,12 @@ class Experiment:
 
     def name(self, steps: bool = False) -> str:
         """The label as one would say it: ppo total_timesteps=100000 -> ppo, or ppo, 100k steps."""
-        script, *words = self.label.split(" ")
+        words = self.label.removeprefix(self.group).split()  # a group's name may hold spaces
         others = [word for word in words if not word.startswith("total_timesteps=")]
         steps = steps and len(others) < len(words)
-        others = [word.replace("=", " ").replace("_", " ") for word in others if word.split("=")[1] != self.script]
+        others = [word.replace("=", " ").replace("_", " ") for word in others if word.split("=")[-1] != self.script]
         budget = [f"{short(self.budget)} {self.unit.split(' ')[-1]}"] * steps
-        return ", ".join([script, *others, *budget])
+        return ", ".join([self.group, *others, *budget])
 
     @property
     def on_frontier(self) -> list[Run]:
@@ -291,12 +291,16 @@ def improvement(*scores: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def interval(statistic: Callable, *samples: np.ndarray, resamples: int = 10_000) -> tuple | None:
     """95 % bootstrap interval, (low, high); each sample is resampled on its own. None under three seeds."""
-    sizes = [sample.shape[-1] for sample in samples]
+    sizes = np.array([sample.shape[-1] for sample in samples])
     if min(sizes) < 3:
         return None
-    freedom = sum(sizes) - len(sizes)
-    # A resample's variance is too small by freedom / n, and a normal quantile stands where Student's belongs
-    tail = stats.norm.cdf(stats.t.ppf(0.025, freedom) * math.sqrt(sum(sizes) / freedom))
+    # Resampling finds variances that are too small by (n - 1) / n, and takes a normal quantile where Student's belongs.
+    # Samples of other sizes and variances count as in Welch's test
+    variances = np.array([sample.var(-1, ddof=1).mean() for sample in samples]) / sizes
+    variances = variances / variances.sum() if variances.sum() else 1 / sizes
+    freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
+    too_small = (variances * (sizes - 1) / sizes).sum() / variances.sum()
+    tail = stats.norm.cdf(stats.t.ppf(0.025, freedom) / math.sqrt(too_small))
     rng = np.random.default_rng(0)
     options = {"axis": -1, "vectorized": True, "method": "percentile", "n_resamples": resamples, "rng": rng}
     result = stats.bootstrap(samples, statistic, confidence_level=1 - 2 * tail, **options)
@@ -406,8 +410,6 @@ def read_run(folder: Path, group: str, result: str | None = None) -> Run:
         config["data"] = describe_data(args["dataset"])
     local = rf"^({re.escape(f'{ROOT}/')}|.*/(?=benchmark/))"
     args |= {k: re.sub(local, "", v) for k, v in args.items() if isinstance(v, str)}
-    if args.get("dataset", "").endswith(f"-{args.get('seed')}"):  # each run has logs of its own
-        args["dataset"] = args["dataset"].removesuffix(str(args["seed"])) + "SEED"
     rows = read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     truth = truth_among(dict.fromkeys(key for row in rows for key in row))
     curves = {key: series(rows, key) for key in ([result] if result else [*[truth] * bool(truth), *RETURN_KEYS])}
@@ -472,14 +474,20 @@ def still_wanted(rows: list[dict], asked: list[str]) -> list[dict]:
     """The runs that a launcher's last call asked for, and what earlier calls have left.
 
     Of the latter not what a newer script has replaced, not what never began, and nothing of a kind of which no run is
-    done: a mistyped environment.
+    done: a mistyped environment. A note says what was left out so.
     """
     rows = sorted(rows, key=lambda row: row["name"] in asked)  # of two that say the same, the last one counts
     newest = {kind_of(row): row.get("script_hash") for row in rows}
     rows = [row for row in rows if row.get("script_hash") == newest[kind_of(row)]]
     rows = {(kind_of(row), row["seed"]): row for row in rows}.values()
-    done = {kind_of(row) for row in rows if row["status"] == "done"}
-    return [row for row in rows if row["name"] in asked or (row["status"] != "pending" and kind_of(row) in done)]
+    done, kept = {kind_of(row) for row in rows if row["status"] == "done"}, []
+    for row in rows:
+        began = row["status"] != "pending" or row.get("attempts")  # one that failed, and waits to begin again
+        if row["name"] in asked or (began and kind_of(row) in done):
+            kept.append(row)
+        elif began:
+            print(f"note: {row['name']} ({row['status']}) and all runs like it failed: left out", file=sys.stderr)
+    return kept
 
 
 def read_ledger(path: Path, group: str) -> list[Run]:
@@ -547,10 +555,31 @@ def find_runs(pattern: str, group: str) -> list[Run]:
         runs += read_ledger(ledger, group)
         beside = {folder for folder in folders if folder.is_relative_to(ledger.parent.resolve())}
         if others := len(beside - {run.folder for run in runs}):
-            print(f"note: {others} folders beside {ledger} are of older scripts or trials: left out", file=sys.stderr)
+            print(
+                f"note: {others} folders beside {ledger} are of older scripts, failed or trials: left out",
+                file=sys.stderr,
+            )
         folders -= beside
     runs += [read_run(folder, group) for folder in sorted(folders)]
     return runs or refuse(f"{pattern} holds no run, which is a folder with config.json and metrics.jsonl")
+
+
+def name_own_logs(runs: list[Run]) -> None:
+    """Data sets that end in the seed of their only run get one name, so that these runs are one experiment."""
+    users = defaultdict(set)
+    for run in runs:
+        users[run.config.get("args", {}).get("dataset")].add(run.seed)
+    for run in runs:
+        dataset = run.config.get("args", {}).get("dataset") or ""
+        if dataset.endswith(f"-{run.seed}") and len(users[dataset]) == 1:
+            run.config["args"]["dataset"] = dataset.removesuffix(str(run.seed)) + "SEED"
+
+
+def arguments_of(run: Run) -> dict:
+    """All that must agree in the runs of an experiment: script, arguments, and what the score measures."""
+    result = run.config.get("result")
+    score = {"result": re.sub(r"reward/\d+-", "", result)} if result else {}
+    return {"script": run.config["script"], **run.config["args"], **score} if run.config else {}
 
 
 def sort_out(runs: list[Run], seeds: tuple[int, ...]) -> list[Experiment]:
@@ -560,9 +589,16 @@ def sort_out(runs: list[Run], seeds: tuple[int, ...]) -> list[Experiment]:
         together[run.group, run.env_id].append(run)
     experiments = []
     for (group, env_id), members in sorted(together.items()):
-        arguments = [{"script": run.config["script"], **run.config["args"]} if run.config else {} for run in members]
-        names = {name for args in arguments for name in args} - SAME_EXPERIMENT
-        names = [name for name in sorted(names) if len({json.dumps(a[name]) for a in arguments if name in a}) > 1]
+        name_own_logs(members)
+        arguments = [arguments_of(run) for run in members]
+        whole = [args for run, args in zip(members, arguments, strict=True) if "commit" in run.config]
+        names = sorted({name for args in arguments for name in args} - SAME_EXPERIMENT)
+        # What only some runs have tells them apart as well, unless all that is known of the others are their flags
+        names = [
+            name for name in names
+            if len({json.dumps(args[name]) for args in arguments if name in args}) > 1
+            or len({json.dumps(args.get(name)) for args in whole}) > 1
+        ]  # fmt: skip
         by_label = defaultdict(list)
         for run, args in zip(members, arguments, strict=True):
             values = {name: str(args[name]).replace(" ", "") for name in names if name in args}
@@ -667,6 +703,8 @@ def pair_up(experiments: list[Experiment], sets: list[str]) -> dict[str, list[Ex
     if not pairs:
         refuse(f"--compare: {sets[0]} and {sets[1]} have finished runs on no environment in common")
     for env_id, (a, b) in pairs.items():
+        if a.metric != b.metric:
+            refuse(f"--compare: on {env_id} {a.group} has the {a.metric}, {b.group} the {b.metric}")
         budgets = sorted(run.curve[-1, 0] for e in (a, b) for run in e.done)
         if budgets[-1] > 1.01 * budgets[0]:  # the last batch of another program may be a little longer
             runs = " and ".join(f"{e.budget:,} in {e.group}" for e in (a, b))
@@ -784,6 +822,10 @@ def gate(experiments: list[Experiment], path: Path) -> list[dict]:
             known = new["versions"].keys() & old["versions"].keys()
             differ = [{"hardware": e["hardware"], **{name: e["versions"][name] for name in known}} for e in (new, old)]
             differ = differences(*({**where, **e["args"]} for where, e in zip(differ, (new, old), strict=True)))
+            unlike = [] if i in found else ["no such runs"]
+            ends = [run["curve"][-1][0] for entry in (new, old) for run in entry["runs"].values()]
+            unlike += ["unequal steps"] * (max(ends) > 1.01 * min(ends))
+            unlike += ["another score"] * (new.get("result") != old.get("result"))
             for what in "return", "SPS":
                 of_run = {"return": lambda run: run["return"], "SPS": lambda run: speed(run["curve"])}[what]
                 values = [[of_run(run) for run in entry["runs"].values()] for entry in (new, old)]
@@ -792,7 +834,7 @@ def gate(experiments: list[Experiment], path: Path) -> list[dict]:
                     bounds = interval(difference, now, before)
                     row = {"script": old["label"], "environment": old["env_id"], "of": what, "before": before.mean()}
                     row |= {"now": now.mean() if len(now) else None, "difference 95 %": bounds, "differs in": differ}
-                    rows.append(row | {"verdict": judge(row, len(before), i in found)})
+                    rows.append(row | {"verdict": judge(row, len(before), unlike)})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         refuse(f"--baseline {path} is not what --save-baseline writes ({error!r})")
     return rows
@@ -803,10 +845,10 @@ def differences(a: dict, b: dict) -> list[str]:
     return [name for name in sorted(a | b) if a.get(name) != b.get(name)]
 
 
-def judge(row: dict, seeds_before: int, found: bool) -> str:
+def judge(row: dict, seeds_before: int, unlike: list[str]) -> str:
     """A verdict of the gate."""
-    if not found:
-        return "not judged: no such runs"
+    if unlike:
+        return f"not judged: {unlike[0]}"
     if seeds_before < 3:
         return "not judged: the baseline has under three seeds"
     if row["difference 95 %"] is None:
@@ -900,14 +942,14 @@ def rows_of(experiments: list[Experiment], brief: bool) -> list[dict]:
             named = [e for e in same if e.env_id == HEADLINES.get(script)] or same
             experiments.append(max(named, key=lambda e: (min(len(e.done), FEW), e.budget)))
     for e in experiments:
-        bounds, notes = interval(np.mean, e.scores), e.name().split(", ")[1:]
+        bounds, notes = interval(np.mean, e.scores), e.name().removeprefix(e.group).split(", ")[1:]
         row = {"script": e.script, "environment": ", ".join([e.env_id, *notes])}
         row["steps"] = short(e.budget) + f" {e.unit}" * (e.script in UNITS)
         row["seeds"] = seeds_of(e)
         row["return"] = f"**{digits(e.scores.mean())}**"
         row["return"] += f" [{', '.join(map(digits, bounds))}]" if bounds else ""
-        rows.append(row | {"worst seed": digits(e.scores.min())})
-        rows[-1]["beside it"] = "; ".join([*truths(e), *nearest_published(e)])
+        rows.append(row | {"lowest": digits(e.scores.min())})
+        rows[-1]["compare with"] = "; ".join([*truths(e), *nearest_published(e)])
     return rows
 
 
@@ -1116,7 +1158,7 @@ def optimum(runs: list[Run], furthest: float) -> tuple[np.ndarray, np.ndarray] |
     """The best reward at each divergence, (200,) and (200,), densely from 0 to a little beyond the furthest run."""
     if found := read_frontier(runs):
         best, _, end = found
-        kls = np.linspace(0, math.sqrt(min(end, 1.2 * furthest)), 200) ** 2
+        kls = np.linspace(0, math.sqrt(np.clip(1.2 * furthest, 1e-3, end)), 200) ** 2  # an estimate may be below 0
         return kls, best(kls)
     return None
 
@@ -1128,10 +1170,11 @@ def against_the_optimum(experiments: list[Experiment]) -> list[dict]:
         if (runs := e.on_frontier) and (found := read_frontier(runs)):
             kls, rewards = np.array([run.on_frontier[:2] for run in runs]).T
             best, start = found[0](kls), found[0](0)
-            shares = (rewards - start) / (best - start)
+            # At divergence 0, where nothing can be gained, there is no share; an estimate may lie below
+            shares = ((rewards - start) / (best - start)).tolist() if (best > start).all() else []
             row = {"script": e.label, "beta": e.beta, "n": len(runs), "KL": kls.mean(), "reward": rewards.mean()}
-            row |= {"reward 95 %": interval(np.mean, rewards), "optimum": best.mean(), "share": shares.mean()}
-            rows.append(row | {"share by seed": shares.tolist()})
+            row |= {"reward 95 %": interval(np.mean, rewards), "optimum": best.mean()}
+            rows.append(row | {"share": np.mean(shares) if shares else None, "share by seed": shares})
     return rows
 
 
@@ -1142,8 +1185,9 @@ def frontier_rows(experiments: list[Experiment]) -> list[dict]:
     for row in sorted(found, key=lambda row: (names[without_flag("beta", row["script"])], -(row["beta"] or 0))):
         reward, bounds = f"**{row['reward']:.2f}**", row["reward 95 %"]
         reward += f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
-        low, high = (f"{100 * bound:.0f}" for bound in (min(row["share by seed"]), max(row["share by seed"])))
-        share = f"**{100 * row['share']:.0f} %**" + f" ({low} to {high})" * (row["n"] > 1)
+        shares = [f"{100 * share:.0f}" for share in sorted(row["share by seed"])]
+        share = f"**{100 * row['share']:.0f} %**" if shares else "-"
+        share += f" ({shares[0]} to {shares[-1]})" if len(shares) > 1 else ""
         short_row = {
             "script": names[without_flag("beta", row["script"])],
             "beta": "-" if row["beta"] is None else f"{row['beta']:g}",
@@ -1203,7 +1247,7 @@ def draw_frontier(axes: Axes, experiments: list[Experiment]) -> None:
             members.setdefault(label, e)
     everything = np.array([point for by_beta in groups.values() for points in by_beta.values() for point in points])
     references = everything[np.isfinite(everything[:, 3]), 3]
-    runs, furthest = [run for e in experiments for run in e.on_frontier], everything[:, 0].max()
+    runs, furthest = [run for e in experiments for run in e.on_frontier], max(everything[:, 0].max(), 1e-3)
     if curve := optimum(runs, furthest):
         axes.plot(*curve, color=INK, linewidth=1.2, label="the optimum")
         kls, rewards, counts = best_of_n if len(best_of_n := read_frontier(runs)[1]) else np.empty((3, 0))
@@ -1260,7 +1304,7 @@ def draw_over_optimisation(axes: Axes, experiments: list[Experiment], everything
         axes.plot(line[1], line[3], color=color, linestyle="--", linewidth=1.5, zorder=3)
         axes.plot(kls, rewards, ".", color=color, markersize=5, markeredgewidth=0, alpha=0.4)
     # Further away the true reward is as low as it can be, and the score flat
-    furthest = min(max(e.along[..., 1].max() for e in experiments), 40)
+    furthest = np.clip(max(e.along[..., 1].max() for e in experiments), 1e-3, 40)
     if curve := optimum([run for e in everything for run in e.done], furthest):
         axes.plot(*curve, color=INK, linewidth=1.2, label="the optimum")
     axes.plot([], [], color=GREY, marker=".", label="solid, dots: the true reward")
@@ -1311,17 +1355,17 @@ def plot_logs(experiments: list[Experiment]) -> Figure:
     figure, axes = Figure(figsize=(1 + 3.6 * len(panels), 4), layout="constrained"), {}
     for i, ((env_id, behaviour), members) in enumerate(panels.items()):
         panel = axes[env_id] = figure.add_subplot(1, len(panels), i + 1, sharey=axes.get(env_id))
-        returns, earned = defaultdict(dict), {}
-        for e in members:
-            returns[without_flag("dataset", e.label)][e.data["transitions"]] = e.scores
-            earned[e.data["transitions"]] = e.data["mean_return"]
+        returns, earned = defaultdict(lambda: defaultdict(list)), defaultdict(list)
+        for e in members:  # there may be several data sets of one size
+            returns[without_flag("dataset", e.label)][e.data["transitions"]] += e.scores.tolist()
+            earned[e.data["transitions"]].append(e.data["mean_return"])
         sizes = sorted(earned)
         for label, by_size in sorted(returns.items()):
             points = [(size, score) for size, scores in by_size.items() for score in scores]
             means = [np.mean(by_size[size]) for size in sorted(by_size)]
             panel.plot(sorted(by_size), means, **looks[label], marker="o", markersize=5, label=names[label])
             panel.plot(*zip(*points, strict=True), ".", color=looks[label]["color"], markersize=5, alpha=0.4)
-        line = [earned[size] for size in sizes]
+        line = [np.mean(earned[size]) for size in sizes]
         panel.plot(sizes, line, color=INK, linestyle=":", linewidth=1.5, label="the behaviour")
         if env_id in REFERENCES:
             panel.axhline(REFERENCES[env_id][1], color=GREY, linewidth=1, linestyle="--")
@@ -1415,6 +1459,10 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if bool(args.runs) == bool(args.compare):
         refuse("name the runs, or two sets of them with --compare, and not both")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        refuse(f"--threshold {args.threshold} is not a finite number")
+    if args.table and (args.compare or args.baseline or args.save_baseline or args.save_versions):
+        refuse("--table only prints a table: leave out --compare, --baseline, --save-baseline, --save-versions")
     if args.in_a_row < 1:
         refuse(f"--in-a-row is {args.in_a_row} but must be at least 1")
     patterns = [(pattern, "") for pattern in args.runs] or [(name, name.rstrip("/")) for name in args.compare]
@@ -1430,7 +1478,8 @@ def main() -> None:
         if not whole:
             refuse(f"--table: runs are missing, such as {missing[0][2:]}; --allow-missing makes it all the same")
         rows = frontier_rows(experiments) if args.table == "frontier" else rows_of(experiments, args.table == "short")
-        print(table(rows, aligned=False) if rows else "no run is known to have started from the task's reference model")
+        nothing = "started from the task's reference model" if args.table == "frontier" else "ended"
+        print(table(rows, aligned=False) if rows else f"no run is known to have {nothing}")
         return
     versions = lock(experiments) if args.save_versions else ""
     headline = aggregate(experiments) if whole else []

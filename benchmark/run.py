@@ -12,8 +12,9 @@ of the script's text and arguments. Beside the script's own files, that folder t
     output.log     what all attempts printed
 
 So nothing is lost with the launcher: killed in the middle, its next call finds the runs that went on without it, waits
-for those that still live, and takes the results of the others. Neither the folders nor the ledger need this machine:
-with Ray or Slurm the output folder is on a file system that all nodes share.
+for those that still live, and takes the results of the others. What began on another host counts as alive until it has
+written nothing for ten minutes. Neither the folders nor the ledger need this machine: with Ray or Slurm the output
+folder is on a file system that all nodes share.
 
 A suite may give an entry a name. Where a later entry has that name in braces in a flag, as in
 reward = "{judge}/model", the flag gets the folder of the run with the same seed, and its run begins when that is done.
@@ -58,6 +59,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITES = ROOT / "benchmark" / "suites"
 RESULT = "eval/episodic_return"
 PROBE_SECONDS = 20
+SILENCE = 600  # seconds without a word after which a run on another host is lost
 
 # The shell around each run. It waits for a word: a launcher that dies before it has written process.json starts no run.
 # It survives SIGTERM to write the exit code down: whoever comes later can read how the run ended.
@@ -333,6 +335,8 @@ def execute(run: Run, call: Call) -> Run:
     folder = call.output / run.name
     joined, verdict, pause = bool(find(folder)), None, 0.05
     if not joined:
+        while lives_elsewhere(folder) and not call.stop.exists():
+            time.sleep(1)
         judge(run, folder)
         if run.status == "done":
             return run
@@ -397,9 +401,7 @@ def judge(run: Run, folder: Path) -> None:
     run.last_lines = output[1:][-5:]
     code = folder / "exit_code"
     run.exit_code = int(code.read_text() or 137) if code.exists() else None
-    traces = [code] if code.exists() else [folder / "process.json", folder / "output.log", folder / "metrics.jsonl"]
-    ended = max(file.stat().st_mtime for file in traces if file.exists())
-    run.wall_s = note["earlier_s"] + ended - note["created"]
+    run.wall_s = note["earlier_s"] + last_sign(folder) - note["created"]
     if run.exit_code is None or run.exit_code > 128:  # the shell's way to say: by a signal
         run.status = "killed"
     elif run.exit_code:
@@ -411,10 +413,21 @@ def judge(run: Run, folder: Path) -> None:
         run.status = "done" if math.isfinite(run.final) else "NaN"
 
 
+def last_sign(folder: Path) -> float:
+    """When a run ended, or last wrote something, in seconds since 1970."""
+    names = ["exit_code"] if (folder / "exit_code").exists() else ["process.json", "output.log", "metrics.jsonl"]
+    return max((folder / name).stat().st_mtime for name in names if (folder / name).exists())
+
+
+def lives_elsewhere(folder: Path) -> bool:
+    """Whether another host has begun it, not ended it, and lately written: two in one folder would spoil each other."""
+    host = read_json(folder / "process.json").get("host", socket.gethostname())
+    there = host != socket.gethostname() and not (folder / "exit_code").exists()
+    return there and time.time() - last_sign(folder) < SILENCE
+
+
 def is_running(folder: Path) -> bool:
-    """Whether it lives here. What another host has begun and not ended counts as alive: nobody here can know better."""
-    elsewhere = read_json(folder / "process.json").get("host", socket.gethostname()) != socket.gethostname()
-    return bool(find(folder)) or (elsewhere and not (folder / "exit_code").exists())
+    return bool(find(folder)) or lives_elsewhere(folder)
 
 
 # ---- Where runs go: threads here, a Ray cluster, a Slurm array. Each gives back submit(runs, call) -> their jobs ----
@@ -678,7 +691,8 @@ def check(args: Args) -> None:
         if type(value) in (int, float):
             low = 1 if name in ("num_seeds", "workers", "threads") else 0
             if not (math.isfinite(value) and value >= low) or (name == "timeout" and not value):
-                refuse(f"--{name.replace('_', '-')} is {value} but must be a finite number of at least {low}")
+                bound = "above 0" if name == "timeout" else f"of at least {low}"
+                refuse(f"--{name.replace('_', '-')} is {value} but must be a finite number {bound}")
     if args.slurm and args.ray_address:
         refuse("give either --slurm or --ray-address")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

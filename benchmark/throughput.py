@@ -728,7 +728,7 @@ def time_to_solve(seed: int) -> tuple[float, float]:
             evaluations = [(row["global_step"], row["eval/episodic_return"]) for row in map(json.loads, lines)]
         seconds = time.perf_counter() - started
         process.kill()
-        if process.wait() > 0:
+        if process.wait() and ended:  # else it was killed here
             print(f"error: {' '.join(command)} failed:\n{Path(folder, 'log').read_text()[-2000:]}", file=sys.stderr)
             raise SystemExit(1)
     needed = solved_after([value for _, value in evaluations])
@@ -878,6 +878,8 @@ def main() -> None:
     path = args.output / "throughput.json"
     try:
         args.output.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").touch()  # else it would turn out after the first measurement
+        path.with_suffix(".tmp").unlink()
         kept_rows(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"--output {args.output} can't be used: {error!r}")
@@ -896,6 +898,8 @@ def main() -> None:
     for name, kind, script in ("solve", "solves", "ppo"), ("memory", "memory", "dqn"):
         if not args.only or name in args.only:
             jobs.append((kind, script))
+    if not jobs:
+        refuse("nothing is left to measure")
     if cores:
         os.sched_setaffinity(0, cores[-args.cores :])  # what is started from here is pinned too
     for kind, what in jobs:

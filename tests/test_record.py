@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -305,11 +306,39 @@ def test_mistakes_of_runs_and_folders(trained, monkeypatch):
         Path(script, "config.json").write_text(json.dumps({"script": script}))
         with pytest.raises(record.UsageError, match="learns from text"):
             run(monkeypatch, "--run-dir", script, "--output", "a")
+    Path("list").mkdir()
+    Path("list", "config.json").write_text("[]")
+    with pytest.raises(record.UsageError, match="no run folder"):
+        run(monkeypatch, "--run-dir", "list", "--output", "a")
+    Path("file").write_text("")
+    for output in "file", "file/a":
+        with monkeypatch.context() as patch, pytest.raises(record.UsageError, match="no folder that can be written to"):
+            patch.setattr(record, "play", None)  # it turns out before any step
+            run(patch, "--run-dir", run_dir, "--output", output)
     run(monkeypatch, "--run-dir", run_dir, "--steps", 5, "--output", "a")
     before = digest("a")
     with pytest.raises(record.UsageError, match="holds a data set"):
         run(monkeypatch, "--run-dir", run_dir, "--steps", 5, "--output", "a")
     assert digest("a") == before
+
+
+def test_a_replay_buffer_that_is_not_there_or_damaged(trained, monkeypatch):
+    run_dir = Path(shutil.copytree(trained("sac", "--env-id", "Pendulum-v1"), "copy"))
+    for damage in Path.unlink, lambda path: path.write_bytes(b"PK"):
+        damage(run_dir / "checkpoint.pt")
+        with pytest.raises(record.UsageError, match=r"checkpoint.pt is missing, damaged"):
+            run(monkeypatch, "--run-dir", run_dir, "--replay-buffer", "--output", "a")
+
+
+def test_an_environment_in_a_module_of_the_current_folder(tmp_path):
+    (tmp_path / "my_lake.py").write_text(
+        "import gymnasium as gym\n"
+        "gym.register('Lake-v0', 'gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv', max_episode_steps=9)\n"
+    )
+    flags = "--policy", "random", "--env-id", "my_lake:Lake-v0", "--steps", "5", "--output", "data"
+    result = call(ROOT / "benchmark" / "record.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(data_of(tmp_path / "data")[0]["rewards"]) == 5
 
 
 def test_the_shipped_data_are_made_again_by_their_commands(tmp_path):

@@ -113,6 +113,16 @@ def test_coverage_of_a_difference_is_near_95_percent():
     assert 0.925 < np.mean((lows < 2) & (highs > 2)) < 0.98
 
 
+def test_coverage_of_a_difference_between_few_and_many_seeds():
+    """Pooled as if they were of one size, 3 seeds against 10 had 0.89."""
+    rng = np.random.default_rng(4)
+    few, many = rng.normal(1, 1, (400, 3)), rng.normal(1, 1, (400, 10))
+    found = [report.interval(report.difference, *pair, resamples=4_000) for pair in zip(few, many, strict=True)]
+    assert 0.91 < np.mean([low < 0 < high for low, high in found]) < 0.98
+    constant = report.interval(report.difference, np.zeros(3), np.ones(10))
+    assert constant == (-1, -1)
+
+
 def test_no_interval_under_three_seeds():
     assert report.interval(np.mean, np.array([1.0])) is None
     assert report.interval(np.mean, np.array([1.0, 2.0])) is None
@@ -266,6 +276,55 @@ def ledger_of(root, statuses):
         runs[name] = {"name": name, "launch": ["python", "algorithms/ppo.py"], "flags": [], "env_id": "CartPole-v1"}
         runs[name] |= {"seed": seed, "result": "eval/episodic_return", "status": status}
     return {"asked": list(runs), "runs": runs, "probes": {}}
+
+
+def test_an_argument_that_only_some_runs_have_tells_them_apart(tmp_path):
+    make_run(tmp_path / "runs" / "old", seed=1, returns=(1.0,))
+    make_run(tmp_path / "runs" / "new", seed=2, returns=(2.0,), norm_obs=True)
+    found = {e.label: e.scores.tolist() for e in experiments(tmp_path / "runs")}
+    assert found == {"ppo": [1], "ppo norm_obs=True": [2]}
+    make_run(tmp_path / "alike" / "old", seed=1, returns=(1.0,))
+    make_run(tmp_path / "alike" / "new", seed=2, returns=(2.0,), norm_obs=None)  # None: as without it
+    assert {e.label: e.scores.tolist() for e in experiments(tmp_path / "alike")} == {"ppo": [1, 2]}
+
+
+def test_scores_of_different_metrics_are_neither_averaged_nor_compared(call, tmp_path):
+    for name, key, value in ("a", "eval/exact_return", 0.7), ("b", "eval/episodic_return", 0.5):
+        for seed in 1, 2, 3:
+            run = make_run(tmp_path / name / str(seed), "q_learning", "FrozenLake-v1", seed)
+            write_rows(run, [{"global_step": 200, "time": 1.0, key: value}])
+    found = {e.label: e.scores.tolist() for e in report.sort_out(report.find_runs(str(tmp_path / "*"), ""), ())}
+    assert found == {
+        "q_learning result=eval/exact_return": [0.7] * 3, "q_learning result=eval/episodic_return": [0.5] * 3
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        report.pair_up(
+            report.sort_out(
+                report.find_runs(str(tmp_path / "a"), "a") + report.find_runs(str(tmp_path / "b"), "b"), ()
+            ),
+            ["a", "b"],
+        )
+    assert call(tmp_path / "a", "--save-baseline", tmp_path / "kept.json")[0] == 0
+    code, result, _ = call(tmp_path / "b", "--baseline", tmp_path / "kept.json")
+    assert code == 1
+    assert "not judged: another score" in [row["verdict"] for row in result[f"Against {tmp_path / 'kept.json'}"]]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_logs_of_a_seed_and_logs_for_all_seeds(tmp_path, shared):
+    """The name of one data set may end in the number of a seed, too."""
+    for seed in 1, 2, 3:
+        make_run(tmp_path / "runs" / str(seed), "iql", seed=seed, dataset=f"data/logs-{1 if shared else seed}")
+    assert [len(e.done) for e in experiments(tmp_path / "runs")] == [3]
+
+
+def test_a_name_with_spaces(call, tmp_path):
+    make_runs(tmp_path / "my runs", (1.0, 2.0, 3.0))
+    make_runs(tmp_path / "other", (1.0, 2.0, 3.0))
+    assert call("--compare", tmp_path / "my runs", tmp_path / "other", pictures=True)[0] == 0
+    assert report.Experiment("my ppo gamma=0.9", "my ppo", "x", experiments(tmp_path / "other")[0].done, {}).name() == (
+        "my ppo, gamma 0.9"
+    )
 
 
 def test_a_missing_seed_is_named_and_withholds_the_headline(call, tmp_path):
@@ -435,6 +494,19 @@ def test_which_runs_of_a_ledger_count(call, tmp_path, calls, expected):
     assert found == expected
 
 
+def test_a_run_that_failed_and_waits_to_begin_again_is_missed(tmp_path, capsys):
+    calls = [([1, 2], "CartPole-v1", "1", [], "done"), ([3], "CartPole-v1", "1", [], "failed"),
+             ([1], "Typo-v1", "1", [], "failed"), ([1], "Acrobot-v1", "1", [], "done")]  # fmt: skip
+    path = launched(tmp_path / "runs", calls) / "ledger.json"
+    ledger = json.loads(path.read_text())
+    for row in ledger["runs"].values():
+        row |= {"status": "pending", "attempts": 1} if row["seed"] == 3 else {}
+    path.write_text(json.dumps(ledger))
+    rows = {e.env_id: [*e.missing] for e in experiments(tmp_path / "runs")}
+    assert rows == {"CartPole-v1": [3], "Acrobot-v1": []}
+    assert "note: Typo-v1__ppo__1" in capsys.readouterr().err
+
+
 def test_flags_as_arguments():
     words = ["--gamma=0.9", "--seed", "3", "--no-anneal-lr", "--ent-coef", "-1e-2", "--optimizer", "adam", "--track"]
     expected = {"gamma": 0.9, "seed": 3, "anneal_lr": False, "ent_coef": -0.01, "optimizer": "adam", "track": True}
@@ -547,6 +619,13 @@ def test_gate_does_not_pass_what_it_can_not_judge(call, tmp_path, baseline):
     code, _, printed = call(tmp_path / "other", "--baseline", baseline, "--allow-missing")
     assert code == 1  # a gate that judged nothing is not green
     assert "Nothing was judged" in printed.out
+
+
+def test_gate_does_not_judge_runs_of_another_length(call, tmp_path, baseline):
+    make_runs(tmp_path / "after", (300.0, 310.0, 290.0), steps=200)
+    code, result, _ = call(tmp_path / "after", "--baseline", baseline)
+    assert code == 1
+    assert {row["verdict"] for row in result[f"Against {baseline}"]} == {"not judged: unequal steps"}
 
 
 def test_gate_holds_an_experiment_against_its_like(call, tmp_path):
@@ -748,6 +827,23 @@ def test_the_picture_of_logs_has_a_panel_for_each_behaviour_and_a_dot_for_each_r
         assert sorted(map(tuple, dots[0])) == [(100, 2), (100, 3), (9000, 91), (9000, 92)]
 
 
+def test_the_picture_of_logs_shows_the_runs_of_all_data_sets_of_a_size(tmp_path):
+    for name, final, size in ("a", 1.0, 100), ("b", 3.0, 100), ("c", 5.0, 900):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        about = {"behaviour": "one", "transitions": size, "mean_return": final / 10}
+        (tmp_path / "data" / name / "data.json").write_text(json.dumps(about))
+        make_run(tmp_path / "runs" / name, "iql", returns=(final,), dataset=str(tmp_path / "data" / name))
+    (axes,) = report.plot_logs(experiments(tmp_path / "runs")).axes
+    lines = {line.get_label(): np.array(line.get_data()).T.tolist() for line in axes.lines}
+    assert lines["iql"] == [[100, 2], [900, 5]]
+    assert np.allclose(lines["the behaviour"], [[100, 0.2], [900, 0.5]])
+    assert sorted(next(points for name, points in lines.items() if name.startswith("_"))) == [
+        [100, 1],
+        [100, 3],
+        [900, 5],
+    ]
+
+
 def test_logs_without_a_description_or_all_alike_have_no_picture(call, tmp_path):
     runs = make_log_runs(tmp_path)
     for data in (tmp_path / "data").iterdir():
@@ -852,6 +948,19 @@ def test_against_the_optimum_by_hand(call, tmp_path, monkeypatch):
     assert lines["the reference's best of n replies, n to 64"].tolist() == best
     args = experiments(tmp_path / "runs")[0].done[0].config["args"]
     assert (args["model_name"], args["reward"]) == ("benchmark/reviews/model", "true_reward")
+
+
+def test_a_divergence_of_nothing_has_no_share(call, tmp_path, monkeypatch):
+    """An estimate may lie below 0: after a few steps, the policy is still the reference."""
+    monkeypatch.setattr(report, "FRONTIER", tmp_path / "frontier.json")
+    write_frontier(tmp_path / "frontier.json")
+    run = make_run(tmp_path / "runs" / "one", "grpo", "", beta=1.0, dataset="benchmark/reviews/prompts.parquet")
+    write_rows(run, [{"global_step": 200, "time": 1.0, "eval/kl": -0.001, "eval/reward": -0.5}])
+    code, result, _ = call(tmp_path / "runs", pictures=True)
+    assert code == 0
+    (row,) = result["Against the optimum at the same KL divergence"]
+    assert (row["share"], row["share by seed"]) == (None, [])
+    assert report.frontier_rows(experiments(tmp_path / "runs"))[0]["share of the gain"] == "-"
 
 
 def test_the_table_of_the_frontier(tmp_path, monkeypatch, capsys):
@@ -1231,7 +1340,7 @@ def test_tables_for_pages(tmp_path, monkeypatch, capsys):
     assert [line.split(" | ")[0] for line in long[2:]] == ["| q_learning", "| ppo", "| ppo", "| td3", "| td3", "| dpo"]
     assert brief == [line for line in long if "Acrobot" not in line and "| 1M |" not in line]  # more seeds go first
     assert long[:2] == [
-        "| script | environment | steps | seeds | return | worst seed | beside it |",
+        "| script | environment | steps | seeds | return | lowest | compare with |",
         "|" + " --- |" * 7,
     ]
     assert long[2] == "| q_learning | Taxi-v4 | 200k | 1 | **7.500** | 7.500 | 7.930 (optimum) |"
@@ -1253,7 +1362,7 @@ def test_a_baseline_within_a_script_is_not_set_beside_what_others_report_of_the_
     for algorithm in "maddpg", "ddpg":
         folder = tmp_path / algorithm
         make_run(folder, script="maddpg", env_id="simple_spread_v3", algorithm=algorithm, steps=300_000)
-    beside = {row["environment"]: row["beside it"] for row in report.rows_of(experiments(tmp_path), False)}
+    beside = {row["environment"]: row["compare with"] for row in report.rows_of(experiments(tmp_path), False)}
     assert "EPyMARL" in beside["simple_spread_v3"]
     assert "EPyMARL" not in beside["simple_spread_v3, algorithm ddpg"]
 
@@ -1341,6 +1450,9 @@ def test_of_one_source_the_nearest_budget_is_shown(tmp_path, steps):
         (["nowhere"], "nowhere holds no run"),
         (["empty"], "empty holds no run"),
         (["runs", "--in-a-row", "0"], "--in-a-row"),
+        (["runs", "--threshold", "inf"], "--threshold"),
+        (["runs", "--table", "long", "--baseline", "kept.json"], "--table only prints"),
+        (["runs", "--table", "long", "--save-baseline", "kept.json"], "--table only prints"),
         (["runs", "--only", "dqn"], "no experiment has all of these"),
         (["runs", "--table", "long", "--seeds", "9"], "seed 9: no such run"),
         (["unversioned", "--save-versions", "v.txt"], "name no versions"),

@@ -235,6 +235,28 @@ def test_a_hanging_survivor_is_timed_out_by_the_next_launcher(output):
     assert [row["status"] for row in ledger(output).values()] == ["timed out"]
 
 
+def test_a_run_that_lives_on_another_host_is_not_begun_twice(output):
+    """Two processes in one folder would spoil its files. What has been silent for long is lost, and goes on here."""
+    words = ("--env-ids", "kill-1", "--num-seeds", "1")
+    run(output, *words, code=1)
+    folder = next(output.glob("*/process.json")).parent
+    note = json.loads((folder / "process.json").read_text())
+    (folder / "process.json").write_text(json.dumps(note | {"host": "elsewhere"}))
+    (folder / "exit_code").unlink()
+    launcher = launch(output, *words)
+    try:
+        wait_for(lambda: [row["status"] for row in ledger(output).values()] == ["running"])
+        time.sleep(1.5)
+        assert calls(folder) == ["begin"]
+        for file in folder.iterdir():
+            os.utime(file, (time.time() - 700,) * 2)
+        wait_for(lambda: calls(folder) == ["begin", "begin", "end"])
+        assert launcher.wait() == 0
+    finally:
+        launcher.kill()
+    check_steps(folder)
+
+
 def test_a_recycled_process_number_is_neither_joined_nor_killed(output):
     words = ("--env-ids", "kill-1", "--num-seeds", "1")
     run(output, *words, code=1)
@@ -671,7 +693,7 @@ MISTAKES = {
     "OK --threads 0": "--threads is 0",
     "OK --retry -1": "--retry is -1",
     "OK --timeout nan": "--timeout is nan",
-    "OK --timeout 0": "--timeout is 0",
+    "OK --timeout 0": "--timeout is 0.0 but must be a finite number above 0",
     "OK --start-seed -1": "--start-seed is -1",
     "OK --output fake_script.py": "--output",
     "OK --output damaged": "ledger.json is damaged",

@@ -466,9 +466,12 @@ def test_solved_is_the_third_evaluation_in_a_row(monkeypatch, tmp_path, values, 
     assert seconds == float("inf") if steps == float("inf") else 0 < seconds < 30
 
 
-def test_a_script_that_fails_is_not_solved(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "end", ["raise SystemExit('it broke')", "print('it broke', flush=True); os.kill(os.getpid(), 9)"]
+)
+def test_a_script_that_fails_is_not_solved(monkeypatch, tmp_path, capsys, end):
     (tmp_path / "algorithms").mkdir()
-    (tmp_path / "algorithms" / "ppo.py").write_text("raise SystemExit('it broke')")
+    (tmp_path / "algorithms" / "ppo.py").write_text(f"import os\n{end}")
     monkeypatch.setattr(throughput, "ROOT", tmp_path)
     with pytest.raises(SystemExit) as exit:
         throughput.time_to_solve(1)
@@ -575,6 +578,7 @@ def test_a_tiny_run_end_to_end_keeps_what_was_measured_before(monkeypatch, tmp_p
         (["--cores", "999"], "--cores"),
         (["--output", "file"], "--output"),
         (["--output", "damaged"], "--output"),
+        (["--only", "ppo/LunarLander-v3 beside SBX"], "nothing is left to measure"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, flags, words):
@@ -582,6 +586,7 @@ def test_mistakes_get_one_line_and_exit_code_2(monkeypatch, tmp_path, capsys, fl
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "throughput.json").write_text('{"rows": [')
     monkeypatch.setattr(sys, "argv", ["throughput.py", *flags])
+    monkeypatch.setattr(throughput, "find_spec", lambda name: None)  # no SBX
     with pytest.raises(SystemExit) as exit:
         throughput.main()
     assert exit.value.code == 2
