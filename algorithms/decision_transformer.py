@@ -82,7 +82,7 @@ class Args:
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
     dataset: str = str(DATA)  # folder with data.npz, .npz, Minari id or folder; default: benchmark/offline/frozenlake
-    target_return: float | None = None  # [5] the return that evaluations ask for; None: the best in the data
+    target_return: float | None = None  # [5] the return that evaluations ask for; None: that of the best whole episode
     draw_actions: bool = False  # evaluations draw discrete actions, not the likeliest; Box: no effect; authors: True
     condition: bool = True  # on returns; False: it sees 0 for each of them, and clones the behaviour in the data
     context_length: int = 10  # [2] K; paper: 20 (MuJoCo)
@@ -121,7 +121,7 @@ class History:
     """One episode so far. Call earn(reward) after each step. With a seed, discrete actions are drawn."""
 
     def __init__(self, target_return: float, seed: int | None = None):
-        self.return_to_go, self.steps = float(target_return), []
+        self.return_to_go, self.steps, self.length = float(target_return), [], 0  # steps: the last K of length
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def earn(self, reward: float) -> None:
@@ -193,10 +193,10 @@ class DecisionTransformer(nn.Module):
         histories = [History(self.target_return.item()) for _ in obs] if histories is None else histories
         unknown = torch.tensor(0) if self.discrete else torch.zeros(self.action_dim)  # in a_t's place, unseen by s_t
         for row, history in zip(obs, histories, strict=True):
-            step = {"returns_to_go": torch.tensor(history.return_to_go), "timesteps": torch.tensor(len(history.steps))}
+            step = {"returns_to_go": torch.tensor(history.return_to_go), "timesteps": torch.tensor(history.length)}
             history.steps.append(step | {"observations": row, "actions": unknown})
-        newest = [history.steps[-self.context_length :] for history in histories]
-        contexts = [{name: torch.stack([step[name] for step in steps]) for name in steps[0]} for steps in newest]
+            history.steps, history.length = history.steps[-self.context_length :], history.length + 1
+        contexts = [{k: torch.stack([step[k] for step in h.steps]) for k in h.steps[0]} for h in histories]
         output = self(collate(contexts, self.return_scale.device))[:, -1].cpu()  # (B, action_dim): the last step
         for history, action in zip(histories, output, strict=True):
             if self.discrete and history.generator:
@@ -205,30 +205,29 @@ class DecisionTransformer(nn.Module):
         return self.to_env(torch.stack([history.steps[-1]["actions"] for history in histories]))
 
 
-def open_dataset(dataset: str, observes: gym.Space) -> tuple[dict[str, np.ndarray], str | None]:
-    """The arrays of a data set, (T, ...) each, and the id of its environment where that stands beside them."""
+def open_dataset(dataset: str, env: gym.Env) -> tuple[dict[str, np.ndarray], gym.envs.registration.EnvSpec]:
+    """The arrays of a data set, (T, ...) each, and the id and options of its environment: env's if they are unknown."""
     path = Path(dataset)
     file = path / "data.npz" if path.is_dir() else path
-    if path == DATA and not path.exists():
-        raise UsageError("the default data set is not beside this script: give it --dataset and --env-id")
     try:
         if file.suffix == ".npz" and (file.exists() or not path.is_dir()):
             with np.load(file) as stored:  # data only: it executes no code
                 arrays = {name: stored[name] for name in ARRAYS}
-            about = file.with_name("data.json")
-            return arrays, json.loads(about.read_text())["env_id"] if about.exists() else None
+            about = json.loads(file.with_name("data.json").read_text()) if file.with_name("data.json").exists() else {}
+            return arrays, gym.envs.registration.EnvSpec(about.get("env_id", env.spec.id))
         import minari
 
         folder = path / "data" if (path / "data").is_dir() else path
         stored = minari.MinariDataset(folder) if path.is_dir() else minari.load_dataset(dataset)
         episodes = list(stored.iterate_episodes())  # an episode of n steps has n + 1 observations
         parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}
-        seen = [episode.observations for episode in episodes]  # mazes have a dict of parts, one for each key
-        seen = [np.hstack([obs[key] for key in observes]) if isinstance(obs, dict) else obs for obs in seen]
+        seen, keys = [e.observations for e in episodes], getattr(env.env.observation_space, "spaces", None)
+        seen = [np.hstack([obs[k] for k in keys or obs]) if isinstance(obs, dict) else obs for obs in seen]  # of mazes
         parts |= {"observations": [obs[:-1] for obs in seen], "next_observations": [obs[1:] for obs in seen]}
-        return {name: np.concatenate(parts[name]) for name in ARRAYS}, getattr(stored.env_spec, "id", None)
+        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]
+        return {name: np.concatenate(parts[name]) for name in ARRAYS}, stored.env_spec or env.spec
     except ImportError:
-        raise UsageError(f"--dataset {dataset} is no .npz file; Minari's need pip install 'minari[hdf5]'") from None
+        raise UsageError(f"no .npz file at --dataset {dataset}; Minari's need pip install 'minari[hdf5]'") from None
     except Exception as error:  # missing or damaged files raise many kinds
         raise UsageError(f"--dataset {dataset} can't be read: {type(error).__name__}: {error!s:.200}") from None
 
@@ -239,7 +238,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
     observations, next_observations: (T, obs_dim). actions: (T,) from 0, or (T, action_dim) in [-1, 1]. rewards: (T,).
     terminations, truncations: (T,) of 0 and 1. Only a termination means that nothing can be earned any more.
     """
-    arrays, env_id = open_dataset(args.dataset, env.env.observation_space)
+    arrays, spec = open_dataset(args.dataset, env)
     observes, acts, num_rows = env.env.observation_space, env.action_space, len(np.atleast_1d(arrays["rewards"]))
 
     def check(condition: bool, message: str) -> None:
@@ -248,24 +247,25 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
 
     def vectors(name: str) -> np.ndarray:  # (T, D)
         array, space = arrays[name], acts if name == "actions" else observes
-        if isinstance(space, gym.spaces.Discrete) and array.ndim == 1:  # numbers of states or actions: one-hot
+        if isinstance(space, gym.spaces.Discrete) and array.size == num_rows:  # numbers of states or actions: one-hot
             inside = np.isin(array, space.start + np.arange(space.n))
             check(inside.all(), f"{name} from {array.min()} to {array.max()}, but {args.env_id} has {space}")
-            return np.eye(space.n, dtype=np.float32)[array.astype(np.int64) - space.start]
+            return np.eye(space.n, dtype=np.float32)[array.astype(np.int64).flatten() - space.start]
         array = array.reshape(num_rows, -1).astype(np.float32)
         check(array.shape[1] == gym.spaces.flatdim(space), f"{name} {array.shape}, but {args.env_id} has {space}")
         return array
 
-    hint = f"it was made in {env_id}, not in {args.env_id}: name that --env-id, or another --dataset"
-    check(env_id is None or f":{args.env_id}".endswith(f":{env_id}"), hint)  # args.env_id may be module:id
+    check(f":{args.env_id}".endswith(f":{spec.id}"), f"made in {spec.id}, not {args.env_id}: name that --env-id")
+    if options := {k: v for k, v in spec.kwargs.items() if k != "render_mode" and v != env.spec.kwargs.get(k)}:
+        tqdm.write(f"--dataset {args.dataset} was made in {spec.id} with {options}; evaluations are without these")
     needed = 8e-9 * num_rows * gym.spaces.flatdim(observes)  # GB of both observations: a float32 has four bytes
     memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
     data, single = {}, ("rewards", "terminations", "truncations")  # one number a row
     for name, array in arrays.items():
-        shape = (num_rows,) if name in single else (num_rows, *array.shape[1:])
-        check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
-        check(array.dtype.kind in "biuf" and np.isfinite(array).all(), f"words, NaN or infinity in {name}")
+        fits = num_rows and array.shape[: 2 if name in single else 1] == (num_rows,)
+        check(fits, f"{name} {array.shape} beside {num_rows} rewards")
+        check(array.dtype.kind in "biuf" and np.isfinite(np.float32(array)).all(), f"words, NaN or infinity in {name}")
         data[name] = array.astype(np.float32) if name in single else vectors(name)
     ends = np.stack([data["terminations"], data["truncations"]])
     check(np.isin(ends, (0, 1)).all(), "terminations and truncations must be 0 or 1")
@@ -276,7 +276,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
     else:
         low, high, actions = acts.low.flatten(), acts.high.flatten(), data["actions"]
         check((actions >= low - 1e-3).all() and (actions <= high + 1e-3).all(), f"actions beyond the bounds of {acts}")
-        data["actions"] = (2 * (actions - low) / (high - low) - 1).clip(-1, 1)
+        data["actions"] = (2 * (actions - low) / np.maximum(high - low, 1e-9) - 1).clip(-1, 1)
     return {name: torch.from_numpy(array) for name, array in data.items()}
 
 

@@ -22,7 +22,7 @@ Differs from the papers:
 - Squared error, no Huber loss. Adam, not RMSprop; its learning rate falls to 0. Epsilon falls from the first step on.
 - Vectors are normalised, the CNN starts orthogonal. [4]: no hidden layer in the two streams, no scaled gradient.
 - ez-greedy holds [6]'s action for n steps in all, 10,000 at most and within the episode; the paper for n + 1 steps.
-- A time limit is not terminal, nor is a lost life (paper: yes). Evaluation: epsilon 0, not 0.05. Atari: sticky actions.
+- Not terminal: a time limit; a lost life (paper: it is). Evaluation: epsilon 0, not 0.05. Atari repeats 1/4 of actions.
 
     python algorithms/dqn.py --env-id CartPole-v1
 """
@@ -221,7 +221,7 @@ class ImageReplayBuffer(ReplayBuffer):
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...]):
         super().__init__(args, obs_shape[:1], torch.int64, more_bytes=math.prod(obs_shape[1:]))
-        # Room for size images and for what is older in their stacks. A step adds up to 2 num_envs: at an end two each
+        # Room for size images and for what is older in their stacks. A step adds up to 2 num_envs: two at a beginning
         num_images = self.size + 2 * args.num_envs * obs_shape[0]
         self.register_buffer("images", torch.zeros(num_images, *obs_shape[1:], dtype=torch.uint8))
 
@@ -234,7 +234,7 @@ class ImageReplayBuffer(ReplayBuffer):
         self.images[new_indices % len(self.images)] = new_images
         indices[begun] = new_indices[: -len(obs), None]  # an episode's first stack is one image K times
         super().add(obs=indices, next_obs=torch.cat([indices[:, 1:], new_indices[-len(obs) :, None]], 1), **others)
-        # Forget a transition whose newest image is not among the last size: its oldest is up to 2 num_envs K older
+        # Forget a transition whose newest image is not one of the size newest: its oldest is up to 2 num_envs K older
         while self.next_obs[self.oldest % self.size, -1] <= new_indices[-1] - self.size:
             self.oldest += 1
 

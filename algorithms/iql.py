@@ -175,30 +175,29 @@ class IQL(nn.Module):
         return self.to_env(output.argmax(-1) if self.discrete else output.tanh())
 
 
-def open_dataset(dataset: str, observes: gym.Space) -> tuple[dict[str, np.ndarray], str | None]:
-    """The arrays of a data set, (T, ...) each, and the id of its environment where that stands beside them."""
+def open_dataset(dataset: str, env: gym.Env) -> tuple[dict[str, np.ndarray], gym.envs.registration.EnvSpec]:
+    """The arrays of a data set, (T, ...) each, and the id and options of its environment: env's if they are unknown."""
     path = Path(dataset)
     file = path / "data.npz" if path.is_dir() else path
-    if path == DATA and not path.exists():
-        raise UsageError("the default data set is not beside this script: give it --dataset and --env-id")
     try:
         if file.suffix == ".npz" and (file.exists() or not path.is_dir()):
             with np.load(file) as stored:  # data only: it executes no code
                 arrays = {name: stored[name] for name in ARRAYS}
-            about = file.with_name("data.json")
-            return arrays, json.loads(about.read_text())["env_id"] if about.exists() else None
+            about = json.loads(file.with_name("data.json").read_text()) if file.with_name("data.json").exists() else {}
+            return arrays, gym.envs.registration.EnvSpec(about.get("env_id", env.spec.id))
         import minari
 
         folder = path / "data" if (path / "data").is_dir() else path
         stored = minari.MinariDataset(folder) if path.is_dir() else minari.load_dataset(dataset)
         episodes = list(stored.iterate_episodes())  # an episode of n steps has n + 1 observations
         parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}
-        seen = [episode.observations for episode in episodes]  # mazes have a dict of parts, one for each key
-        seen = [np.hstack([obs[key] for key in observes]) if isinstance(obs, dict) else obs for obs in seen]
+        seen, keys = [e.observations for e in episodes], getattr(env.env.observation_space, "spaces", None)
+        seen = [np.hstack([obs[k] for k in keys or obs]) if isinstance(obs, dict) else obs for obs in seen]  # of mazes
         parts |= {"observations": [obs[:-1] for obs in seen], "next_observations": [obs[1:] for obs in seen]}
-        return {name: np.concatenate(parts[name]) for name in ARRAYS}, getattr(stored.env_spec, "id", None)
+        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]
+        return {name: np.concatenate(parts[name]) for name in ARRAYS}, stored.env_spec or env.spec
     except ImportError:
-        raise UsageError(f"--dataset {dataset} is no .npz file; Minari's need pip install 'minari[hdf5]'") from None
+        raise UsageError(f"no .npz file at --dataset {dataset}; Minari's need pip install 'minari[hdf5]'") from None
     except Exception as error:  # missing or damaged files raise many kinds
         raise UsageError(f"--dataset {dataset} can't be read: {type(error).__name__}: {error!s:.200}") from None
 
@@ -209,7 +208,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
     observations, next_observations: (T, obs_dim). actions: (T,) from 0, or (T, action_dim) in [-1, 1]. rewards: (T,).
     terminations, truncations: (T,) of 0 and 1. Only a termination means that nothing can be earned any more.
     """
-    arrays, env_id = open_dataset(args.dataset, env.env.observation_space)
+    arrays, spec = open_dataset(args.dataset, env)
     observes, acts, num_rows = env.env.observation_space, env.action_space, len(np.atleast_1d(arrays["rewards"]))
 
     def check(condition: bool, message: str) -> None:
@@ -218,24 +217,25 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
 
     def vectors(name: str) -> np.ndarray:  # (T, D)
         array, space = arrays[name], acts if name == "actions" else observes
-        if isinstance(space, gym.spaces.Discrete) and array.ndim == 1:  # numbers of states or actions: one-hot
+        if isinstance(space, gym.spaces.Discrete) and array.size == num_rows:  # numbers of states or actions: one-hot
             inside = np.isin(array, space.start + np.arange(space.n))
             check(inside.all(), f"{name} from {array.min()} to {array.max()}, but {args.env_id} has {space}")
-            return np.eye(space.n, dtype=np.float32)[array.astype(np.int64) - space.start]
+            return np.eye(space.n, dtype=np.float32)[array.astype(np.int64).flatten() - space.start]
         array = array.reshape(num_rows, -1).astype(np.float32)
         check(array.shape[1] == gym.spaces.flatdim(space), f"{name} {array.shape}, but {args.env_id} has {space}")
         return array
 
-    hint = f"it was made in {env_id}, not in {args.env_id}: name that --env-id, or another --dataset"
-    check(env_id is None or f":{args.env_id}".endswith(f":{env_id}"), hint)  # args.env_id may be module:id
+    check(f":{args.env_id}".endswith(f":{spec.id}"), f"made in {spec.id}, not {args.env_id}: name that --env-id")
+    if options := {k: v for k, v in spec.kwargs.items() if k != "render_mode" and v != env.spec.kwargs.get(k)}:
+        tqdm.write(f"--dataset {args.dataset} was made in {spec.id} with {options}; evaluations are without these")
     needed = 8e-9 * num_rows * gym.spaces.flatdim(observes)  # GB of both observations: a float32 has four bytes
     memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
     data, single = {}, ("rewards", "terminations", "truncations")  # one number a row
     for name, array in arrays.items():
-        shape = (num_rows,) if name in single else (num_rows, *array.shape[1:])
-        check(num_rows and array.shape == shape, f"{name} {array.shape} beside {num_rows} rewards")
-        check(array.dtype.kind in "biuf" and np.isfinite(array).all(), f"words, NaN or infinity in {name}")
+        fits = num_rows and array.shape[: 2 if name in single else 1] == (num_rows,)
+        check(fits, f"{name} {array.shape} beside {num_rows} rewards")
+        check(array.dtype.kind in "biuf" and np.isfinite(np.float32(array)).all(), f"words, NaN or infinity in {name}")
         data[name] = array.astype(np.float32) if name in single else vectors(name)
     ends = np.stack([data["terminations"], data["truncations"]])
     check(np.isin(ends, (0, 1)).all(), "terminations and truncations must be 0 or 1")
@@ -246,7 +246,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
     else:
         low, high, actions = acts.low.flatten(), acts.high.flatten(), data["actions"]
         check((actions >= low - 1e-3).all() and (actions <= high + 1e-3).all(), f"actions beyond the bounds of {acts}")
-        data["actions"] = (2 * (actions - low) / (high - low) - 1).clip(-1, 1)
+        data["actions"] = (2 * (actions - low) / np.maximum(high - low, 1e-9) - 1).clip(-1, 1)
     return {name: torch.from_numpy(array) for name, array in data.items()}
 
 
@@ -255,7 +255,7 @@ def reward_scale(data: dict[str, Tensor], return_range: float) -> float:
     ends = (data["terminations"] + data["truncations"] > 0).long()
     episode = ends.cumsum(0) - ends  # (T,): the number of each transition's episode
     returns = torch.zeros(int(episode[-1]) + 1).index_add(0, episode, data["rewards"])
-    returns = returns if data["terminations"][-1] or len(returns) == 1 else returns[:-1]  # the last may be cut
+    returns = returns if data["terminations"][-1] or len(returns) < 3 else returns[:-1]  # the last may be cut
     gap = (returns.max() - returns.min()).item()
     return return_range / gap if return_range and gap > 1e-4 * returns.abs().max() else 1.0  # less is rounding
 

@@ -12,7 +12,7 @@ plus gamma times what the table says that the next state s' is worth. The four a
 
 Here a' is the next action, and pi the policy that explores. [2] and [3] learn what pi is worth, missteps included: on
 CliffWalking-v1 they keep away from the edge. [1] learns what the best policy is worth. A maximum of noisy estimates is
-too high on average: [4] takes the best action by one table, its worth from the other. A coin picks which one learns.
+too high on average: [4] takes the best action by Q_1, its worth by Q_2, and Q_1 learns: a coin says which table it is.
 
 Papers: doi:10.1007/BF00992698; CUED/F-INFENG/TR 166; doi:10.1109/ADPRL.2009.4927542; Double Q-learning, NeurIPS 2010.
 All four: Sutton & Barto 2018, Sections 6.4 to 6.7, incompleteideas.net/book/the-book-2nd.html.
@@ -107,7 +107,7 @@ class Args:
 class Table:
     """Q(s, a) in lists: faster than arrays, one number at a time. A state's row is made when it is first met."""
 
-    def __init__(self, args: Args, action_space: gym.spaces.Discrete, obs_shape: tuple[int, ...]):  # (S,)
+    def __init__(self, args: Args, action_space: gym.spaces.Discrete, obs_shape: tuple[int, ...]):  # (S,), for S states
         self.obs_shape, self.action_space, num_actions = obs_shape, action_space, int(action_space.n)
         num_tables = 2 if args.algorithm == "double-q-learning" else 1
         self.q = [defaultdict(lambda: [args.initial_value] * num_actions) for _ in range(num_tables)]
@@ -193,7 +193,7 @@ def exact_returns(agent: Table, env: gym.Env, args: Args) -> dict[str, float]:
     The optimal one is best for the discounted return without a time limit, so its return here can be the smaller one.
     """
     start = getattr(env.unwrapped, "initial_state_distrib", None)  # FrozenLake, CliffWalking and Taxi have one
-    if start is None or len(start) > 2000:  # more states would take too much memory
+    if start is None or len(start) > 2000 or not hasattr(env.unwrapped, "P"):  # more would take too much memory
         return {}
     states = np.arange(len(start))
     rewards = np.zeros((len(states), env.action_space.n))  # (S, A): expected

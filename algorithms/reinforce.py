@@ -6,16 +6,16 @@ Subtracted from the return, it changes nothing on average, and can take noise aw
 in each batch how much noise is left with each of three baselines, whichever of them is used.
 
     [1] G_t    = r_t + gamma G_{t+1}                                                  S&B, Eq. 3.9 (R_{t+1} is r_t here)
-    [2] grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t)]                            Williams, Th. 2; S&B, Eq. 13.11
+    [2] grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t)]                            S&B, Eq. 13.11
     [3] b_t    = 0, or the mean of the other episodes' G_t at the same t, or V(s_t)   --baseline none, mean, value
     [4] L      = E[(V(s_t) - G_t)^2], the loss of V, a network that predicts G_t      S&B, Section 13.4
-    [5] var    = trace of the covariance of the K episodes' estimates of [2], divided by K: that of their mean
+    [5] var    = trace of the covariance of the K episodes' estimates of [2], over K: the variance of their mean
 
 Papers: Williams 1992, doi:10.1007/BF00992696. S&B: Sutton & Barto 2018, incompleteideas.net/book/the-book-2nd.html.
 
 Differs from S&B:
 - The factor gamma^t of the t-th term of [2] is left out, as everywhere today: [2] is exact for gamma = 1 only.
-- A batch is K whole episodes. Short ones make K larger, so their mean has a small bias, of order 1 / K.
+- A batch is K whole episodes. Short ones make K larger, so the batch's mean has a small bias, of order 1 / K.
 - The optimizer is Adam, and the policy's learning rate falls to 0. V is fitted in several passes over a batch.
 - For V and --baseline value, a time limit is not a terminal state: V of the last observation stands for the rest of
   the episode. With none and mean G_t ends there: where limits cut, [5] compares estimates of different gradients.
@@ -80,7 +80,7 @@ class Args:
     capture_video: bool = False  # film the first episode of each evaluation
     evaluate: bool = False  # only evaluate the model in --run-dir
     # Algorithm
-    num_steps: int = 1024  # a batch: the episodes that begin within so many steps, played to their ends; all must end
+    num_steps: int = 1024  # a batch: all episodes begun within so many steps, played to their ends; none may be endless
     learning_rate: float = 5e-3  # of the policy's Adam
     anneal_lr: bool = True  # let the policy's learning rate fall linearly to 0
     value_learning_rate: float = 1e-2  # of the value network's Adam
@@ -115,7 +115,7 @@ class PolicyAndValue(nn.Module):
         super().__init__()
         self.obs_shape, self.action_space, self.discrete = obs_shape, space, isinstance(space, gym.spaces.Discrete)
         num_outputs = int(space.n) if self.discrete else space.low.size
-        # The gain of 0.01 makes all actions about equally likely at first, in every state
+        # The gain of 0.01 makes all actions about equally likely at first, or their means about 0, in every state
         self.actor, self.critic = mlp(*obs_shape, num_outputs, gain=0.01), mlp(*obs_shape, 1, gain=1.0)
         if not self.discrete:  # D independent normals, with standard deviations that do not depend on the observation
             self.actor.log_std = nn.Parameter(torch.zeros(num_outputs))  # of the actor, whose optimizer learns it

@@ -18,11 +18,11 @@ Paper: Fujimoto, van Hoof & Meger 2018, arXiv:1802.09477, where mu is called pi.
 DDPG's rules (Lillicrap et al., arXiv:1509.02971): --num-critics 1 --policy-frequency 1 --policy-noise 0 --tau 0.001
 
 Differs from the paper:
-- As in the authors' present code: two hidden layers of 256 units, not of 400 and 300; sigma, c and --exploration-noise
-  are in units of half the range of an action; a' of [3] is clipped to the range; a time limit is not a terminal state:
-  the value of the last observation stands for the rest of the episode.
-- tau is 0.01, not 0.005.
-- Actions are random in the first tenth of the run, 10,000 steps at most; learning starts after them.
+- As in the authors' present code: two hidden layers of 256 units, not of 400 and 300; batches of 256, not of 100;
+  sigma, c and --exploration-noise are in units of half the range of an action; a' of [3] is clipped to the range.
+- tau is 0.01, not 0.005. As in the paper's supplement, a time limit is not a terminal state: the value of the last
+  observation stands for the rest of the episode.
+- Random actions for a tenth of the run, at most 10,000 steps (paper: 1,000 or 10,000); learning starts after them.
 
     python algorithms/td3.py --env-id HalfCheetah-v5
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ALGORITHMS = Path(__file__).parent.parent / "algorithms"
 BEGIN, END = "<!-- equations: python benchmark/equations.py writes this part -->", "<!-- end of equations -->"
-SOURCE = re.compile(r"[A-Za-z][\w&.-]*(,| (?!<-)|$)")  # how a reference begins, and no formula does
+SOURCE = re.compile(r"(authors'|[A-Za-z][\w&.-]*)(,| (?!<-|=)|$)")  # how a reference begins, and no formula does
 
 
 def equations(docstring: str) -> dict[int, list[tuple[str, str]]]:
@@ -25,7 +25,7 @@ def equations(docstring: str) -> dict[int, list[tuple[str, str]]]:
             number = None
         if number is None:
             continue
-        *formula, source = [""] * ("   " not in line.strip()) + re.split(" {3,}", line.strip())
+        *formula, source = [""] * ("  " not in line.strip()) + re.split(" {2,}", line.strip())
         if not any(formula) or not SOURCE.match(source):
             formula, source = [*formula, source], ""
         found.setdefault(number, []).append((" ".join(" ".join(formula).split()), source))

@@ -190,16 +190,17 @@ def summary(data: dict[str, np.ndarray], env_id: str) -> dict[str, object]:
 
 README = """# {env_id}: {transitions} transitions
 
-Made by
-
-    {command}
-
-in {episodes} episodes (the last one may be cut, and counts only if it is alone). Their mean return was
-{mean_return:.4g} (standard deviation {std_return:.4g}, from {min_return:.4g} to {max_return:.4g}). `data.npz` has
-{arrays}; `data.json` says how they were made.
 Behaviour: {behaviour}. Trained by
 
     {trained_by}
+
+The logs are then made by
+
+    {command}
+
+(name another folder to make them again), in {episodes} episodes. An unfinished last episode is not counted, unless it
+is the only one. Returns are from {min_return:.4g} to {max_return:.4g}, on average {mean_return:.4g} (standard deviation
+{std_return:.4g}). `data.npz` has {arrays}; `data.json` says how they were made.
 """
 
 

@@ -276,7 +276,7 @@ def test_a_played_episode_is_predicted_as_a_logged_one(space):
     """The contexts of playing are those of training, with the return-to-go of the logs where the target is met."""
     agent, rng = make_agent(space), np.random.default_rng(3)
     obs, rewards = rng.normal(size=(9, 4)).astype(np.float32), rng.normal(size=9)
-    history, outputs = dt.History(rewards.sum()), []
+    history, outputs, actions = dt.History(rewards.sum()), [], []
     agent.register_forward_hook(lambda _, inputs, output: outputs.append(output[0, -1]))
     seen = np.empty(4, np.float32)  # an environment may show the same array again and again
     for row, reward in zip(obs, rewards, strict=True):
@@ -284,8 +284,9 @@ def test_a_played_episode_is_predicted_as_a_logged_one(space):
         action = agent.act(seen, history)
         assert agent.action_space.contains(action)
         history.earn(reward)
-    played = list(outputs)
-    actions = torch.stack([step["actions"] for step in history.steps])
+        actions.append(history.steps[-1]["actions"])
+    assert len(history.steps) == 5, "an endless episode must not fill the memory"
+    played, actions = list(outputs), torch.stack(actions)
     flags = {"terminations": torch.tensor([0.0] * 8 + [1]), "truncations": torch.zeros(9)}
     (episode,) = dt.split_episodes(
         {"rewards": torch.tensor(rewards).float(), "observations": torch.tensor(obs), "actions": actions, **flags}

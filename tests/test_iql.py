@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call
+from gymnasium.envs.registration import EnvSpec
 
 from algorithms import cql, decision_transformer, iql
 
@@ -108,6 +109,9 @@ def test_rewards_are_scaled_by_the_returns_of_episodes():
     assert iql.reward_scale(whole | {"rewards": torch.zeros(6)}, 100.0) == 1
     one = {name: values[2:4] for name, values in data.items()}
     assert iql.reward_scale(one, 100.0) == 1, "a single episode, also if it is cut"
+    both = {"rewards": torch.tensor([500.0, 1500.0]), "terminations": torch.zeros(2), "truncations": torch.ones(2)}
+    assert iql.reward_scale(both, 1000.0) == 1, "of two, none is left out"
+    assert iql.reward_scale(both, 100.0) == pytest.approx(0.1)
     tenths = torch.tensor([0.1] * 10 + [0.5, 0.5])  # two returns of 1, but for rounding
     ends = torch.zeros(12).scatter(0, torch.tensor([9, 11]), 1)
     equal = {"rewards": tenths + 1e-7 * ends, "terminations": ends, "truncations": torch.zeros(12)}
@@ -259,6 +263,23 @@ def test_actions_of_a_box_are_scaled_to_plus_and_minus_one(tmp_path):
         read(write(tmp_path / "f", **changes), "MountainCarContinuous-v0")
 
 
+def test_an_action_with_one_possible_value_and_numbers_in_a_column(tmp_path):
+    obs = np.arange(18, dtype=np.float64).reshape(6, 3)
+    changes = {"observations": obs[:5], "next_observations": obs[1:], "actions": np.tile([[1.0, 3.0]], (5, 1))}
+    data = read(write(tmp_path / "d", **changes), "Fixed-v0")
+    assert data["actions"].tolist() == [[0, -1]] * 5
+    column = write(tmp_path / "e", actions=np.array([[2], [0], [1], [1], [3]]))
+    assert read(column)["actions"].tolist() == [2, 0, 1, 1, 3]
+
+
+class Fixed(gym.Env):
+    observation_space = gym.spaces.Box(-99, 99, (3,), np.float32)
+    action_space = gym.spaces.Box(np.array([0, 3], np.float32), np.array([2, 3], np.float32))
+
+
+gym.register("Fixed-v0", Fixed, disable_env_checker=True)
+
+
 class Shifted(gym.Env):
     observation_space, action_space = gym.spaces.Discrete(3, start=7), gym.spaces.Discrete(2, start=-1)
 
@@ -284,6 +305,7 @@ WRONG = {
     "one number": ({"rewards": np.array(1.0)}, "rewards"),
     "NaN": ({"rewards": NAN}, "NaN or infinity in rewards"),
     "infinity": ({"observations": NAN + np.inf}, "observations"),
+    "a number beyond float32": ({"rewards": np.array([0, 0, 1e39, 0, 1])}, "NaN or infinity in rewards"),
     "words": ({"actions": np.array(["left"] * 5)}, "actions"),
     "objects": ({"actions": np.array([None] * 5)}, "allow_pickle"),
     "a missing array": ({"truncations": None}, "truncations"),
@@ -326,22 +348,25 @@ def test_too_many_vectors_for_the_memory_are_refused_before_they_are_made(module
 
 
 def test_data_of_another_environment_and_files_that_are_none(tmp_path):
-    with pytest.raises(iql.UsageError, match="made in CliffWalking-v1, not in FrozenLake-v1: name that --env-id"):
+    with pytest.raises(iql.UsageError, match="made in CliffWalking-v1, not FrozenLake-v1: name that --env-id"):
         read(write(tmp_path / "d", "CliffWalking-v1"))
     (tmp_path / "text.npz").write_text("no archive")
     for wrong in "text.npz", "missing.npz":
         with pytest.raises(iql.UsageError, match="can't be read"):
             read(tmp_path / wrong)
+    for wrong in "[]", '{"env_id"':
+        (tmp_path / "d" / "data.json").write_text(wrong)
+        with pytest.raises(iql.UsageError, match="can't be read"):
+            read(tmp_path / "d")
     (tmp_path / "d" / "data.json").write_text("{}")
-    with pytest.raises(iql.UsageError, match="env_id"):
-        read(tmp_path / "d")
+    assert len(read(tmp_path / "d")["rewards"]) == 5
 
 
 def test_a_module_before_the_id_makes_no_other_environment(tmp_path):
     for made_in in "FrozenLake-v1", "gymnasium:FrozenLake-v1":
         data = read(write(tmp_path / "d", made_in), "gymnasium:FrozenLake-v1")
         assert len(data["rewards"]) == 5
-    with pytest.raises(iql.UsageError, match="not in gymnasium:FrozenLake-v1"):
+    with pytest.raises(iql.UsageError, match="not gymnasium:FrozenLake-v1"):
         read(write(tmp_path / "d", "Lake-v1"), "gymnasium:FrozenLake-v1")
 
 
@@ -361,7 +386,7 @@ def minari(monkeypatch):
                         observations=np.append(arrays["observations"][a:b], arrays["next_observations"][b - 1]))
         for a, b in ((0, 2), (2, 5))
     ]  # fmt: skip
-    stored = SimpleNamespace(iterate_episodes=lambda: iter(episodes), env_spec=SimpleNamespace(id="FrozenLake-v1"))
+    stored = SimpleNamespace(iterate_episodes=lambda: iter(episodes), env_spec=EnvSpec("FrozenLake-v1"))
     asked = []
     opened = lambda which: (asked.append(str(which)), stored)[1]  # noqa: E731
     module = SimpleNamespace(MinariDataset=opened, load_dataset=opened)
@@ -378,8 +403,8 @@ def test_minaris_episodes_are_the_same_transitions(minari, tmp_path):
         assert all(torch.equal(data[name], plain[name]) for name in iql.ARRAYS)
     folder = str(tmp_path / "lake-v0" / "data")
     assert asked == ["lake/random-v0", folder, folder]
-    stored.env_spec.id = "CliffWalking-v1"
-    with pytest.raises(iql.UsageError, match="made in CliffWalking-v1, not in FrozenLake-v1: name that --env-id"):
+    stored.env_spec = EnvSpec("CliffWalking-v1")
+    with pytest.raises(iql.UsageError, match="made in CliffWalking-v1, not FrozenLake-v1: name that --env-id"):
         read("lake/random-v0")
 
 
@@ -393,11 +418,46 @@ def test_minaris_dicts_of_observations_become_vectors_in_the_environments_order(
     episode.truncations = np.arange(n) == n - 1
     episode.observations = {key: np.stack([obs[key] for obs in seen]) for key in sorted(space, reverse=True)}
     stored.iterate_episodes = lambda: iter([episode, episode])
-    stored.env_spec.id = "Point-v0"
+    stored.env_spec = EnvSpec("Point-v0")
+    with pytest.raises(iql.UsageError, match="made in Point-v0, not FrozenLake-v1: name that --env-id"):
+        read("maze")
     data = read("maze", "goal_env:Point-v0")
     flat = torch.from_numpy(np.stack([gym.spaces.flatten(space, obs) for obs in seen]))
     assert torch.equal(data["observations"], torch.cat([flat[:-1], flat[:-1]]))
     assert torch.equal(data["next_observations"], torch.cat([flat[1:], flat[1:]]))
+
+
+@pytest.mark.parametrize("module", [iql, cql, decision_transformer])
+def test_options_of_minaris_environment_are_named_where_evaluations_lack_them(minari, module, capsys):
+    """No flag carries them; in silence, the agent would be judged on other ice."""
+    _, stored = minari
+    for options, named in (
+        ({}, False),
+        ({"map_name": "4x4", "render_mode": "ansi"}, False),
+        ({"is_slippery": False}, True),
+    ):
+        stored.env_spec = EnvSpec("FrozenLake-v1", kwargs=options)
+        args = module.Args(dataset="lake")
+        with closing(module.make_env(args)) as env:
+            module.read_dataset(args, env)
+        printed = capsys.readouterr().out
+        assert (
+            "was made in FrozenLake-v1 with {'is_slippery': False}; evaluations are without these" in printed
+        ) == named
+    stored.env_spec = None
+    assert len(read("lake")["rewards"]) == 5
+
+
+def test_an_episode_of_minari_ends_where_its_file_says(minari):
+    """Some flag only terminations. Two episodes must not become one where the next begins in the last state."""
+    _, stored = minari
+    episodes = list(stored.iterate_episodes())
+    plain = read("lake")
+    for episode in episodes:
+        episode.truncations = np.zeros(len(episode.rewards), bool)
+    stored.iterate_episodes = lambda: iter(episodes)
+    assert torch.equal(read("lake")["truncations"], plain["truncations"])
+    assert plain["truncations"].tolist() == [0, 1, 0, 0, 0]
 
 
 def test_the_package_minari_itself(tmp_path, monkeypatch):
@@ -424,7 +484,11 @@ def test_copied_alone_it_says_what_to_give_it(tmp_path):
     folder.mkdir(parents=True)
     result = call(Path(shutil.copy(ROOT / "algorithms" / "iql.py", folder)))
     assert result.returncode == 2
-    assert result.stderr == "error: the default data set is not beside this script: give it --dataset and --env-id\n"
+    place = tmp_path / "some" / "benchmark" / "offline" / "frozenlake"
+    assert result.stderr.startswith(
+        (f"error: no .npz file at --dataset {place}", f"error: --dataset {place} can't be read")
+    )
+    assert result.stderr.count("\n") == 1
 
 
 # ---- Runs
