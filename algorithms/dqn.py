@@ -187,7 +187,7 @@ class ReplayBuffer(nn.Module):
     def __init__(self, args: Args, obs_shape: tuple[int, ...], dtype: torch.dtype = torch.float32, more_bytes: int = 0):
         super().__init__()
         self.size = size = args.buffer_size
-        needed = 1e-9 * size * (2 * math.prod(obs_shape) * dtype.itemsize + 8 + 4 + 1 + more_bytes)
+        needed = 1e-9 * size * (2 * math.prod(obs_shape) * dtype.itemsize + 8 + 4 + 1 + more_bytes)  # 8: an action's
         memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
             raise UsageError(f"--buffer-size {size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
@@ -200,7 +200,7 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("oldest", torch.tensor(0))  # number of the oldest that sample may draw
 
     def add(self, **transitions: np.ndarray) -> None:
-        """Adds a transition of each of N environments: a keyword for each tensor, with N rows."""
+        """Adds N rows, one of each environment, so n + N is the same one's next. A keyword for each tensor."""
         rows = (self.added.item() + np.arange(len(transitions["obs"]))) % self.size
         for name, values in transitions.items():
             getattr(self, name).numpy()[rows] = values  # by NumPy, which converts types
@@ -496,7 +496,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
+    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

@@ -430,7 +430,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: its environments, its folder, its log. obs, (N, *obs_shape), is what the environments now show."""
+    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
