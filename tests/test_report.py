@@ -820,7 +820,10 @@ def test_the_picture_of_logs_has_a_panel_for_each_behaviour_and_a_dot_for_each_r
         lines = {line.get_label(): np.array(line.get_data()).T for line in figure.axes[1].lines}
         dots = [line for name, line in lines.items() if name.startswith("_")]
         lines = {name: line for name, line in lines.items() if not name.startswith("_")}
-        assert lines.keys() == {"cql", "iql, temperature 3.0", "behaviour cloning: iql, temperature 0", "the behaviour"}
+        cloning, best = "behaviour cloning: iql, temperature 0", "best stationary policy"
+        assert lines.keys() == {"cql", "iql, temperature 3.0", cloning, "the behaviour", best}
+        colours = {line.get_label(): line.get_color() for line in figure.axes[1].lines}
+        assert colours[cloning] != colours["iql, temperature 3.0"]
         assert np.allclose(lines["cql"], [[100, 2.5], [9000, 91.5]])
         assert np.allclose(lines["behaviour cloning: iql, temperature 0"], [[100, 12.5], [9000, 101.5]])
         assert np.allclose(lines["the behaviour"], [[100, 1.15], [9000, 1.15]])
@@ -830,10 +833,11 @@ def test_the_picture_of_logs_has_a_panel_for_each_behaviour_and_a_dot_for_each_r
 def test_the_picture_of_logs_shows_the_runs_of_all_data_sets_of_a_size(tmp_path):
     for name, final, size in ("a", 1.0, 100), ("b", 3.0, 100), ("c", 5.0, 900):
         (tmp_path / "data" / name).mkdir(parents=True)
-        about = {"behaviour": "one", "transitions": size, "mean_return": final / 10}
+        about = {"behaviour": "dqn on Walk-v0, seed 7; random actions", "transitions": size, "mean_return": final / 10}
         (tmp_path / "data" / name / "data.json").write_text(json.dumps(about))
         make_run(tmp_path / "runs" / name, "iql", returns=(final,), dataset=str(tmp_path / "data" / name))
     (axes,) = report.plot_logs(experiments(tmp_path / "runs")).axes
+    assert axes.get_title() == "dqn; random actions"
     lines = {line.get_label(): np.array(line.get_data()).T.tolist() for line in axes.lines}
     assert lines["iql"] == [[100, 2], [900, 5]]
     assert np.allclose(lines["the behaviour"], [[100, 0.2], [900, 0.5]])
