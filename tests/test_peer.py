@@ -157,7 +157,7 @@ def test_a_run_is_a_row_of_its_own_in_the_report(monkeypatch, d3rlpy):
     assert name == "DiscreteCQLConfig"
     assert values["optim_factory"] == "Adam, cosine over 250"
     assert d3rlpy.shapes == ((16,), 4)
-    data, _ = cql.open_dataset(str(cql.DATA), gym.spaces.Discrete(16))
+    data, _ = cql.open_dataset(str(cql.DATA), gym.make("FrozenLake-v1"))
     rewards = {float(reward) for batch in d3rlpy.batches for reward in batch.rewards.flat}
     assert rewards == {100 * float(reward) for reward in np.unique(data["rewards"])}, "--reward-scale"
 
@@ -172,7 +172,7 @@ def test_box_actions_are_scaled_for_the_environment(monkeypatch, d3rlpy, logs):
     assert rows(Path("a"))[-1]["eval/episodic_return"] == pytest.approx(expected["eval/episodic_return"], rel=1e-6)
     actions = np.concatenate([batch.actions for batch in d3rlpy.batches])
     assert np.abs(actions).max() <= 1
-    data, _ = iql.open_dataset("logs", gym.spaces.Box(-1, 1))
+    data, _ = iql.open_dataset("logs", gym.make("Pendulum-v1"))
     scale = 50 / abs(np.subtract(*data["rewards"].reshape(3, 45).sum(1)[:2]))  # the last episode may be cut
     rewards = np.concatenate([batch.rewards for batch in d3rlpy.batches])
     assert np.isclose(rewards, scale * data["rewards"]).any(1).all(), "--return-range"
@@ -232,8 +232,8 @@ def test_nan_ends_the_run(monkeypatch, d3rlpy):
         ("--algorithm iql", "no discrete actions"),
         ("--algorithm cql --expectile 0.9", "expectile"),
         ("--algorithm bc --gamma 2", "--gamma is 2.0"),
-        ("--algorithm bc --dataset nothing", "--dataset nothing is no .npz file"),
-        ("--algorithm bc --env-id Taxi-v4", "it was made in FrozenLake-v1"),
+        ("--algorithm bc --dataset nothing", "no .npz file at --dataset nothing"),
+        ("--algorithm bc --env-id Taxi-v4", "made in FrozenLake-v1, not Taxi-v4"),
         ("--algorithm bc --env-id Nothing-v0", "--env-id Nothing-v0"),
         ("--algorithm bc --track", "not for a peer"),
         ("--algorithm bc --device cuda", "not for a peer"),
@@ -287,8 +287,8 @@ def test_the_suites_give_a_peer_what_ours_has(suite, monkeypatch):
             continue
         assert args.seed >= 11
         kept = {k: v for k, v in asdict(args).items() if algorithm != "bc" or k not in peer.OF_VALUES}
-        (peers if script == "peer" else ours)[args.env_id, algorithm, args.seed] = kept
-    assert peers.keys() - ours.keys() <= {("FrozenLake-v1", "bc", seed) for seed in range(11, 16)}
+        (peers if script == "peer" else ours)[args.env_id, algorithm, args.seed, args.total_timesteps] = kept
+    assert peers.keys() - ours.keys() <= {("FrozenLake-v1", "bc", seed, 4000) for seed in range(11, 16)}
     assert len(peers) == {"offline": 10, "offline_mujoco": 18}[suite]
     for key in peers.keys() & ours.keys():
         other = {name for name in ours[key] if peers[key][name] != ours[key][name]}
