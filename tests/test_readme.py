@@ -97,7 +97,7 @@ def sections(page: str) -> dict[str, str]:
 def script_and_flags(command: str) -> tuple[str, list[str]] | None:
     """Of a command that runs one of the scripts."""
     found = re.search(r"^(?:\w+=\w+ )?python algorithms/(\w+)\.py(.*)", command)
-    return (found[1], shlex.split(found[2])) if found and found[1] != "mine" else None
+    return (found[1], shlex.split(found[2])) if found else None
 
 
 def small_flags(script: str) -> str:
@@ -112,7 +112,7 @@ def made_small(command: str) -> str:
     if command.startswith("python benchmark/run.py"):
         command = re.sub(r"--num-seeds \d+", "--num-seeds 3", command) + " --probe-seconds 0"
         command = re.sub(r"(--env-ids \S+)( \w\S+)*", r"\1", command)  # the first of them
-        script = {"mine": "dqn"}.get(name := re.search(r"algorithms/(\w+)\.py", command)[1], name)
+        script = {"mine": "dqn"}.get(name := re.search(r"python (?:algorithms/)?(\w+)\.py", command)[1], name)
         return re.sub(r'(--command "[^"]*)"', rf'\1 {small_flags(script)}"', command)
     if not (found := script_and_flags(command)):
         return command
