@@ -22,7 +22,7 @@ Differs from the papers:
 - Squared error, no Huber loss. Adam, not RMSprop; its learning rate falls to 0. Epsilon falls from the first step on.
 - Vectors are normalised, the CNN starts orthogonal. [4]: no hidden layer in the two streams, no scaled gradient.
 - ez-greedy holds [6]'s action for n steps in all, 10,000 at most and within the episode; the paper for n + 1 steps.
-- Not terminal: a time limit; a lost life (paper: it is). Evaluation: epsilon 0, not 0.05. Atari repeats 1/4 of actions.
+- A time limit is not terminal, nor a lost life (paper: it is). Evaluation: epsilon 0, not 0.05. Atari: sticky actions.
 
     python algorithms/dqn.py --env-id CartPole-v1
 """
@@ -187,7 +187,7 @@ class ReplayBuffer(nn.Module):
     def __init__(self, args: Args, obs_shape: tuple[int, ...], dtype: torch.dtype = torch.float32, more_bytes: int = 0):
         super().__init__()
         self.size = size = args.buffer_size
-        needed = 1e-9 * size * (2 * math.prod(obs_shape) * dtype.itemsize + 8 + 4 + 1 + more_bytes)  # 8: an action's
+        needed = 1e-9 * size * (2 * math.prod(obs_shape) * dtype.itemsize + 8 + 4 + 1 + more_bytes)
         memory = 1e-9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > 0.9 * memory:
             raise UsageError(f"--buffer-size {size} needs {needed:.1f} GB; this machine has {memory:.1f} GB")
@@ -200,7 +200,7 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("oldest", torch.tensor(0))  # number of the oldest that sample may draw
 
     def add(self, **transitions: np.ndarray) -> None:
-        """Adds N rows, one of each environment, so n + N is the same one's next. A keyword for each tensor."""
+        """Adds a transition of each of N environments, so n + N follows n: a keyword for each tensor, with N rows."""
         rows = (self.added.item() + np.arange(len(transitions["obs"]))) % self.size
         for name, values in transitions.items():
             getattr(self, name).numpy()[rows] = values  # by NumPy, which converts types

@@ -192,7 +192,7 @@ def open_dataset(dataset: str, env: gym.Env) -> tuple[dict[str, np.ndarray], gym
         episodes = list(stored.iterate_episodes())  # an episode of n steps has n + 1 observations
         parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}
         seen, keys = [e.observations for e in episodes], getattr(env.env.observation_space, "spaces", None)
-        seen = [np.hstack([obs[k] for k in keys or obs]) if isinstance(obs, dict) else obs for obs in seen]  # of mazes
+        seen = [np.hstack([obs[k] for k in keys or obs]) if isinstance(obs, dict) else obs for obs in seen]  # mazes
         parts |= {"observations": [obs[:-1] for obs in seen], "next_observations": [obs[1:] for obs in seen]}
         parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]
         return {name: np.concatenate(parts[name]) for name in ARRAYS}, stored.env_spec or env.spec

@@ -20,7 +20,7 @@ DDPG's rules (Lillicrap et al., arXiv:1509.02971): --num-critics 1 --policy-freq
 Differs from the paper:
 - As in the authors' present code: two hidden layers of 256 units, not of 400 and 300; batches of 256, not of 100;
   sigma, c and --exploration-noise are in units of half the range of an action; a' of [3] is clipped to the range.
-- tau is 0.01, not 0.005. As in the paper's supplement, a time limit is not a terminal state: the value of the last
+- tau is 0.01, not 0.005. As in the authors' code, a time limit is not a terminal state: the value of the last
   observation stands for the rest of the episode.
 - Random actions for a tenth of the run, at most 10,000 steps (paper: 1,000 or 10,000); learning starts after them.
 
