@@ -339,10 +339,10 @@ def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int,
             if prefers:
                 replies.sort(key=str)  # the order says nothing about which was chosen
                 replies = replies if prefers(prompt, *replies) else replies[::-1]
-            tools = row[names["tools"]] if names["tools"] else None
-            tools = json.loads(tools) if isinstance(tools, str) else without_none(tools)
+            tools = row.get(names["tools"])
+            tools = json.loads(tools or "null") if isinstance(tools, str) else without_none(tools)
             pair = Pair(*encode(tokenizer, prompt, replies, tools), prompt)
-        except UsageError as error:
+        except (UsageError, ValueError) as error:  # ValueError: tools that are no JSON
             raise UsageError(f"{source}, row {number}: {error}") from None
         if pair.chosen == pair.rejected:
             num_equal += 1
@@ -418,12 +418,15 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses numbers out of range: by default integers below 1, others below 0. Then sets defaults that are None."""
+    """Refuses integers below 1, floats below 0, unless ranges says otherwise, and unknown words. Sets defaults."""
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf), "threads": (1, 1024)} | ranges
-    for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+    for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
+        low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # True is an int
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+        words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
+        if isinstance(value, str) and value not in words and str not in words:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is none of {words}")
     if args.load_in_4bit and not args.lora_rank:
         raise UsageError("--load-in-4bit is for weights that don't change: it needs --lora-rank")
     if args.reward is None and args.dataset == Args.dataset:  # the default task has a true reward
@@ -474,9 +477,9 @@ def read_rows(flag: str, source: str, config: str | None = None, split: str | No
     files = sorted(path for path in glob.glob(source) if os.path.isfile(path))
     try:
         if glob.glob(f"{glob.escape(source)}/dataset_*.json"):
-            data = datasets.load_from_disk(source)
+            data = saved if isinstance(saved := datasets.load_from_disk(source), dict) else {"train": saved}
         elif files:
-            names = [os.path.basename(path) for path in files]
+            names = [os.path.abspath(path) for path in files]
             data = datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), data_files=names, split=split)
         else:
             assert not re.search(r"\.(jsonl?|csv|parquet)(\.|$)", source), "there is no such file"
@@ -510,11 +513,10 @@ def as_text(value: object) -> Text:
             {"role": roles.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else {"role": m["role"]} | m
             for m in messages
         ]
-    except (TypeError, KeyError):
-        messages = []
-    if not messages or not all(len(message) > 1 for message in messages):
-        raise UsageError(f"{value!r:.80} is neither a text nor a list of messages with role and content")
-    return messages
+        assert min(map(len, messages)) > 1
+        return messages
+    except (AssertionError, KeyError, TypeError, ValueError):  # ValueError: there are none
+        raise UsageError(f"{value!r:.80} is neither a text nor a list of messages with role and content") from None
 
 
 def common_length(sequences: list) -> int:
@@ -535,6 +537,7 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
         write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
         try:
             texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
+            assert common_length(texts) >= len(write(prompt)) - 2, "it writes the prompt otherwise if a reply follows"
         except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
             raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
     start = common_length(texts)  # the prompt's tokens; fewer if its last one merges with the reply's first
@@ -543,7 +546,7 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
     encoded, ends = [texts[0][:start]], turn_ends(tokenizer)
     for ids in texts[1:]:
         length = len(ids)  # without the line break that some templates write behind the end token
-        while length > start and ids[length - 1] not in ends and tokenizer.decode(ids[length - 1]).isspace():
+        while length > start and ids[length - 1] not in ends and not tokenizer.decode(ids[length - 1]).strip():
             length -= 1
         encoded.append(ids[start:length] if length > start and ids[length - 1] in ends else [*ids[start:], eos])
     return encoded
@@ -596,6 +599,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             nn.init.zeros_(model.score.weight)
         missing = sorted({*info["missing_keys"]} - {"score.weight"})
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
+        assert "score.weight" not in info["unexpected_keys"], "it is a reward model"
         ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
@@ -628,8 +632,8 @@ def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: 
     ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
-    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0]}
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0], "min_new_tokens": 0}
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     rows = model.generate(ids, attention_mask=mask, synced_gpus=PROCESSES > 1, **plain, **limits)[:, ids.shape[1] :]
     return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
 
@@ -640,6 +644,8 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
         function = load_function("--reward", name)
         return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
+    if not model.score.weight.any():
+        raise UsageError(f"--reward {name} has no head that gives rewards (score.weight)")
     model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # near 5, bfloat16 has steps of 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
     size = 1 if pad_id is None else 64  # without a padding token: one row at a time
@@ -674,11 +680,10 @@ class Run:
         self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.command = shlex.join([sys.executable, __file__, "--run-dir", str(self.dir)])
         self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
-        self.bar = self.metrics = self.wandb = None
+        self.opened, self.wandb = contextlib.ExitStack(), None  # what close will close
         self.micro_batch_size = args.micro_batch_size or math.ceil(args.batch_size / PROCESSES)
         if args.batch_size % (self.micro_batch_size * PROCESSES) or args.total_timesteps % args.batch_size:
-            sizes = f"--batch-size {args.batch_size}, and that of --micro-batch-size {self.micro_batch_size}"
-            raise UsageError(f"--total-timesteps must be a multiple of {sizes} times {PROCESSES} processes")
+            raise UsageError(f"--total-timesteps must be n x --batch-size, that m x {PROCESSES} x --micro-batch-size")
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
@@ -699,10 +704,9 @@ class Run:
         if args.resume:
             config = json.loads(path.read_text())
             changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
-            changed -= {"run_dir", "resume", "device", "threads", "total_timesteps", "micro_batch_size"}
-            if changed or args.total_timesteps < config["args"]["total_timesteps"]:
-                changed = ", ".join(changed or ["total_timesteps"])
-                raise UsageError(f"--resume goes on with the run's own arguments: leave out {changed}")
+            changed -= {"run_dir", "resume", "device", "threads", "micro_batch_size"}
+            if changed - {"total_timesteps"} or args.total_timesteps < config["args"]["total_timesteps"]:
+                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -710,46 +714,46 @@ class Run:
             git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
             status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
-            config["commit"] = None if status else commit
+            config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
             config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
-            config["wandb_id"] = os.urandom(8).hex()
         config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare = self.accelerator.unwrap_model(self.model)  # generates, and can be saved
-        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0}
-        if args.resume and checkpoint.exists():
-            try:
+        state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "result": {}}
+        try:
+            if args.resume and checkpoint.exists():
                 state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # data, never code
                 weights, of_optimizer = {"model_state_dict": state["model"]}, {"optim_state_dict": state["optimizer"]}
                 options = StateDictOptions(full_state_dict=True, strict=False)
                 set_state_dict(self.model, self.optimizer.optimizer, **weights, **of_optimizer, options=options)
-            except Exception as error:  # a damaged file can raise anything
-                raise UsageError(f"{checkpoint} is damaged or of another script ({type(error).__name__})") from None
-        self.global_step, self.last_step = state["step"], state["last_step"]
-        self.started -= state["seconds"]
+            self.global_step, self.last_step, self.result = state["step"], state["last_step"], state["result"]
+            self.started, size = self.started - state["seconds"], state["bytes"]
+        except Exception as error:  # a damaged file can raise anything
+            raise UsageError(f"{checkpoint} is damaged or of another version ({type(error).__name__})") from None
         if RANK > 0:
             return
-        if args.track:
-            import wandb
-
-            names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
-            try:
-                self.wandb = wandb.init(dir=self.dir.resolve(), config=config["args"], resume="allow", **names)
-            except Exception as error:  # no key, no network, a wrong mode: it has many kinds
-                raise UsageError(f"--track: {error}; WANDB_MODE=offline needs no account and no network") from None
-            self.wandb.define_metric("*", step_metric="global_step")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(config, indent=1))
-            self.metrics = open(self.dir / "metrics.jsonl", "ab")
-        except OSError as error:
-            raise UsageError(f"--run-dir {self.dir} can't be written: {error}") from None
-        if self.metrics.tell() < state["bytes"]:
+            if args.track:
+                import wandb
+
+                names = {"project": args.wandb_project_name, "name": self.dir.name, "id": config["wandb_id"]}
+                self.wandb = wandb.init(dir=self.dir.resolve(), config=config["args"], resume="allow", **names)
+                self.opened.callback(self.wandb.finish)
+                self.wandb.define_metric("*", step_metric="global_step")
+            Path(f"{path}.tmp").write_text(json.dumps(config, indent=1, default=str))  # default: run_dir may be a Path
+            os.replace(f"{path}.tmp", path)
+            self.metrics = self.opened.enter_context(open(self.dir / "metrics.jsonl", "ab"))
+        except Exception as error:  # W&B's have many kinds: no key, no network
+            hint = "--run-dir must be writable" if isinstance(error, OSError) else "WANDB_MODE=offline needs no account"
+            raise UsageError(f"{error}: {hint}") from None
+        if self.metrics.tell() < size:
             raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
-        self.metrics.truncate(state["bytes"])  # later rows will be written again
-        self.metrics.seek(state["bytes"])
+        self.metrics.truncate(size)  # later rows will be written again
+        self.metrics.seek(size)
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
+        self.opened.callback(self.bar.close)
         print(f"{Path(__file__).name} on {PROCESSES} x {self.accelerator.device}, run folder {self.dir}")
 
     def goes_on(self, evaluate: Callable[[], dict[str, float]]) -> bool:
@@ -758,7 +762,7 @@ class Run:
         stop = self.accelerator.gather(torch.tensor([Run.stop_signal], device=self.accelerator.device)).max().item()
         end, self.last_step = step == args.total_timesteps, step
         if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
-            self.result = evaluate()
+            self.result = {name: float(value) for name, value in evaluate().items()}
             self.log(self.result)
         if step and (step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or stop):
             self.save()
@@ -773,7 +777,7 @@ class Run:
         """Adds the loss's gradient and, after the last micro-batch, updates. Returns the norm before clipping."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm) if self.accelerator.sync_gradients else 0.0
@@ -814,7 +818,7 @@ class Run:
         if not all(math.isfinite(values.sum()) for values in weights.values()):
             raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
         state = {"model": weights, "optimizer": of_optimizer, "step": self.global_step, "last_step": self.last_step}
-        state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell()}
+        state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell(), "result": self.result}
         folder, temporary = self.dir / "model", self.dir / "model.tmp"
         self.bare.save_pretrained(temporary, state_dict={**weights})  # a copy, for it empties what it is given
         self.tokenizer.save_pretrained(temporary)
@@ -824,11 +828,7 @@ class Run:
         os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
-        for part in (self.bar, self.metrics):
-            if part is not None:
-                part.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.opened.close()
         self.accelerator.end_training()  # ends the other processes' group
 
 

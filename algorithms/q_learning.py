@@ -122,9 +122,9 @@ class Table:
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The best action for one state, or for each of B states, (B,). Of equal ones, as in new states, the first."""
-        states = np.asarray(obs)
+        states, start = np.asarray(obs), self.action_space.start
         rows = [self.values(s) if s in self.counts else [0.0] for s in states.flatten().tolist()]  # [0.0]: a new state
-        return np.reshape([row.index(max(row)) for row in rows], states.shape) + self.action_space.start
+        return np.reshape([row.index(max(row)) for row in rows], states.shape).astype(start.dtype) + start
 
     def state_dict(self) -> dict[str, Tensor]:
         states = list(self.counts)
@@ -297,12 +297,15 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
-    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024)} | ranges
-    for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+    """Refuses integers below 1, floats below 0, unless ranges says otherwise, and unknown words. Sets frequencies."""
+    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024), "max_grad_norm": (1e-9, math.inf)} | ranges
+    for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
+        low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # True is an int
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+        words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
+        if isinstance(value, str) and value not in words and str not in words:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is none of {words}")
     if args.total_timesteps % getattr(args, "num_envs", 1):
         raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
@@ -352,7 +355,7 @@ def number_of(space: gym.Space, obs: object) -> tuple[int, int]:
 
 def make_env(args: Args, film: Path | None = None) -> gym.Env:
     """An environment whose states are numbered from 0, and whose episodes end some time."""
-    env, expected = None, Exception if film else (gym.error.Error, ImportError, TypeError, UsageError)
+    env, known = None, Exception if film else (gym.error.Error, ImportError, TypeError, NotImplementedError, UsageError)
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
         space = env.observation_space
@@ -361,14 +364,14 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
             raise UsageError(f"it has {num_states} states, too many for a table: see dqn.py")
         if film:
             env.reset()
-            assert env.render() is not None, "render() returns no picture"
+            assert getattr(x := env.render(), "dtype", 0) == np.uint8 and x.ndim == 3, "render() gives no RGB picture"
             options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
             env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
-    except expected as error:  # another one comes from within the environment: its traceback helps most
+    except known as error:  # another one comes from within the environment: its traceback helps most
         if env is not None:
             env.close()
         hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
-        raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
+        raise UsageError(f"--env-id {args.env_id}: {str(error) or env.observation_space}{hint}") from None
     if env.spec.max_episode_steps is None:  # or a greedy policy that has learned little would walk in circles for ever
         env = gym.wrappers.TimeLimit(env, 1000)
     if isinstance(space, gym.spaces.Discrete) and space.start == 0:
@@ -381,10 +384,12 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
     seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # 1: training has 0
     returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), {}
     with contextlib.ExitStack() as stack:
-        stack.callback(random.setstate, random.getstate())  # some environments draw from these two
+        stack.callback(random.setstate, random.getstate())  # some environments draw from these three
         stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
         random.seed(args.seed)
         np.random.seed(seeds)
+        torch.default_generator.manual_seed(args.seed)
         films = [film if args.capture_video else None] + [None] * (len(seeds) - 1)
         envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
         here, there = ((int(envs[0].observation_space.n),), envs[0].action_space), (agent.obs_shape, agent.action_space)
@@ -408,6 +413,7 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
     """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"model", "bytes" if path.name == "checkpoint.pt" else "action_space"} <= state.keys()
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state
@@ -415,7 +421,7 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
         raise UsageError(f"{path} is missing, damaged or of another script ({type(error).__name__})") from None
 
 
-SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high", "shape")}  # in files
 
 
 def load(run_dir: str) -> nn.Module:
@@ -438,13 +444,16 @@ class Run:
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
         self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.command = shlex.join([sys.executable, __file__, "--run-dir", str(self.dir)])
-        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.global_step, self.last_step, self.started, self.result, self.wandb = 0, 0, time.time(), {}, None
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
             raise UsageError(f"--device {args.device} can't be used, --device cpu can ({error!s:.99})") from None
         if args.capture_video:
             make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
+        torch.manual_seed(args.seed)
         with contextlib.ExitStack() as stack:
             self.envs = [stack.enter_context(contextlib.closing(make_env(args))) for _ in range(args.num_envs)]
             self.opened = stack.pop_all()  # what close will close; start adds to it
@@ -454,21 +463,15 @@ class Run:
         self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(args.threads or (1 if small else Run.all_threads))
-        random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
-        torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
-        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
-
-        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
-        """
+        """Opens the folder. parts: all that changes in training, with a state_dict; the one named model acts."""
         args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
         if args.resume:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -476,14 +479,12 @@ class Run:
             git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
             status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
-            config["commit"] = None if status else commit
+            config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
             config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
-            config["wandb_id"] = os.urandom(8).hex()
         config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.wandb = None
             if args.track:
                 import wandb
 
@@ -491,19 +492,20 @@ class Run:
                 self.wandb = wandb.init(dir=self.dir.resolve(), config=config["args"], resume="allow", **names)
                 self.opened.callback(self.wandb.finish)
                 self.wandb.define_metric("*", step_metric="global_step")
-            path.write_text(json.dumps(config, indent=1))
+            Path(f"{path}.tmp").write_text(json.dumps(config, indent=1, default=str))  # default: run_dir may be a Path
+            os.replace(f"{path}.tmp", path)
             self.metrics = self.opened.enter_context(open(self.dir / "metrics.jsonl", "ab"))
         except Exception as error:  # W&B's have many kinds: no key, no network
             hint = "--run-dir must be writable" if isinstance(error, OSError) else "WANDB_MODE=offline needs no account"
             raise UsageError(f"{error}: {hint}") from None
         state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": self.actions, "streams": []}
         if args.resume and checkpoint.exists():
-            state = load_file(checkpoint, **parts)
+            state |= load_file(checkpoint, **parts)
         if self.metrics.tell() < state["bytes"]:
             raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
         self.metrics.truncate(state["bytes"])  # later rows will be written again
         self.metrics.seek(state["bytes"])
-        self.global_step, self.last_step = state["step"], state["last_step"]
+        self.global_step, self.last_step, self.result = state["step"], state["last_step"], state.get("result", {})
         self.started -= state["seconds"]
         for i, actions in enumerate(state["actions"]):
             whole = self.begin_episode(i, np.array(actions))
@@ -518,10 +520,7 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. After --resume, it takes the episode's actions so far again: they lead to its state.
-
-        False if the episode ended on the way, so that it can't be repeated.
-        """
+        """Resets environment i. After --resume it takes the episode's actions so far again; False if that ended it."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -531,9 +530,8 @@ class Run:
             self.returns[i : i + 1] += reward
             if terminated or truncated:
                 return False
-        assert np.shape(obs) == self.obs[i].shape, f"{self.args.env_id} shows {obs}, of another shape than its space's"
-        if not np.isfinite(obs).all():
-            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {obs}")
+        if np.shape(obs) != self.obs[i].shape or not np.isfinite(obs).all():
+            raise FloatingPointError(f"NaN, infinity or another shape than its space's from {self.args.env_id}: {obs}")
         self.obs[i] = obs
         return True
 
@@ -562,7 +560,7 @@ class Run:
         if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
             if result := evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}"):
                 self.log(result)
-                self.result = result
+                self.result = {name: float(value) for name, value in result.items()}
             else:  # a signal has stopped it: after --resume it is due again
                 self.last_step = last
         if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
@@ -594,17 +592,17 @@ class Run:
     def save(self) -> None:
         """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
+        kind = next(kind for kind in SPACES if isinstance(space, getattr(gym.spaces, kind)))  # or made from it
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):
             raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
-        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
-        model = {"model": state["model"], "obs_shape": self.obs_shape}
-        model["action_space"] = type(space).__name__, str(space.dtype), values
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[kind]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape, "action_space": (kind, str(space.dtype), values)}
         state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
-        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs), "result": self.result}
         state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
         streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
-        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all() if "cuda" in self.device else []
         for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
             torch.save(content, self.dir / f"{name}.tmp")
             os.replace(self.dir / f"{name}.tmp", self.dir / name)

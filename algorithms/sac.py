@@ -124,9 +124,9 @@ class SAC(nn.Module):
         return squashed_normal(mean, log_std.clamp(-20, 2), torch.randn_like(mean))  # clamped as in the authors' code
 
     def to_env(self, actions: Tensor) -> np.ndarray:  # (..., action_dim) -> (..., *action shape)
-        actions = actions.cpu().numpy().reshape(*actions.shape[:-1], *self.action_space.shape)
-        # Clipped, for rounding can lead beyond the bounds
-        return np.clip(self.center + self.scale * actions, self.action_space.low, self.action_space.high)
+        space, actions, batch_shape = self.action_space, actions.cpu().numpy(), actions.shape[:-1]
+        actions = self.center + self.scale * actions.reshape((*batch_shape, *space.shape))
+        return np.clip(actions, space.low, space.high).astype(space.dtype)  # rounding can lead beyond the bounds
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
@@ -277,12 +277,15 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses integers below 1 and other numbers below 0, unless ranges says otherwise. Fills in None frequencies."""
-    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024)} | ranges
-    for name, value in vars(args).items():
-        low, high = ranges.get(name, (1 if type(value) is int else 0, math.inf))  # type(): True is an int as well
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):
+    """Refuses integers below 1, floats below 0, unless ranges says otherwise, and unknown words. Sets frequencies."""
+    ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024), "max_grad_norm": (1e-9, math.inf)} | ranges
+    for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
+        low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # True is an int
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+        words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
+        if isinstance(value, str) and value not in words and str not in words:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is none of {words}")
     if args.total_timesteps % getattr(args, "num_envs", 1):
         raise UsageError(f"--total-timesteps {args.total_timesteps} must be a multiple of --num-envs {args.num_envs}")
     args.eval_frequency = args.eval_frequency or math.ceil(args.total_timesteps / 20)
@@ -317,21 +320,23 @@ def parse_args() -> Args:
 
 def make_env(args: Args, film: Path | None = None) -> gym.Env:
     """An environment that observes vectors, (D,) float32."""
-    env, expected = None, Exception if film else (gym.error.Error, ImportError, TypeError, UsageError)
+    env, known = None, Exception if film else (gym.error.Error, ImportError, TypeError, NotImplementedError, UsageError)
     try:
         env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if film else {}))
         if not env.observation_space.is_np_flattenable or gym.spaces.flatdim(env.observation_space) > 3000:
             raise UsageError(f"observations are no vector, but {env.observation_space}: see ppo.py, dqn.py")
         if film:
             env.reset()
-            assert env.render() is not None, "render() returns no picture"
+            assert getattr(x := env.render(), "dtype", 0) == np.uint8 and x.ndim == 3, "render() gives no RGB picture"
             options = {"episode_trigger": lambda _: True, "video_length": 3000}  # frames wait in memory
             env = gym.wrappers.RecordVideo(env, str(film.parent), name_prefix=film.name, **options)
-    except expected as error:  # another one comes from within the environment: its traceback helps most
+    except known as error:  # another one comes from within the environment: its traceback helps most
         if env is not None:
             env.close()
         hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
-        raise UsageError(f"--env-id {args.env_id}: {error}{hint}") from None
+        raise UsageError(f"--env-id {args.env_id}: {str(error) or env.observation_space}{hint}") from None
+    if isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.dtype.kind != "f":
+        env = gym.wrappers.DtypeObservation(env, np.float32)  # else real numbers would be cut off to integers
     return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
@@ -340,10 +345,12 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
     seeds = np.random.SeedSequence([args.seed, 1]).generate_state(args.eval_episodes).tolist()  # 1: training has 0
     returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), {}
     with contextlib.ExitStack() as stack:
-        stack.callback(random.setstate, random.getstate())  # some environments draw from these two
+        stack.callback(random.setstate, random.getstate())  # some environments draw from these three
         stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
         random.seed(args.seed)
         np.random.seed(seeds)
+        torch.default_generator.manual_seed(args.seed)
         films = [film if args.capture_video else None] + [None] * (len(seeds) - 1)
         envs = [stack.enter_context(contextlib.closing(make_env(args, film))) for film in films]
         here, there = (envs[0].observation_space.shape, envs[0].action_space), (agent.obs_shape, agent.action_space)
@@ -367,6 +374,7 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
     """Reads model.pt or checkpoint.pt, data and never code, into the parts of the same names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"model", "bytes" if path.name == "checkpoint.pt" else "action_space"} <= state.keys()
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state
@@ -374,7 +382,7 @@ def load_file(path: Path, **parts: nn.Module | torch.optim.Optimizer) -> dict:
         raise UsageError(f"{path} is missing, damaged or of another script ({type(error).__name__})") from None
 
 
-SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high")}  # what defines each
+SPACES = {"Discrete": ("n", "start"), "MultiDiscrete": ("nvec", "start"), "Box": ("low", "high", "shape")}  # in files
 
 
 def load(run_dir: str) -> nn.Module:
@@ -397,13 +405,16 @@ class Run:
         name = f"{re.sub('[:/]', '-', args.env_id)}__{Path(__file__).stem}__{args.seed}"
         self.args, self.dir = args, Path(args.run_dir or f"runs/{name}__{datetime.now():%Y%m%d-%H%M%S-%f}")
         self.command = shlex.join([sys.executable, __file__, "--run-dir", str(self.dir)])
-        self.global_step, self.last_step, self.started, self.result = 0, 0, time.time(), {}
+        self.global_step, self.last_step, self.started, self.result, self.wandb = 0, 0, time.time(), {}, None
         try:
             torch.zeros(1, device=args.device.replace("auto", "cpu"))
         except (AssertionError, RuntimeError) as error:
             raise UsageError(f"--device {args.device} can't be used, --device cpu can ({error!s:.99})") from None
         if args.capture_video:
             make_env(args, film=self.dir / "videos" / "trial").close()  # finds out now whether it can be filmed
+        random.seed(args.seed)
+        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
+        torch.manual_seed(args.seed)
         with contextlib.ExitStack() as stack:
             self.envs = [stack.enter_context(contextlib.closing(make_env(args))) for _ in range(args.num_envs)]
             self.opened = stack.pop_all()  # what close will close; start adds to it
@@ -413,21 +424,15 @@ class Run:
         self.returns, self.actions = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]  # of present episodes
         self.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() and not small else "cpu")
         torch.set_num_threads(args.threads or (1 if small else Run.all_threads))
-        random.seed(args.seed)
-        np.random.seed(np.random.SeedSequence(args.seed).generate_state(4))  # the seed itself gives PyTorch's numbers
-        torch.manual_seed(args.seed)
 
     def start(self, **parts: nn.Module | torch.optim.Optimizer) -> None:
-        """Opens the folder. A new run begins at global_step 0, a resumed one where its last checkpoint was.
-
-        parts: all that changes in training, with state_dict and load_state_dict. The one named model is what acts.
-        """
+        """Opens the folder. parts: all that changes in training, with a state_dict; the one named model acts."""
         args, path, checkpoint, self.parts = self.args, self.dir / "config.json", self.dir / "checkpoint.pt", parts
         if args.resume:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume goes on with the run's own arguments: leave out {', '.join(changed)}")
+                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -435,14 +440,12 @@ class Run:
             git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
             status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
-            config["commit"] = None if status else commit
+            config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
             config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
-            config["wandb_id"] = os.urandom(8).hex()
         config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.wandb = None
             if args.track:
                 import wandb
 
@@ -450,19 +453,20 @@ class Run:
                 self.wandb = wandb.init(dir=self.dir.resolve(), config=config["args"], resume="allow", **names)
                 self.opened.callback(self.wandb.finish)
                 self.wandb.define_metric("*", step_metric="global_step")
-            path.write_text(json.dumps(config, indent=1))
+            Path(f"{path}.tmp").write_text(json.dumps(config, indent=1, default=str))  # default: run_dir may be a Path
+            os.replace(f"{path}.tmp", path)
             self.metrics = self.opened.enter_context(open(self.dir / "metrics.jsonl", "ab"))
         except Exception as error:  # W&B's have many kinds: no key, no network
             hint = "--run-dir must be writable" if isinstance(error, OSError) else "WANDB_MODE=offline needs no account"
             raise UsageError(f"{error}: {hint}") from None
         state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": self.actions, "streams": []}
         if args.resume and checkpoint.exists():
-            state = load_file(checkpoint, **parts)
+            state |= load_file(checkpoint, **parts)
         if self.metrics.tell() < state["bytes"]:
             raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
         self.metrics.truncate(state["bytes"])  # later rows will be written again
         self.metrics.seek(state["bytes"])
-        self.global_step, self.last_step = state["step"], state["last_step"]
+        self.global_step, self.last_step, self.result = state["step"], state["last_step"], state.get("result", {})
         self.started -= state["seconds"]
         for i, actions in enumerate(state["actions"]):
             whole = self.begin_episode(i, np.array(actions))
@@ -478,10 +482,7 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. After --resume, it takes the episode's actions so far again: they lead to its state.
-
-        False if the episode ended on the way, so that it can't be repeated.
-        """
+        """Resets environment i. After --resume it takes the episode's actions so far again; False if that ended it."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -491,9 +492,8 @@ class Run:
             self.returns[i : i + 1] += reward
             if terminated or truncated:
                 return False
-        assert np.shape(obs) == self.obs[i].shape, f"{self.args.env_id} shows {obs}, of another shape than its space's"
-        if not np.isfinite(obs).all():
-            raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: {obs}")
+        if np.shape(obs) != self.obs[i].shape or not np.isfinite(obs).all():
+            raise FloatingPointError(f"NaN, infinity or another shape than its space's from {self.args.env_id}: {obs}")
         self.obs[i] = obs
         return True
 
@@ -508,7 +508,7 @@ class Run:
             self.actions[i].append(action)
             next_obs[i], rewards[i : i + 1], terminated[i], truncated[i], info = env.step(actions[i])
             infos.append(info)
-        if not math.isfinite(next_obs.sum() + rewards.sum()):
+        if not math.isfinite(next_obs.sum(dtype=float) + rewards.sum()):
             raise FloatingPointError(f"NaN or infinity from {self.args.env_id}: rewards {rewards}, {next_obs}")
         self.obs = next_obs.copy()
         self.global_step += len(self.envs)
@@ -525,7 +525,7 @@ class Run:
         if step // args.eval_frequency > last // args.eval_frequency or (end and step > last):
             if result := evaluate(self.parts["model"], args, self.dir / "videos" / f"step-{step}"):
                 self.log(result)
-                self.result = result
+                self.result = {name: float(value) for name, value in result.items()}
             else:  # a signal has stopped it: after --resume it is due again
                 self.last_step = last
         if step // args.checkpoint_frequency > last // args.checkpoint_frequency or end or Run.stop_signal:
@@ -557,17 +557,17 @@ class Run:
     def save(self) -> None:
         """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
+        kind = next(kind for kind in SPACES if isinstance(space, getattr(gym.spaces, kind)))  # or made from it
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):
             raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
-        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[type(space).__name__]}
-        model = {"model": state["model"], "obs_shape": self.obs_shape}
-        model["action_space"] = type(space).__name__, str(space.dtype), values
+        values = {name: torch.as_tensor(getattr(space, name)) for name in SPACES[kind]}
+        model = {"model": state["model"], "obs_shape": self.obs_shape, "action_space": (kind, str(space.dtype), values)}
         state |= {"step": self.global_step, "last_step": self.last_step, "seconds": time.time() - self.started}
-        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs)}
+        state |= {"bytes": self.metrics.tell(), "obs": torch.from_numpy(self.obs), "result": self.result}
         state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
         streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
-        state["streams"] = *streams, torch.cuda.get_rng_state_all()
+        state["streams"] = *streams, torch.cuda.get_rng_state_all() if "cuda" in self.device else []
         for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
             torch.save(content, self.dir / f"{name}.tmp")
             os.replace(self.dir / f"{name}.tmp", self.dir / name)

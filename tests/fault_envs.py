@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
+import torch
 from pettingzoo import ParallelEnv
 
 VECTOR, FORCE = gym.spaces.Box(-9, 9, (3,), np.float32), gym.spaces.Box(-1, 1, (1,), np.float32)
@@ -192,6 +193,30 @@ class DiceEnd(Dice):
         return self.t == self.length
 
 
+class TorchDice(Plain):
+    """Draws from PyTorch's global generator, as a learned simulator does."""
+
+    def vector(self):
+        return np.array([self.t / 10, *torch.rand(2).tolist()], np.float32)
+
+
+class DiceMap(Plain):
+    """Draws a map when it is made, and never again."""
+
+    def __init__(self):
+        self.map = random.uniform(-1, 1), np.random.uniform(-1, 1)
+
+    def vector(self):
+        return super().vector() / 2 + np.array([0, *self.map], np.float32)
+
+
+class ListsSuccess(Plain):
+    """Says in an array of one element whether the goal was reached."""
+
+    def step(self, action):
+        return *super().step(action)[:-1], {"is_success": np.array([True])}
+
+
 class Breaks(Plain):
     """Breaks in mid-run, in the middle of one episode of fifty, until SWITCH mends it."""
 
@@ -236,6 +261,22 @@ class Counted(Plain):
         self.closed = True
 
 
+class Draws(Plain):
+    """Renders what SWITCH says, of what people's render() returns."""
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    RETURNS: ClassVar[dict] = {
+        "grey": np.zeros((32, 32), np.uint8), "floats": np.zeros((32, 32, 3)), "tuple": (np.zeros((32, 32, 3)), 1),
+        "nothing": None,
+    }  # fmt: skip
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return next(value for name, value in self.RETURNS.items() if SWITCH[name])
+
+
 class CountedPictures(Counted):
     """Claims that it can be filmed, and shows nothing."""
 
@@ -250,6 +291,65 @@ for cls in [value for value in vars().values() if isinstance(value, type) and is
         spaces = {"observation_space": observation_space, "action_space": action_space, "__module__": __name__}
         gym.register(f"{cls.__name__}-{kind}-v0", type(cls.__name__, (cls,), spaces), disable_env_checker=True)
 
+
+class OwnDiscrete(gym.spaces.Discrete):
+    """As people make one, to add a method."""
+
+
+class OwnBox(gym.spaces.Box):
+    pass
+
+
+for name, action_space in {  # the environments say no to an action that their space does not contain
+    "Int32-discrete": gym.spaces.Discrete(2, start=1, dtype=np.int32),
+    "Own-discrete": OwnDiscrete(2),
+    "Half-box": gym.spaces.Box(-1, 1, (2,), np.float16),
+    "Double-box": gym.spaces.Box(-1, 1, (2,), np.float64),
+    "Scalar-box": gym.spaces.Box(-1, 1, (), np.float32),
+    "Own-box": OwnBox(-1, 1, (2,)),
+    "Int32-table": gym.spaces.Discrete(2, start=1, dtype=np.int32),
+    "Own-table": OwnDiscrete(2),
+}.items():
+    spaces = {"action_space": action_space, "observation_space": KINDS[name.split("-")[1]][0], "__module__": __name__}
+    gym.register(f"Acts{name}-v0", type("Acts", (Plain,), spaces), disable_env_checker=True)
+
+
+class Missions(gym.Space):
+    """A kind of space that Gymnasium does not know, as Minigrid's missions are."""
+
+
+class Tenths(Plain):
+    """Its space says integers, and it shows tenths."""
+
+    observation_space, action_space = gym.spaces.Box(0, 100, (2,), np.int64), gym.spaces.Discrete(2)
+
+    def vector(self):
+        return np.array([self.t / 10, 0.5])
+
+
+class SeesMissions(Plain):
+    observation_space, action_space = gym.spaces.Dict(mission=Missions((), str), view=VECTOR), gym.spaces.Discrete(2)
+
+
+class SeesScreen(Plain):
+    observation_space = gym.spaces.Dict(screen=gym.spaces.Box(0, 255, (120, 160, 3), np.uint8), view=VECTOR)
+    action_space = gym.spaces.Discrete(2)
+
+
+class SeesManyFrames(Plain):
+    observation_space = gym.spaces.Box(0, 255, (84, 84, 12), np.uint8)
+    action_space = gym.spaces.Discrete(2)
+
+
+class UnlikeGoals(Plain):
+    """What was achieved is one number, and what is wanted three."""
+
+    observation_space = gym.spaces.Dict(observation=VECTOR, achieved_goal=FORCE, desired_goal=VECTOR)
+    action_space = FORCE
+
+
+for cls in Tenths, SeesMissions, SeesScreen, SeesManyFrames, UnlikeGoals:
+    gym.register(f"{cls.__name__}-v0", cls, disable_env_checker=True)
 
 ODD = {
     "Observation": (gym.spaces.Sequence(gym.spaces.Discrete(2)), gym.spaces.Discrete(2)),
@@ -309,6 +409,7 @@ BOUNDS = {
     "Million": (-1e7, 1e7),
     "Infinite": (-np.inf, np.inf),
     "Half": (-1.0, np.inf),
+    "Above10": (10.0, np.inf),
     "OneOfTwo": ([-1.0, -LARGEST], [1.0, LARGEST]),
 }
 

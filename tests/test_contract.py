@@ -21,6 +21,7 @@ import threading
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -549,10 +550,13 @@ def film_of(path):
 
 @scripts(ALL)
 def test_resuming_a_finished_run_adds_nothing(script, cli, finished):
-    run_dir = finished(script)
+    run_dir, module = finished(script), module_of(script)
     before = (run_dir / "metrics.jsonl").read_bytes()
     assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
+    result = module.train(module.saved_args(run_dir, resume=True))  # as when a notebook's cell is run again
     assert (run_dir / "metrics.jsonl").read_bytes() == before
+    last = [row for row in rows(run_dir) if is_evaluation(row)][-1]
+    assert result == {name: value for name, value in last.items() if name.startswith("eval/")}
 
 
 @scripts(ALL)
@@ -907,12 +911,40 @@ def test_a_folder_of_another_script_is_refused(script, cli, finished):
         assert "zzz.py" in err
 
 
+@scripts(ALL, quick=ALL)
+def test_a_word_that_no_flag_knows_and_numbers_as_python_has_them(script):
+    """On the command line tyro refuses such a word; Args(optimizer="Adam") must not quietly train something else."""
+    module = module_of(script)
+    for name, kind in module.Args.__annotations__.items():
+        if get_origin(kind) is Literal:
+            with pytest.raises(module.UsageError, match=f"--{name.replace('_', '-')} is .*none of"):
+                module.Args(**{name: get_args(kind)[0].upper() + "s"})
+        if kind is float and getattr(module.Args, name) == 0.0:
+            module.Args(**{name: 0})  # an integer for a number
+
+
+@scripts(KINDS, quick=["ppo"])
+def test_a_folder_may_be_a_path_and_a_cpu_asks_no_gpu(script, finished, tmp_path, monkeypatch):
+    def touched():
+        raise RuntimeError("a GPU was asked")
+
+    module = module_of(script)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", touched)
+    flags = ["--device", "cpu"] if "device" in module.Args.__annotations__ else []
+    args = dataclasses.replace(arguments(script, *flags), run_dir=tmp_path / "path")
+    module.train(args)
+    assert timeless(tmp_path / "path") == timeless(finished(script))
+    module.train(module.saved_args(tmp_path / "path", resume=True))
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "code", "another model", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["cut short", "empty", "garbage", "code", "another model", "another version", "a list", "missing"]
+)
 @scripts(KINDS)
 def test_a_damaged_checkpoint_is_refused_and_stays_as_it_is(script, damage, cli, finished):
     run_dir = finished(script)
@@ -927,6 +959,13 @@ def test_a_damaged_checkpoint_is_refused_and_stays_as_it_is(script, damage, cli,
             path.write_bytes(pickle.dumps(Bomb()))
         elif damage == "another model":
             write_another_model(script, path)
+        elif path.suffix == ".safetensors" and damage in ("another version", "a list"):
+            continue
+        elif damage == "another version":
+            state = torch.load(path, weights_only=True)
+            torch.save({k: v for k, v in state.items() if k not in ("bytes", "action_space")}, path)
+        elif damage == "a list":
+            torch.save([1, 2], path)
         else:
             path.write_bytes({"cut short": whole[: len(whole) // 2], "empty": b"", "garbage": b"x" * 999}[damage])
         before = contents(run_dir)
@@ -995,6 +1034,24 @@ def test_a_full_disk_spares_the_last_checkpoint(script, cli, finished, tmp_path)
     assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
     assert timeless(run_dir) == timeless(finished(script, "unbroken"))
     assert not list(run_dir.glob("*.tmp"))
+
+
+@scripts(KINDS)
+def test_a_disk_that_is_full_when_a_run_goes_on_spares_its_config(script, cli, finished, monkeypatch):
+    run_dir, write_text = finished(script), Path.write_text
+
+    def half(self, text, *others):
+        write_text(self, text[: len(text) // 2], *others)
+        raise OSError(28, "No space left on device")
+
+    config = (run_dir / "config.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        code, _, err = cli(script, "--run-dir", run_dir, "--resume")
+    assert code == 2
+    assert "No space left" in err
+    assert (run_dir / "config.json").read_text() == config
+    assert cli(script, "--run-dir", run_dir, "--resume")[0] == 0
 
 
 @scripts(KINDS)

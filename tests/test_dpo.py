@@ -728,12 +728,15 @@ def test_each_epoch_has_every_pair_once_in_another_order():
 
 def test_models_that_are_no_causal_language_models_are_refused(folders, tmp_path):
     save_model(tmp_path / "scores", "llama", kind=AutoModelForSequenceClassification)
+    save_model(tmp_path / "tied", "gpt2", kind=AutoModelForSequenceClassification)
     tokenizer = tokenizer_of("gemma")
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                         intermediate_size=16)  # fmt: skip
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classifier")
-    for name, words in ("scores", "no weights for lm_head"), ("bert", "looks ahead"), ("classifier", "no weights"):
+    for name, words in {
+        "scores": "no weights for lm_head", "tied": "reward model", "bert": "looks ahead", "classifier": "no weights",
+    }.items():  # fmt: skip
         with pytest.raises(dpo.UsageError, match=f"{name} .*{words}"):
             dpo.load_model(str(tmp_path / name), AutoModelForCausalLM, dpo.Args())
 
@@ -782,6 +785,7 @@ def test_replies_are_samples_of_the_model_whatever_its_folder_says(folders):
     run, _, _ = started(folders, "llama", run_dir="run")
     model = run.bare
     model.generation_config.top_k, model.generation_config.top_p, model.generation_config.temperature = 3, 0.5, 0.1
+    model.generation_config.min_p, model.generation_config.min_new_tokens = 0.5, 9
     prompts, ends = [[5, 6, 7], [8]] * 1500, [run.tokenizer.eos_token_id, 40]
     replies = dpo.sample(model, prompts, ends, 1, (1, 0))
     assert replies == dpo.sample(model, prompts, ends, 1, (1, 0)) != dpo.sample(model, prompts, ends, 1, (1, 1))
@@ -792,9 +796,79 @@ def test_replies_are_samples_of_the_model_whatever_its_folder_says(folders):
         assert np.abs(counts - expected).sum() < 0.6
     long = dpo.sample(model, prompts[:300], ends, 30, (1, 0))
     assert {len(reply) for reply in long} > {30}
+    assert min(len(reply) for reply in long) < 9
     for reply in long:
         assert not set(reply[:-1]) & set(ends), "it ends with the first end"
         assert len(reply) == 30 or reply[-1] in ends
+
+
+OFFICIAL = """\
+{%- if messages[0].role == 'system' %}{% set system, turns = messages[0].content, messages[1:] %}\
+{% else %}{% set system, turns = none, messages %}{% endif %}{{ bos_token }}{% for m in turns %}\
+{% if m.role == 'user' %}{{ '[INST] ' + (system + '\\n\\n' if loop.last and system else '') + m.content + '[/INST]' }}\
+{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
+
+
+def test_a_template_that_writes_the_prompt_otherwise_when_a_reply_follows_is_refused():
+    """As Mistral's own: the system's text stands in the last user's turn, if nothing follows. It would be lost, and
+    the user's words would be learned as the reply."""
+    tokenizer = tokenizer_of("mistral")
+    tokenizer.chat_template = OFFICIAL
+    user = {"role": "user", "content": "hi"}
+    prompt, reply = dpo.encode(tokenizer, [user], ["yes"])
+    assert tokenizer.decode(prompt).endswith("[/INST]")
+    assert tokenizer.decode(reply) == " yes</s>"
+    with pytest.raises(dpo.UsageError, match="otherwise"):
+        dpo.encode(tokenizer, [{"role": "system", "content": "be kind"}, user], ["yes"])
+
+
+def test_what_is_nothing_behind_the_end_of_a_turn_is_left_out(monkeypatch):
+    """Old tokenizers of Llama write an empty token there: the reply would get a second end."""
+    tokenizer = tokenizer_of("qwen2")
+    decode, ((_, reply)) = tokenizer.decode, dpo.encode(tokenizer, [{"role": "user", "content": "hi"}], ["yes"])
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: decode(ids).replace("\n", ""))
+    assert dpo.encode(tokenizer, [{"role": "user", "content": "hi"}], ["yes"])[1] == reply
+    assert reply[-1] == tokenizer.eos_token_id != reply[-2]
+
+
+def test_a_reward_model_without_a_head_is_refused(folders):
+    with pytest.raises(dpo.UsageError, match=r"--reward .*gpt2 has no head"):
+        dpo.load_reward(str(folders / "gpt2"), dpo.Args(), torch.device("cpu"))
+
+
+def test_files_of_equal_names_in_several_folders_are_all_read(tmp_path):
+    for name in "one", "other":
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "pairs.jsonl", [{"prompt": name, "chosen": "a", "rejected": "b"}])
+    rows = dpo.read_rows("--dataset", f"{tmp_path}/*/pairs.jsonl")
+    assert sorted(row["prompt"] for row in rows) == ["one", "other"]
+
+
+def test_a_saved_data_set_without_the_split_is_refused(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(pairs_of_words(5)).save_to_disk(tmp_path / "saved")
+    assert len(dpo.read_rows("--dataset", str(tmp_path / "saved"))) == 5
+    with pytest.raises(dpo.UsageError, match="train"):
+        dpo.read_rows("--dataset", str(tmp_path / "saved"), None, "test")
+
+
+def test_tools_may_be_empty_and_must_be_json(tmp_path):
+    tokenizer, pair = tokenizer_of("qwen2"), {"prompt": "hi", "chosen": "a", "rejected": "b"}
+    args = dpo.Args(chat=True)
+    data = write_jsonl(tmp_path / "empty.jsonl", [pair | {"tools": ""}])
+    assert len(dpo.read_pairs(str(data), None, tokenizer, 999, args)) == 1
+    data = write_jsonl(tmp_path / "words.jsonl", [pair | {"tools": "a calculator"}])
+    with pytest.raises(dpo.UsageError, match="row 1"):
+        dpo.read_pairs(str(data), None, tokenizer, 999, args)
+
+
+def test_a_limit_of_0_is_no_limit_of_the_gradient(folders):
+    """As in Hugging Face's Trainer; it must not scale all gradients to 0."""
+    for limit in 0.0, 1e9:
+        dpo.train(arguments(folders, run_dir=f"run{limit}", total_timesteps=16, max_grad_norm=limit))
+    free, limited = (load_file(Path(f"run{limit}", "model", "model.safetensors")) for limit in (0.0, 1e9))
+    assert all(torch.equal(free[name], limited[name]) for name in free)
 
 
 def test_the_kl_divergence_is_that_of_an_average_over_the_policys_replies(folders):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -191,6 +192,72 @@ def test_checkpoints_do_not_cut_the_long_episodes_of_pendulum(trained):
     flags = ["--num-envs", 8, "--num-steps", 50, "--total-timesteps", 3200, "--checkpoint-frequency", 320]
     log, _ = trained("ppo", "Pendulum-v1", *flags, "--eval-frequency", 10**6)
     assert [row["charts/episodic_length"] for row in log if "charts/episodic_length" in row] == [200] * 16
+
+
+@pytest.mark.parametrize("script", [script for script in ("her",) if script in ACTING])
+def test_success_may_stand_in_an_array(script, trained):
+    log, _ = trained(script, env_of("ListsSuccess", "goal"))
+    assert {row["charts/success"] for row in log if "charts/success" in row} == {1}
+
+
+@pytest.mark.parametrize("script", [script for script in ("ppo", "dqn", "reinforce") if script in ACTING])
+def test_real_numbers_in_a_space_of_integers_are_not_cut_off(script):
+    seen, space = observations(script, "fault_envs:Tenths-v0", steps=5)
+    assert space.shape == (2,)
+    assert np.allclose(seen[:, 0], np.arange(6) / 10)
+    assert np.allclose(seen[:, 1], 0.5)
+
+
+ACTS = {
+    "discrete": ["Int32", "Own"], "box": ["Half", "Double", "Scalar", "Own"], "table": ["Int32", "Own"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "env_id"),
+    [
+        pytest.param(script, f"fault_envs:Acts{name}-{kind}-v0", marks=[slow][script in ("ppo", "dqn", "td3") :])
+        for script, kind in CASES
+        for name in ACTS.get(kind, ())
+    ],
+)
+def test_an_environment_gets_what_its_space_contains(script, env_id, trained):
+    """In training, in evaluations, and from the loaded agent, for one observation and for several."""
+    trained(script, env_id)
+    agent = module_of(script).load("run0")
+    with closing(gym.make(env_id)) as env:
+        obs = env.reset(seed=1)[0]
+        assert env.action_space.contains(agent.act(obs) if np.ndim(obs) else agent.act(obs).item())
+        assert all(env.action_space.contains(action) for action in agent.act(np.stack([obs, obs])))
+
+
+@pytest.mark.parametrize(
+    ("script", "env_id"),
+    [
+        (script, f"fault_envs:{name}-v0")
+        for script in ACTING
+        for name in {
+            "ppo": ["SeesMissions", "SeesScreen", "SeesManyFrames"], "dqn": ["SeesScreen", "SeesManyFrames"],
+            "reinforce": ["SeesMissions", "SeesScreen"], "her": ["UnlikeGoals", "SeesMissions"],
+        }.get(script, ())
+    ],
+)  # fmt: skip
+def test_what_a_script_cannot_observe_is_one_line(script, env_id, cli):
+    code, _, err = cli(script, *tiny(script), "--env-id", env_id)
+    assert code == 2, err
+    assert is_one_line(err)
+    assert "Dict" in err or "Box" in err
+
+
+@pytest.mark.parametrize("picture", fault_envs.Draws.RETURNS)
+@cases("team", quick=("ppo",))
+def test_what_is_no_picture_is_said_before_the_run(script, kind, picture, cli):
+    SWITCH[picture] = 1
+    code, _, err = cli(script, *tiny(script), "--env-id", env_of("Draws", kind), "--capture-video", "--run-dir", "run")
+    assert code == 2, err
+    assert is_one_line(err)
+    assert "render()" in err
+    assert not Path("run/metrics.jsonl").exists()
 
 
 # ---- Action spaces without bounds
@@ -392,14 +459,23 @@ def test_the_traceback_of_a_break_ends_in_the_users_file():
 # ---- Environments that can't be replayed
 
 
-@pytest.mark.parametrize("trait", ["Dice", "SomeDice", "DiceEnd"])
+@pytest.mark.parametrize("trait", ["Dice", "SomeDice", "DiceEnd", "TorchDice", "DiceMap"])
 @cases()
 def test_what_draws_from_the_global_generators_repeats_itself_with_the_seed(script, kind, trait, trained):
     logs = []
     for seed in 1, 1, 2:
-        np.random.seed(len(logs))
+        for set_seed in random.seed, np.random.seed, torch.manual_seed:
+            set_seed(len(logs))
         logs.append(trained(script, env_of(trait, kind), "--seed", seed)[0])
     assert logs[0] == logs[1] != logs[2]
+
+
+@cases()
+def test_evaluations_do_not_touch_pytorchs_generator_either(script, kind, trained):
+    """An environment may draw from it. How often a run is evaluated changes nothing in its training."""
+    logs = [trained(script, env_of("TorchDice", kind), "--eval-frequency", frequency)[0] for frequency in (64, 256)]
+    often, seldom = ([row for row in log if not any(name.startswith("eval/") for name in row)] for log in logs)
+    assert often == seldom
 
 
 @pytest.mark.parametrize("trait", ["Dice", "SomeDice", "DiceEnd"])

@@ -176,6 +176,11 @@ class Unbounded(Trio):
         return gym.spaces.Box(-np.inf, 1, (2,))
 
 
+class LargestFloats(Trio):
+    def action_space(self, agent):
+        return gym.spaces.Box(np.finfo(np.float32).min, np.finfo(np.float32).max, (2,))
+
+
 class ManyActions(Trio):
     def action_space(self, agent):
         return gym.spaces.MultiDiscrete([2, 3])
@@ -1095,6 +1100,7 @@ def test_an_episode_is_filmed_from_its_first_frame(tmp_path):
         ("test_maddpg:Unbounded", ["a of", "bounded"]),
         ("test_maddpg:ManyActions", ["a of", "Discrete"]),
         ("test_maddpg:IntegerBox", ["a of", "Box(0, 9"]),
+        ("test_maddpg:LargestFloats", ["a of", "bounded"]),
     ],
 )
 def test_environments_it_cannot_use_get_one_line(env_id, words, cli, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from conftest import rows
 from tiny_envs import SEEDS, Counter, Seeded
 
@@ -110,9 +111,10 @@ def test_evaluation_leaves_the_global_streams_alone_and_is_not_moved_by_them():
     for seed in 1, 2:
         random.seed(seed)
         np.random.seed(seed)
-        before = random.getstate(), np.random.get_state()[1].tolist()
+        torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
         results.append(evaluate(lambda obs: (obs[:, 0] > 0.5).astype(int), env_id="Dice-v0", eval_episodes=3))
-        assert before == (random.getstate(), np.random.get_state()[1].tolist())
+        assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert results[0] == results[1]
 
 
@@ -149,6 +151,13 @@ def test_observations_are_copied_as_float32_whatever_the_environment_returns(kin
     assert [obs[0, 0] for obs in seen] == [0, 1, 2, 3, 4, 0, 1, 2], "after an end, a new episode's first"
     assert [obs[0, 0] for obs in led_to] == [1, 2, 3, 4, 5, 1, 2], "at an end, the old one's last"
     assert {obs.dtype for obs in seen + led_to} == {np.dtype(np.float32)}
+
+
+def test_the_largest_numbers_of_float32_are_numbers(monkeypatch):
+    monkeypatch.setattr(Seeded, "step", lambda self, action: (np.full(1, 3e38, np.float32), 1.0, False, False, {}))
+    with started(env_id="Seeded-v0", num_envs=4) as run:
+        run.step(np.zeros(4, int))
+    assert (run.obs == np.float32(3e38)).all()
 
 
 def test_atari_preprocessing():
