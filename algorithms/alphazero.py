@@ -114,8 +114,7 @@ class Args:
     play: bool = False  # with --evaluate: you play one game against the model, in the terminal
 
     def __post_init__(self) -> None:
-        # These may be 0
-        counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "num_blocks": (0, 1e12)}
+        counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "num_blocks": (0, 1e12)}  # may be 0
         limits = {"noise_fraction": (0, 1), "learning_starts": (0, 1e12), "buffer_size": (self.num_envs, 1e12)}
         check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), **counts, **limits)
         if self.play and not self.evaluate:
@@ -354,8 +353,7 @@ def train(args: Args) -> dict[str, float]:
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         adam = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "fused": True}
         optimizer = torch.optim.AdamW(agent.parameters(), **adam)
-        widths = [*run.obs_shape, int(run.action_space.n), 1]
-        buffer = GameBuffer(args.buffer_size, widths, args.num_envs, run.device)
+        buffer = GameBuffer(args.buffer_size, [*run.obs_shape, int(run.action_space.n), 1], args.num_envs, run.device)
         run.start(model=agent, optimizer=optimizer, buffer=buffer)
         for waiting, moves in zip(buffer.waiting, run.actions, strict=True):
             if not moves:  # a game that could not be replayed after --resume began again
@@ -401,8 +399,8 @@ def load_game(name: str) -> pyspiel.Game:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         game = pyspiel.load_game(name)
-        game.new_initial_state()
-    except pyspiel.SpielError as error:
+        begins = game.new_initial_state().legal_actions()
+    except (pyspiel.SpielError, IndexError, ValueError) as error:
         raise UsageError(f"--env-id {name}: {error!s:.200}") from None
     finally:
         os.dup2(stderr, 2)
@@ -416,7 +414,7 @@ def load_game(name: str) -> pyspiel.Game:
         and kind.utility == wanted.Utility.ZERO_SUM
         and kind.reward_model == wanted.RewardModel.TERMINAL
         and kind.provides_observation_tensor
-        and game.num_distinct_actions() > 0
+        and begins
     ):
         needed = "two players in turn, no dice or cards, nothing hidden, and at the end, for one, what the other loses"
         raise UsageError(f"--env-id {name}: {Path(__file__).name} needs a board as numbers, {needed}")
@@ -466,24 +464,25 @@ class Board(gym.Env):
 
 
 @functools.cache
-def solve(name: str) -> dict[tuple[str, int], tuple[pyspiel.State, float, np.ndarray]] | None:
+def solve(name: str) -> dict[tuple[str, int, int], tuple[pyspiel.State, float, np.ndarray]] | None:
     """Minimax over the whole game. Each position in which somebody is to move, the first player's result from there if
-    both play well, and the best moves, (A,) of True and False. None for a game of more than 50,000 such positions.
-
-    Positions of the same text, with the same player to move, count as one.
+    both play well, and the best moves, (A,) of True and False. None for a game of more than 50,000 such positions, or
+    with rules that look at more than the position's text, its player to move and the number of moves so far.
     """
     solution = {}
 
-    def result_from(state: pyspiel.State) -> float:
+    def result_from(state: pyspiel.State, look_again: bool = True) -> float:
         if state.is_terminal():
             return result_of(state)
-        if key_of(state) not in solution:
+        old = solution.get(key_of(state))
+        if old is None or look_again:
             sign, results = player_of(state), np.full(state.num_distinct_actions(), -np.inf)
             for move in state.legal_actions():
-                results[move] = sign * result_from(state.child(move))  # for the player to move
-            solution[key_of(state)] = state, sign * results.max(), results == results.max()
-            if len(solution) > 50_000:
-                raise OverflowError
+                results[move] = sign * result_from(state.child(move), old is None)  # for the player to move
+            new = state, sign * results.max(), results == results.max()
+            if len(solution) > 50_000 or (old and (old[1] != new[1] or (old[2] != new[2]).any())):
+                raise OverflowError  # or the same position has another worth after other moves
+            solution.setdefault(key_of(state), new)
         return solution[key_of(state)][1]
 
     try:
@@ -493,8 +492,8 @@ def solve(name: str) -> dict[tuple[str, int], tuple[pyspiel.State, float, np.nda
         return None
 
 
-def key_of(state: pyspiel.State) -> tuple[str, int]:
-    return str(state), state.current_player()
+def key_of(state: pyspiel.State) -> tuple[str, int, int]:
+    return str(state), state.current_player(), state.move_number()
 
 
 def optimal_moves(agent: Network, solution: dict, args: Args) -> np.ndarray:
@@ -502,7 +501,8 @@ def optimal_moves(agent: Network, solution: dict, args: Args) -> np.ndarray:
     chosen = np.random.default_rng(args.seed).permutation(len(solution))[: args.eval_positions]
     positions = [*solution.values()]
     states, _, best = zip(*(positions[i] for i in chosen), strict=True)
-    moves = agent.act(np.stack([observe(state) for state in states])), search(agent.judge, states, args).argmax(-1)
+    parts = [search(agent.judge, states[i : i + 250], args).argmax(-1) for i in range(0, len(states), 250)]  # memory
+    moves = agent.act(np.stack([observe(state) for state in states])), np.concatenate(parts)
     return np.stack([np.stack(best)[np.arange(len(chosen)), move] for move in moves])
 
 
@@ -511,11 +511,11 @@ def play(agent: Network, args: Args) -> dict[str, float]:
     state = load_game(args.env_id).new_initial_state()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # main's would wait for the end of the game
     try:
-        you = 0 if input("Do you begin? y or n: ").lower().startswith("y") else 1
+        you = state.current_player() ^ (not input("Do you begin? y or n: ").lower().startswith("y"))
         while not state.is_terminal():
             visits, (_, (p,), (value_of_first,), _) = search(agent.judge, [state], args)[0], agent.judge([state])
             names = {state.action_to_string(move): move for move in state.legal_actions()}
-            print(f"\n{state}\nThe network expects {value_of_first:+.2f} for the first player.")
+            print(f"\n{state}\nThe network expects {value_of_first:+.2f} for player 0.")
             for name, move in sorted(names.items(), key=lambda item: -visits[item[1]]):
                 print(f"    {move:>4}  {name:<12} visits {visits[move]:>5.0f}  p {p[move]:.3f}")
             move = visits.argmax().item()
@@ -532,7 +532,7 @@ def play(agent: Network, args: Args) -> dict[str, float]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     print(f"\n{state}")
-    return {"eval/episodic_return": result_of(state) * (2 * you - 1)}  # the model's; it began if you == 1
+    return {"eval/episodic_return": result_of(state) * (2 * you - 1)}  # the model's
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----

@@ -101,7 +101,7 @@ class Args:
     num_envs = 1  # no flag: environments are for evaluation only
 
     def __post_init__(self) -> None:
-        check_ranges(self, tau=(0, 1))
+        check_ranges(self, tau=(0, 1), reward_scale=(1e-9, math.inf))
 
 
 def network(in_dim: int, out_dim: int) -> nn.Sequential:
@@ -218,7 +218,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         data["actions"] = data["actions"].argmax(-1)
     else:
         low, high, actions = acts.low.flatten(), acts.high.flatten(), data["actions"]
-        check((actions >= low - 1e-3).all() and (actions <= high + 1e-3).all(), f"actions beyond the bounds of {acts}")
+        check((abs(2 * actions - low - high) <= 1.001 * (high - low)).all(), f"actions beyond {acts}: clip these first")
         data["actions"] = (2 * (actions - low) / np.maximum(high - low, 1e-9) - 1).clip(-1, 1)
     return {name: torch.from_numpy(array) for name, array in data.items()}
 

@@ -275,7 +275,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         data["actions"] = data["actions"].argmax(-1)
     else:
         low, high, actions = acts.low.flatten(), acts.high.flatten(), data["actions"]
-        check((actions >= low - 1e-3).all() and (actions <= high + 1e-3).all(), f"actions beyond the bounds of {acts}")
+        check((abs(2 * actions - low - high) <= 1.001 * (high - low)).all(), f"actions beyond {acts}: clip these first")
         data["actions"] = (2 * (actions - low) / np.maximum(high - low, 1e-9) - 1).clip(-1, 1)
     return {name: torch.from_numpy(array) for name, array in data.items()}
 
@@ -325,8 +325,8 @@ def train(args: Args) -> dict[str, float]:
         episodes = split_episodes(data)
         lengths = torch.tensor([len(episode["timesteps"]) for episode in episodes], dtype=torch.float32)
         agent.return_scale.fill_(max(episode["returns_to_go"].abs().max().item() for episode in episodes) or 1.0)
-        whole = episodes if data["terminations"][-1] else episodes[:-1] or episodes  # the last one may be cut
-        best = max(episode["returns_to_go"][0].item() for episode in whole)
+        whole = episodes if data["terminations"][-1] or lengths[-1] == lengths.max() else episodes[:-1] or episodes
+        best = max(episode["returns_to_go"][0].item() for episode in whole)  # the last one may be cut
         agent.target_return.fill_(best if args.target_return is None else args.target_return)
         optimizer = torch.optim.AdamW(agent.parameters(), args.learning_rate, weight_decay=1e-4, fused=True)
         run.actions = []  # training plays no episodes, so a checkpoint has none to play again

@@ -245,7 +245,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
         data["actions"] = data["actions"].argmax(-1)
     else:
         low, high, actions = acts.low.flatten(), acts.high.flatten(), data["actions"]
-        check((actions >= low - 1e-3).all() and (actions <= high + 1e-3).all(), f"actions beyond the bounds of {acts}")
+        check((abs(2 * actions - low - high) <= 1.001 * (high - low)).all(), f"actions beyond {acts}: clip these first")
         data["actions"] = (2 * (actions - low) / np.maximum(high - low, 1e-9) - 1).clip(-1, 1)
     return {name: torch.from_numpy(array) for name, array in data.items()}
 

@@ -116,8 +116,7 @@ class Args:
     opponent_simulations: int = 1_000  # of OpenSpiel's search, the opponent in games that can't be solved
 
     def __post_init__(self) -> None:
-        # These may be 0
-        counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "learning_starts": (0, 1e12)}
+        counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "learning_starts": (0, 1e12)}  # may be 0
         check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), noise_fraction=(0, 1), **counts)
 
 
@@ -467,8 +466,8 @@ def load_game(name: str) -> pyspiel.Game:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         game = pyspiel.load_game(name)
-        game.new_initial_state()
-    except pyspiel.SpielError as error:
+        begins = game.new_initial_state().legal_actions()
+    except (pyspiel.SpielError, IndexError, ValueError) as error:
         raise UsageError(f"--env-id {name}: {error!s:.200}") from None
     finally:
         os.dup2(stderr, 2)
@@ -482,7 +481,7 @@ def load_game(name: str) -> pyspiel.Game:
         and kind.utility == wanted.Utility.ZERO_SUM
         and kind.reward_model == wanted.RewardModel.TERMINAL
         and kind.provides_observation_tensor
-        and game.num_distinct_actions() > 0
+        and begins
     ):
         needed = "two players in turn, no dice or cards, nothing hidden, and at the end, for one, what the other loses"
         raise UsageError(f"--env-id {name}: {Path(__file__).name} needs a board as numbers, {needed}")
@@ -543,24 +542,25 @@ class Board(gym.Env):
 
 
 @functools.cache
-def solve(name: str) -> dict[tuple[str, int], tuple[pyspiel.State, float, np.ndarray]] | None:
+def solve(name: str) -> dict[tuple[str, int, int], tuple[pyspiel.State, float, np.ndarray]] | None:
     """Minimax over the whole game. Each position in which somebody is to move, the first player's result from there if
-    both play well, and the best moves, (A,) of True and False. None for a game of more than 50,000 such positions.
-
-    Positions of the same text, with the same player to move, count as one.
+    both play well, and the best moves, (A,) of True and False. None for a game of more than 50,000 such positions, or
+    with rules that look at more than the position's text, its player to move and the number of moves so far.
     """
     solution = {}
 
-    def result_from(state: pyspiel.State) -> float:
+    def result_from(state: pyspiel.State, look_again: bool = True) -> float:
         if state.is_terminal():
             return result_of(state)
-        if key_of(state) not in solution:
+        old = solution.get(key_of(state))
+        if old is None or look_again:
             sign, results = player_of(state), np.full(state.num_distinct_actions(), -np.inf)
             for move in state.legal_actions():
-                results[move] = sign * result_from(state.child(move))  # for the player to move
-            solution[key_of(state)] = state, sign * results.max(), results == results.max()
-            if len(solution) > 50_000:
-                raise OverflowError
+                results[move] = sign * result_from(state.child(move), old is None)  # for the player to move
+            new = state, sign * results.max(), results == results.max()
+            if len(solution) > 50_000 or (old and (old[1] != new[1] or (old[2] != new[2]).any())):
+                raise OverflowError  # or the same position has another worth after other moves
+            solution.setdefault(key_of(state), new)
         return solution[key_of(state)][1]
 
     try:
@@ -570,8 +570,8 @@ def solve(name: str) -> dict[tuple[str, int], tuple[pyspiel.State, float, np.nda
         return None
 
 
-def key_of(state: pyspiel.State) -> tuple[str, int]:
-    return str(state), state.current_player()
+def key_of(state: pyspiel.State) -> tuple[str, int, int]:
+    return str(state), state.current_player(), state.move_number()
 
 
 def optimal_moves(agent: Network, solution: dict, args: Args) -> np.ndarray:
@@ -580,7 +580,8 @@ def optimal_moves(agent: Network, solution: dict, args: Args) -> np.ndarray:
     positions = [*solution.values()]
     states, _, best = zip(*(positions[i] for i in chosen), strict=True)
     obs = np.stack([observe(state) for state in states])
-    moves = agent.act(obs), search(agent, obs, args)[0].argmax(-1)
+    parts = [search(agent, obs[i : i + 250], args)[0].argmax(-1) for i in range(0, len(obs), 250)]  # saves memory
+    moves = agent.act(obs), np.concatenate(parts)
     return np.stack([np.stack(best)[np.arange(len(chosen)), move] for move in moves])
 
 

@@ -305,6 +305,7 @@ for name, action_space in {  # the environments say no to an action that their s
     "Own-discrete": OwnDiscrete(2),
     "Half-box": gym.spaces.Box(-1, 1, (2,), np.float16),
     "Double-box": gym.spaces.Box(-1, 1, (2,), np.float64),
+    "Tiny-box": gym.spaces.Box(-5e-4, 5e-4, (2,)),
     "Scalar-box": gym.spaces.Box(-1, 1, (), np.float32),
     "Own-box": OwnBox(-1, 1, (2,)),
     "Int32-table": gym.spaces.Discrete(2, start=1, dtype=np.int32),

@@ -1,6 +1,7 @@
 """alphazero.py: the search against exact values, signs and targets by hand, the exact solution, and what is learned."""
 
 import contextlib
+import importlib
 import math
 import os
 import re
@@ -423,6 +424,52 @@ def test_the_solution_of_small_games():
     assert connect[az.key_of(position(CONNECT_THREE))][1] == 1, "the first player wins"
     assert az.solve("connect_four") is None
     assert az.solve("chess") is None
+
+
+@pytest.mark.parametrize("script", ["alphazero", "muzero"])
+@pytest.mark.parametrize("game", ["oware(num_houses_per_player=2,num_seeds_per_house=2)", "go(board_size=2,komi=0.5)"])
+def test_a_game_whose_rules_look_at_earlier_positions_counts_as_unsolved(script, game):
+    """A board that stood there before is forbidden, or ends the game: its text does not tell what it is worth."""
+    assert importlib.import_module(f"algorithms.{script}").solve(game) is None
+
+
+def test_the_solution_fits_every_way_to_a_position():
+    """In quoridor walls and pawns can come about in several orders. Random games never leave the solution."""
+    game, rng = "quoridor(board_size=3)", np.random.default_rng(0)
+    solution, start = az.solve(game), az.load_game(game).new_initial_state()
+    for _ in range(20):
+        state = start.clone()
+        while not state.is_terminal():
+            known, value, best = solution[az.key_of(state)]
+            assert known.legal_actions() == state.legal_actions()
+            children = [state.child(move) for move in state.legal_actions()]
+            results = [az.result_of(s) if s.is_terminal() else solution[az.key_of(s)][1] for s in children]
+            wanted = max(results) if az.player_of(state) == 1 else min(results)
+            assert value == wanted
+            assert np.flatnonzero(best).tolist() == [
+                move for move, result in zip(state.legal_actions(), results, strict=True) if result == wanted
+            ]
+            state = rng.choice(children)
+
+
+@pytest.mark.parametrize("script", ["alphazero", "muzero"])
+@pytest.mark.parametrize("game", ["clobber(rows=1,columns=1)", "nfg_game", "connect_four(rows=-1)"])
+def test_a_game_that_is_none_is_one_line(script, game, cli):
+    code, _, err = cli(script, "--env-id", game)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert game.partition("(")[0] in err
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_you_begin_where_player_1_does(answer, monkeypatch, capsys):
+    """In chess White is OpenSpiel's player 1."""
+    agent, args = network("chess"), az.Args(env_id="chess", num_simulations=2)
+    answers = iter([answer])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers, None) or (_ for _ in ()).throw(EOFError))
+    with pytest.raises(az.UsageError):
+        az.play(agent, args)
+    out = capsys.readouterr().out
+    assert out.count("The model plays") == (answer == "n"), out
 
 
 def test_the_solution_agrees_with_open_spiels_own_search():

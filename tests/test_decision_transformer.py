@@ -357,6 +357,18 @@ def test_what_is_asked_for(cli, monkeypatch):
         asked.clear()
 
 
+def test_the_last_episode_counts_if_a_time_limit_ended_it_as_it_ended_others(cli, tmp_path):
+    """Nothing but its length tells it from one that was cut: it is as long as the longest."""
+    stored = dict(np.load(SHIPPED / "data.npz"))
+    data = {key: np.concatenate([array[2:5]] * 3) for key, array in stored.items()}
+    data["terminations"][:] = 0
+    data["truncations"] = np.tile([0, 0, 1], 3)
+    data["rewards"] = np.repeat([-3.0, -2.0, -1.0], 3)
+    np.savez(tmp_path / "limits.npz", **data)
+    assert cli("decision_transformer", *QUICK, "--dataset", "limits.npz", "--run-dir", "limits")[0] == 0
+    assert dt.load("limits").target_return == -3.0
+
+
 def test_a_cut_episode_is_no_target(cli, tmp_path):
     """It has lost less than all others: on the cliff, one of three steps -3. Where it is the only one, it counts."""
     stored = dict(np.load(SHIPPED / "data.npz"))

@@ -257,7 +257,7 @@ def test_actions_of_a_box_are_scaled_to_plus_and_minus_one(tmp_path):
     data = read(write(tmp_path / "d", "Pendulum-v1", **changes), "Pendulum-v1")
     assert data["actions"].tolist() == [[-1], [0], [0.5], [1], [1]]
     assert data["observations"].dtype == data["actions"].dtype == torch.float32
-    with pytest.raises(iql.UsageError, match="bounds"):
+    with pytest.raises(iql.UsageError, match="beyond Box"):
         read(write(tmp_path / "e", **changes | {"actions": changes["actions"] * 1.1}), "Pendulum-v1")
     with pytest.raises(iql.UsageError, match="observations"):
         read(write(tmp_path / "f", **changes), "MountainCarContinuous-v0")
@@ -329,6 +329,23 @@ def test_wrong_data_get_one_line(case, tmp_path, cli):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("module", [iql, cql, decision_transformer])
+def test_an_action_may_lie_beyond_its_bound_by_a_thousandth_of_the_range(module, tmp_path):
+    """By a rounding. In a range of a thousandth, three times the bound is no rounding."""
+    args = module.Args(dataset=str(tmp_path / "d.npz"), env_id="fault_envs:ActsTiny-box-v0")
+    with closing(module.make_env(args)) as env:
+        for beyond, fits in (1.0005, True), (3, False):
+            arrays = {"observations": np.zeros((5, 3)), "next_observations": np.zeros((5, 3)), "rewards": np.zeros(5)}
+            arrays |= {"terminations": np.zeros(5), "truncations": [0, 0, 0, 0, 1], "actions": np.zeros((5, 2))}
+            arrays["actions"][2, 1] = -5e-4 * beyond
+            np.savez(tmp_path / "d.npz", **arrays)
+            if fits:
+                assert module.read_dataset(args, env)["actions"].min() == -1
+            else:
+                with pytest.raises(module.UsageError, match="clip these first"):
+                    module.read_dataset(args, env)
 
 
 @pytest.mark.parametrize("module", [iql, cql, decision_transformer])

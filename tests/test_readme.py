@@ -39,7 +39,7 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "python benchmark/run.py --suite classic --workers 2": "test_run.py: its runs begin",
     "python benchmark/run.py --suite mujoco --workers 2": "the same",
     "python benchmark/run.py --suite multiagent --workers 2": "the same",
-    "python benchmark/run.py --suite multiagent --num-seeds 1 --workers 2": "the same",
+    "python benchmark/run.py --suite multiagent --start-seed 1 --num-seeds 1 --workers 2": "the same",
     "python benchmark/run.py --suite preference --workers 2": "the same",
     "python benchmark/run.py --suite games --workers 2": "the same",
     "python benchmark/report.py runs/games": "test_report.py",
