@@ -311,8 +311,8 @@ def prompt_and_replies(row: dict, names: dict[str, str | None], args: Args) -> t
             begin = re.match(r"(?s).*\n\nAssistant:", chosen[:start]) or re.match(r"(?s).*\s|", chosen[:start])
             start = begin.end()
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
-        last = given if given is None or isinstance(given, str) else str(given[-1].get("content"))
-        if not prompt or (last and not any(last.strip() in str(message.get("content")) for message in prompt)):
+        asked = [given] if isinstance(given, str) else [str(message.get("content")) for message in given or []]
+        if not prompt or any(not any(text.strip() in str(x.get("content")) for x in prompt) for text in asked):
             raise UsageError("chosen and rejected don't begin with the prompt: name its column with --prompt-column")
     if isinstance(prompt, str) and (isinstance(chosen, list) or names["system"] or args.chat):
         prompt = [{"role": "user", "content": prompt}]

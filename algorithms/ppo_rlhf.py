@@ -615,6 +615,7 @@ def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> t
     for number, row in enumerate(rows, 1):
         try:
             text = as_text(row[column])
+            text = text[:-1] if not isinstance(text, str) and text[-1]["role"] == "assistant" else text  # its answer
             text = [{"role": "user", "content": text}] if args.chat and isinstance(text, str) else text
             (ids,), (_, reply) = encode(run.tokenizer, text, []), encode(run.tokenizer, text, ["a"])
         except UsageError as error:
@@ -623,7 +624,7 @@ def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> t
         ends.add(reply[-1])  # any reply shows how a chat's turn ends
     run.ends = sorted(ends)
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= limit]
-    run.accelerator.print(f"{args.dataset}: {len(fitting)} prompts. Left out: {len(prompts) - len(fitting)}, too long")
+    run.accelerator.print(f"{args.dataset}, {column}: {len(fitting)} prompts, {len(prompts) - len(fitting)} too long")
     distinct = [*{str(prompt.text): prompt for prompt in fitting}.values()]
     if not distinct:
         raise UsageError(f"{args.dataset} has no prompt of at most {limit} tokens, which would leave room for a reply")
@@ -665,8 +666,7 @@ def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
 def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: Tensor) -> tuple[list, list]:
     """A reply to each prompt, up to one of ends, and log pi(y_t|s_t) of its tokens. Temperature 1.
 
-    chances: uniform random numbers, (B, most tokens of a reply). Each chooses a token: the first one at which the
-    probabilities, summed up from the first token of the vocabulary on, exceed it.
+    chances: uniform random numbers, (B, most tokens of a reply). Each picks a token by the cumulative probabilities.
     """
     device, replies = model.device, [[] for _ in prompts]
     log_probs, going = [[] for _ in prompts], torch.arange(len(prompts), device=device)  # the replies without an end

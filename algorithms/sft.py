@@ -251,7 +251,7 @@ def evaluate_saved(args: Args) -> dict[str, float]:
 
 USUAL = {  # names of columns
     "prompt": ["prompt", "question", "instruction", "query", "problem", "context", "input"],
-    "reply": ["completion", "response", "answer", "output", "solution", "chosen", "messages", "conversations"],
+    "reply": ["completion", "response", "output", "solution", "answer", "chosen", "messages", "conversations"],
     "input": ["input"], "system": ["system", "system_prompt"], "tools": ["tools"],
 }  # fmt: skip
 
@@ -289,24 +289,24 @@ def read_demonstrations(source: str, split: str | None, tokenizer: Tokenizer, li
     names |= {kind: name for kind, name in named.items() if name}
     if names["reply"] is None or {*names.values()} - {None, *columns}:
         raise UsageError(f"{source} has the columns {', '.join(columns)}: use --prompt-column and --reply-column")
-    found, num_long = [], 0
+    if not args.prompt_column and names["reply"] in ("messages", "conversations"):  # whole chats have their prompts
+        names["prompt"] = None if as_text(rows[0][names["reply"]])[0]["role"] != "assistant" else names["prompt"]
+    found = []
     for number, row in enumerate(rows, 1):
         try:
             tools = row.get(names["tools"])
             tools = json.loads(tools or "null") if isinstance(tools, str) else without_none(tools)
             for prompt, reply in prompts_and_replies(row, names, args):
-                demonstration = Demonstration(*encode(tokenizer, prompt, [reply], tools), prompt)
-                is_long = len(demonstration.prompt + demonstration.reply) > limit
-                num_long += is_long
-                found += [] if is_long else [demonstration]
+                found.append(Demonstration(*encode(tokenizer, prompt, [reply], tools), prompt))
         except (UsageError, ValueError) as error:  # ValueError: tools that are no JSON
             raise UsageError(f"{source}, row {number}: {error}") from None
-    news = f"{source}: {len(found)} demonstrations. Left out: {num_long} of over {limit} tokens"
+    fitting = [row for row in found if len(row.prompt + row.reply) <= limit]
+    news = f"{source}: {len(fitting)} demonstrations. Left out: {len(found) - len(fitting)} of over {limit} tokens"
     if RANK == 0:
         print(f"{news}; not used: the columns {', '.join({*columns} - {*names.values()}) or 'none'}")
-    if not found:
+    if not fitting:
         raise UsageError(news)
-    return found
+    return fitting
 
 
 def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) -> tuple[list, list]:

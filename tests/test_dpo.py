@@ -557,6 +557,7 @@ def test_columns_of_other_names_are_named_by_flags():
         ({"prompt": 7, "chosen": "yes", "rejected": "no"}, "7 is neither a text"),
         ({"ask": "hi", "chosen": "yes", "rejected": "no"}, "--prompt-column"),
         ({"prompt": "other", "chosen": [USER, says("yes")], "rejected": [USER, says("no")]}, "--prompt-column"),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, says("a")], "rejected": [USER, says("b")]}, "--prompt-column"),
         ({"prompt": [SYSTEM, USER, USER, SYSTEM], "chosen": "a", "rejected": "b", "f": "llama2"}, "must alternate"),
         ({"prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b", "f": "gemma"}, "System role not supported"),
         ({"system": "be kind", "prompt": "hi", "chosen": "a", "rejected": "b", "f": "gpt2"}, "chat template"),

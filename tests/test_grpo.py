@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, rows, timeless
-from text_models import bfloat16_autocast
+from text_models import bfloat16_autocast, tokenizer_of, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from algorithms import grpo
@@ -384,6 +385,20 @@ def written(folders, count, name="gpt2", **changes):
     run.ends = [*range(1, 12)]  # so many that replies have several lengths
     run.reference = copy.deepcopy(model)
     return model, run, grpo.play(run, prompts[:count], "seed", args)
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo_rlhf"])
+def test_the_answer_at_the_end_of_a_chat_is_no_part_of_the_prompt(script, tmp_path, capsys):
+    module = importlib.import_module(f"algorithms.{script}")
+    asked, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    data = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [asked, answer]}, {"messages": [asked]}])
+    run = types.SimpleNamespace(tokenizer=tokenizer_of("qwen2"), accelerator=types.SimpleNamespace(print=print))
+    model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: None))
+    args = module.Args(dataset=str(data), max_new_tokens=8, reward="judge.py:f")
+    (first, second), _ = module.training_and_held_out_prompts(run, model, args)
+    assert first == second
+    assert first.text == [asked]
+    assert "chats.jsonl, messages: 2 prompts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", SIZES)

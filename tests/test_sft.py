@@ -253,6 +253,7 @@ def test_of_a_chat_each_reply_is_learned(folders, tmp_path):
         ({"instruction": "cup", "input": "smell ", "output": "good"}, "cup\n\nsmell "),
         ({"question": "cup ", "answer": "good"}, "cup "),
         ({"input": "cup ", "output": "good"}, "cup "),
+        ({"problem": "cup ", "solution": "good", "answer": "bad"}, "cup "),  # the answer is its last word
         ({"prompt": [{"role": "user", "content": "cup"}], "completion": [{"role": "assistant", "content": "good"}]},
          [{"role": "user", "content": "cup"}]),
         ({"system": "the", "prompt": "cup", "response": "good"},
@@ -267,6 +268,16 @@ def test_usual_columns(folders, tmp_path, record, prompt):
     row = sft.read_demonstrations(args.dataset, None, tokenizer, 64, args)[0]
     assert row.prompt_text == prompt
     assert tokenizer.decode(row.reply) == "good <end>"
+
+
+def test_what_stands_beside_a_whole_chat_is_named_as_unused(folders, tmp_path, capsys):
+    """A passage in a column that is often the prompt's must not disappear as if it had been used."""
+    chat = [{"role": "user", "content": "cup"}, {"role": "assistant", "content": "good"}]
+    records = [{"context": "smell", "messages": chat}] * 2
+    args = arguments(folders, dataset=write(tmp_path / "rows.jsonl", records))
+    (row, _) = sft.read_demonstrations(args.dataset, None, sft.load_tokenizer(args.model_name), 64, args)
+    assert row.prompt_text == chat[:1]
+    assert "not used: the columns context" in capsys.readouterr().out
 
 
 def test_a_column_named_for_the_prompt_is_not_its_input_too(folders, tmp_path):
