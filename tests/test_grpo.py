@@ -394,7 +394,8 @@ def test_the_answer_at_the_end_of_a_chat_is_no_part_of_the_prompt(script, tmp_pa
     data = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [asked, answer]}, {"messages": [asked]}])
     run = types.SimpleNamespace(tokenizer=tokenizer_of("qwen2"), accelerator=types.SimpleNamespace(print=print))
     model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: None))
-    args = module.Args(dataset=str(data), max_new_tokens=8, reward="judge.py:f")
+    reward = "judge.py:f" if script == "ppo_rlhf" else ["judge.py:f"]
+    args = module.Args(dataset=str(data), max_new_tokens=8, reward=reward)
     (first, second), _ = module.training_and_held_out_prompts(run, model, args)
     assert first == second
     assert first.text == [asked]
