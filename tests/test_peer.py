@@ -289,7 +289,7 @@ def test_the_suites_give_a_peer_what_ours_has(suite, monkeypatch):
         kept = {k: v for k, v in asdict(args).items() if algorithm != "bc" or k not in peer.OF_VALUES}
         (peers if script == "peer" else ours)[args.env_id, algorithm, args.seed, args.total_timesteps] = kept
     assert peers.keys() - ours.keys() <= {("FrozenLake-v1", "bc", seed, 4000) for seed in range(11, 16)}
-    assert len(peers) == {"offline": 10, "offline_mujoco": 18}[suite]
+    assert len(peers) == {"offline": 10, "offline_mujoco": 21}[suite]
     for key in peers.keys() & ours.keys():
         other = {name for name in ours[key] if peers[key][name] != ours[key][name]}
         assert other == ({"reward_scale", "cql_alpha"} if suite == "offline" else set()), "see its docstring"
