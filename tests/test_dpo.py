@@ -298,7 +298,7 @@ def test_evaluating_a_run_has_its_precision(folders):
 
 def test_a_longer_run_goes_on(folders):
     dpo.train(arguments(folders, run_dir="run", total_timesteps=48))
-    with pytest.raises(dpo.UsageError, match="--batch-size 8"):
+    with pytest.raises(dpo.UsageError, match="n x --batch-size"):
         dpo.train(dpo.saved_args("run", resume=True, total_timesteps=97))
     with pytest.raises(dpo.UsageError, match="total_timesteps"):
         dpo.train(dpo.saved_args("run", resume=True, total_timesteps=40))

@@ -169,7 +169,7 @@ def test_a_buffer_may_take_nine_tenths_of_the_memory(monkeypatch):
 
 def test_environments_without_goals_are_refused_with_the_script_for_them():
     env = her.make_env(her.Args(env_id="Pendulum-v1"))
-    with pytest.raises(her.UsageError, match=r"desired_goal: see sac\.py"):
+    with pytest.raises(her.UsageError, match=r"desired_goal like it: see sac\.py"):
         her.Goals(her.Args(), env.unwrapped)
 
 
