@@ -422,7 +422,7 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf), "threads": (1, 1024)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # True is an int
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # type(): no bools
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:

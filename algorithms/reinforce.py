@@ -300,7 +300,7 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024), "max_grad_norm": (1e-9, math.inf)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # True is an int
+        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # type(): no bools
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:
@@ -576,7 +576,7 @@ class Run:
     def save(self) -> None:
         """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
-        kind = next(kind for kind in SPACES if isinstance(space, getattr(gym.spaces, kind)))  # or made from it
+        kind = next(kind for kind in SPACES if isinstance(space, getattr(gym.spaces, kind)))  # or a subclass
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(math.isfinite(values.sum()) for values in state["model"].values()):
             raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
