@@ -19,10 +19,12 @@ import psutil
 import pytest
 import tyro
 from conftest import start
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "benchmark" / "run.py"
 FAKE = Path(__file__).with_name("fake_script.py")
+TEXT_MODEL = ROOT / "benchmark" / "reviews" / "model"
 
 
 def launch(output: Path, *words: str, script: Path = FAKE, **options: object) -> subprocess.Popen:
@@ -529,10 +531,13 @@ def with_logs(flag, env_id, folder):
 def test_each_run_of_a_suite_passes_the_checks_of_its_script(suite, launcher_module, tmp_path):
     """Its flags and its environment are good: it begins, with its folder's config.json.
 
-    In place of the model that another run would have made it gets the task's own, and in place of logs that are missing
-    some of random actions. Of runs that differ in numbers or logs alone only the first is tried. test_peer.py tries
-    peers.
+    In place of the model that another run would have made it gets the task's own, with a random head for rewards, and
+    in place of logs that are missing some of random actions. Of runs that differ in numbers or logs alone only the
+    first is tried. test_peer.py tries peers.
     """
+    reward_model = tmp_path / "reward_model"
+    AutoTokenizer.from_pretrained(TEXT_MODEL).save_pretrained(reward_model)
+    AutoModelForSequenceClassification.from_pretrained(TEXT_MODEL, num_labels=1).save_pretrained(reward_model)
     tried = set()
     for planned in launcher_module.plan(launcher_module.Args(suite=suite, num_seeds=1)):
         words = str(planned.command(Path())).replace(planned.name, "")
@@ -542,9 +547,10 @@ def test_each_run_of_a_suite_passes_the_checks_of_its_script(suite, launcher_mod
         tried.add(without_numbers)
         folder = tmp_path / planned.name
         for needed in planned.needs.values():
+            model = reward_model if "__reward_model__" in needed else TEXT_MODEL
             (tmp_path / needed).mkdir(exist_ok=True)
             with suppress(FileExistsError):
-                (tmp_path / needed / "model").symlink_to(ROOT / "benchmark" / "reviews" / "model")
+                (tmp_path / needed / "model").symlink_to(model)
         flags = [with_logs(flag, planned.env_id, tmp_path) for flag in planned.command(tmp_path)[2:]]
         script = start(Path(planned.launch[-1]).stem, *flags, f"--run-dir={folder}")
         deadline = time.time() + 60
