@@ -755,8 +755,7 @@ class Run:
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
-            folder = shlex.quote(str(Path(__file__).parent))
-            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            git = f"git -C {shlex.quote(os.path.dirname(__file__))} describe --always --abbrev=40 --dirty --exclude='*'"
             status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
             config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
@@ -795,8 +794,7 @@ class Run:
             raise UsageError(f"{error}: {hint}") from None
         if self.metrics.tell() < size:
             raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
-        self.metrics.truncate(size)  # later rows will be written again
-        self.metrics.seek(size)
+        self.metrics.seek(self.metrics.truncate(size))  # later rows will be written again
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
         self.opened.callback(self.bar.close)
         print(f"{Path(__file__).name} on {PROCESSES} x {self.accelerator.device}, run folder {self.dir}")
@@ -866,6 +864,8 @@ class Run:
 
     def close(self) -> None:
         self.opened.close()
+        self.model = None
+        self.accelerator.free_memory()  # frees what averages gradients: gloo can hang where that outlives its group
         self.accelerator.end_training()  # ends the other processes' group
 
 

@@ -785,8 +785,7 @@ class Run:
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
-            folder = shlex.quote(str(Path(__file__).parent))
-            git = f"git -C {folder} describe --always --abbrev=40 --dirty --exclude='*'"
+            git = f"git -C {shlex.quote(os.path.dirname(__file__))} describe --always --abbrev=40 --dirty --exclude='*'"
             status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
             config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
@@ -813,8 +812,7 @@ class Run:
             state |= load_file(checkpoint, **parts)
         if self.metrics.tell() < state["bytes"]:
             raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
-        self.metrics.truncate(state["bytes"])  # later rows will be written again
-        self.metrics.seek(state["bytes"])
+        self.metrics.seek(self.metrics.truncate(state["bytes"]))  # later rows will be written again
         self.global_step, self.last_step, self.result = state["step"], state["last_step"], state.get("result", {})
         self.started -= state["seconds"]
         for i, actions in enumerate(state["actions"]):

@@ -105,8 +105,8 @@ LENGTHS = {  # lines at most above the ruled line, where the algorithm is
 # Lines at most below it. The aim is 210. What had to be there before (command line, environments, evaluation, W&B, run
 # folder) takes about 220; exact resuming in mid-episode 35, loading a trained agent 15, longer runs and refused changes
 # 20, mistakes as one line each 30, filming that is tried first and evaluations that are cut 10, images 20
-SHARED_LENGTH = 363
-SHARED_LENGTH_OF_BOTH = {"muzero": 373}  # environments of Gymnasium and games: it evaluates in both
+SHARED_LENGTH = 361
+SHARED_LENGTH_OF_BOTH = {"muzero": 371}  # environments of Gymnasium and games: it evaluates in both
 # The aim is 260. Reading files, chats and templates takes 110, models, LoRA and rewards 100, the rest 220. Those that
 # learn from replies of their own have what writes these, and what reads prompts: 130 more
 SHARED_LENGTH_OF_TEXT = {"reward_model": 432, "sft": 445, "dpo": 453, "grpo": 566, "ppo_rlhf": 566}
