@@ -3,7 +3,7 @@
 Q(s, a) is the return to expect, the discounted sum of rewards, when a is taken in state s and the best actions after.
 A network is fitted to a target y for it: the reward plus the discounted best Q of the next state s' (bootstrapping).
 Two things keep this stable. Batches are drawn at random from a replay buffer, so that transitions are not correlated.
-And y is from a target network Q', whose weights theta' slowly follow Q's weights theta. In [3], y is a constant.
+And y is from a target network Q', whose weights theta' slowly follow Q's weights theta. No gradient of [3] passes y.
 
     [1] y = r + gamma Q'(s', a*)  with  a* = argmax_a Q'(s', a), or y = r where s' is terminal     DQN, Algorithm 1
     [2] a* = argmax_a Q(s', a) instead: Q selects and Q' evaluates, against overestimation         Double DQN
@@ -22,7 +22,7 @@ Differs from the papers:
 - Squared error, no Huber loss. Adam, not RMSprop; its learning rate falls to 0. Epsilon falls from the first step on.
 - Vectors are normalised, the CNN starts orthogonal. [4]: no hidden layer in the two streams, no scaled gradient.
 - ez-greedy holds [6]'s action for n steps in all, 10,000 at most and within the episode; the paper for n + 1 steps.
-- A time limit is not terminal, nor a lost life (paper: it is). Evaluation: epsilon 0, not 0.05. Atari: sticky actions.
+- A time limit is not terminal, nor a lost life (unlike DQN). Evaluation: epsilon 0, not 0.05. Atari: sticky actions.
 
     python algorithms/dqn.py --env-id CartPole-v1
 """
@@ -72,8 +72,8 @@ class Args:
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 50_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -96,9 +96,9 @@ class Args:
     target_network_frequency: int = 1  # [7] C, gradient steps between updates of the target network; paper: 10,000
     tau: float = 0.01  # [7] share of the new weights in such an update; paper: 1, a copy
     exploration: Literal["epsilon-greedy", "ez-greedy", "boltzmann"] = "epsilon-greedy"  # [5], [6]
-    start_e: float = 1.0  # [5] epsilon at the start; for boltzmann the temperature, in units of Q
-    end_e: float = 0.05  # [5] the same from the end of exploration_fraction on; paper: 0.1
-    exploration_fraction: float = 0.2  # share of the run in which it falls to end_e; paper: 1M of 50M steps, 0.02
+    start_e: float = 1.0  # [5] epsilon at the start; with boltzmann it is the temperature, in units of Q
+    end_e: float = 0.05  # [5] epsilon, or the temperature, after exploration_fraction of the run; paper: 0.1
+    exploration_fraction: float = 0.2  # share of the run in which epsilon falls to end_e; paper: 1M of 50M steps, 0.02
     max_grad_norm: float | None = None  # clip the gradient's norm to this; None, as in DQN: no clipping; Dueling: 10
     norm_obs: bool = True  # normalise vector observations by their running mean and standard deviation; images: no
     huber: bool = False  # [3] as Huber loss of e = y - Q: e^2 / 2, and |e| - 1/2 where |e| > 1; paper: yes
@@ -161,11 +161,11 @@ class QNetwork(nn.Module):
         else:  # PyTorch's own start: with the zero biases of orthogonal(), Q would at first grow in proportion to |s|
             self.hidden = nn.Sequential(nn.Linear(*obs_shape, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
             hidden_dim = 128
-        self.head = nn.Linear(hidden_dim, int(space.n))  # Q, or the advantages A of [4]
+        self.head = nn.Linear(hidden_dim, int(space.n))  # Q, or the advantages of [4]
         self.value = nn.Linear(hidden_dim, 1) if args.dueling else None
         self.obs_stats = RunningMeanStd(*obs_shape) if args.norm_obs and len(obs_shape) == 1 else nn.Identity()
 
-    def forward(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, A), for A actions
+    def forward(self, obs: Tensor) -> Tensor:  # (B, *obs_shape) -> (B, A), A: number of actions
         hidden = self.hidden(obs / 255 if len(self.obs_shape) == 3 else self.obs_stats(obs))
         if self.value is None:
             return self.head(hidden)
@@ -174,7 +174,7 @@ class QNetwork(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The best action, from start on, of an observation, (*obs_shape,), or of each of a batch, (B, *obs_shape)."""
+        """The best action, counted from start, of an observation, (*obs_shape,), or of several, (B, *obs_shape)."""
         obs = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=next(self.parameters()).device)
         batch = obs if obs.ndim > len(self.obs_shape) else obs[None]
         actions = self(batch).argmax(-1).cpu().numpy().astype(self.action_space.dtype) + self.action_space.start
@@ -200,7 +200,7 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("oldest", torch.tensor(0))  # number of the oldest that sample may draw
 
     def add(self, **transitions: np.ndarray) -> None:
-        """Adds a transition of each of N environments, so n + N follows n: a keyword for each tensor, with N rows."""
+        """Adds a transition of each of N environments: n + N comes after n. A keyword for each tensor, with N rows."""
         rows = (self.added.item() + np.arange(len(transitions["obs"]))) % self.size
         for name, values in transitions.items():
             getattr(self, name).numpy()[rows] = values  # by NumPy, which converts types
@@ -221,20 +221,20 @@ class ImageReplayBuffer(ReplayBuffer):
 
     def __init__(self, args: Args, obs_shape: tuple[int, ...]):
         super().__init__(args, obs_shape[:1], torch.int64, more_bytes=math.prod(obs_shape[1:]))
-        # Room for size images and for what is older in their stacks. A step adds up to 2 num_envs: two at a beginning
+        # Room for self.size images, and for older ones in their stacks: of K steps, which add up to 2 num_envs each
         num_images = self.size + 2 * args.num_envs * obs_shape[0]
         self.register_buffer("images", torch.zeros(num_images, *obs_shape[1:], dtype=torch.uint8))
 
     def add(self, obs: np.ndarray, next_obs: np.ndarray, **others: np.ndarray) -> None:
         obs, next_obs = torch.from_numpy(obs), torch.from_numpy(next_obs)  # (N, K, 84, 84)
         indices = self.next_obs[torch.arange(self.added - len(obs), self.added) % self.size]  # (N, K)
-        begun = (self.images[indices % len(self.images)] != obs).flatten(1).any(1)  # (N,): a new episode's first obs
-        new_images = torch.cat([obs[begun, -1], next_obs[:, -1]])
+        begun = (self.images[indices % len(self.images)] != obs).flatten(1).any(1)  # (N,): obs is not the last next_obs
+        new_images = torch.cat([obs[begun, -1], next_obs[:, -1]])  # the first of new episodes, then N next ones
         new_indices = indices[-1, -1] + 1 + torch.arange(len(new_images))  # indices[-1, -1]: the newest image so far
         self.images[new_indices % len(self.images)] = new_images
         indices[begun] = new_indices[: -len(obs), None]  # an episode's first stack is one image K times
         super().add(obs=indices, next_obs=torch.cat([indices[:, 1:], new_indices[-len(obs) :, None]], 1), **others)
-        # Forget a transition whose newest image is not one of the size newest: its oldest is up to 2 num_envs K older
+        # Forget transitions whose newest image is not among the newest self.size: their oldest may be overwritten soon
         while self.next_obs[self.oldest % self.size, -1] <= new_indices[-1] - self.size:
             self.oldest += 1
 
@@ -273,7 +273,7 @@ def explore(q_values: Tensor, epsilon: float, held: nn.Module, args: Args) -> Te
         begins = at_random & (held.steps_left == 0)
         held.actions[begins] = actions[begins]
         weights = 1 / torch.arange(1.0, 10_001) ** 2  # [6] n up to 10,000
-        held.steps_left[begins] = 1 + torch.multinomial(weights, num_envs, replacement=True)[begins]
+        held.steps_left[begins] = 1 + torch.multinomial(weights, num_envs, replacement=True)[begins]  # index 0: n = 1
         at_random, actions = held.steps_left > 0, held.actions.clone()  # now: who holds an action
         held.steps_left -= at_random.long()
     return torch.where(at_random, actions, q_values.argmax(-1))
@@ -339,8 +339,8 @@ def train(args: Args) -> dict[str, float]:
             # 2. Learn: a gradient step per train_frequency environment steps; this pass made N environment steps
             rate = args.learning_rate * (1 - step / args.total_timesteps if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = rate
-            made = max(0, step - args.learning_starts) // args.train_frequency  # gradient steps so far
-            due = max(0, run.global_step - args.learning_starts) // args.train_frequency
+            made = max(0, step - args.learning_starts) // args.train_frequency  # gradient steps before
+            due = max(0, run.global_step - args.learning_starts) // args.train_frequency  # and after this pass
             for number in range(made + 1, due + 1):
                 batch = [part.to(run.device) for part in buffer.sample(args.batch_size)]
                 metrics = gradient_step(q_network, target_network, optimizer, batch, args)
@@ -354,7 +354,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
+# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
 
 
 class UsageError(Exception):
@@ -443,7 +443,7 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
         env = gym.wrappers.TransformObservation(env, to_grey, gym.spaces.Box(0, 255, (84, 84), np.uint8))
         return gym.wrappers.FrameStackObservation(env, 4)
     if isinstance(space, gym.spaces.Box) and space.dtype.kind != "f":
-        env = gym.wrappers.DtypeObservation(env, np.float32)  # else real numbers would be cut off to integers
+        env = gym.wrappers.DtypeObservation(env, np.float32)  # FlattenObservation would cast to integers
     return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
@@ -472,7 +472,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
                 if terminated or truncated or lengths[i] == args.eval_max_steps:
                     del playing[i]
     if lengths.max() == args.eval_max_steps:
-        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} was reached: perhaps an episode was cut")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
     return {} if playing else result | {"eval/episodic_length": lengths.mean()}
 
@@ -539,7 +539,7 @@ class Run:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
+                raise UsageError(f"--resume keeps the run's arguments (saved_args); these differ: {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -587,7 +587,7 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. After --resume it takes the episode's actions so far again; False if that ended it."""
+        """Resets environment i. After --resume it replays the episode's actions so far; False if that ended it."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -605,7 +605,7 @@ class Run:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        Where an episode has ended, next_obs is its last observation, and self.obs the first one of the next episode.
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)

@@ -71,8 +71,8 @@ class Args:
     env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 4_000  # gradient steps; paper: 1,000,000
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -349,7 +349,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
+# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
 
 
 class UsageError(Exception):
@@ -416,7 +416,7 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
         hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
         raise UsageError(f"--env-id {args.env_id}: {str(error) or env.observation_space}{hint}") from None
     if isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.dtype.kind != "f":
-        env = gym.wrappers.DtypeObservation(env, np.float32)  # else real numbers would be cut off to integers
+        env = gym.wrappers.DtypeObservation(env, np.float32)  # FlattenObservation would cast to integers
     return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
@@ -445,7 +445,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
                 if terminated or truncated or lengths[i] == args.eval_max_steps:
                     del playing[i]
     if lengths.max() == args.eval_max_steps:
-        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} was reached: perhaps an episode was cut")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
     return {} if playing else result | {"eval/episodic_length": lengths.mean()}
 
@@ -512,7 +512,7 @@ class Run:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
+                raise UsageError(f"--resume keeps the run's arguments (saved_args); these differ: {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -560,7 +560,7 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. After --resume it takes the episode's actions so far again; False if that ended it."""
+        """Resets environment i. After --resume it replays the episode's actions so far; False if that ended it."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -578,7 +578,7 @@ class Run:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        Where an episode has ended, next_obs is its last observation, and self.obs the first one of the next episode.
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)

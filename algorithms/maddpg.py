@@ -18,9 +18,9 @@ Papers: Lowe et al. 2017, arXiv:1706.02275; DDPG: 1509.02971. Actors' gradient: 
 Differs from the paper:
 - Agents do not infer the others' policies, and have one policy each, not an ensemble. All learn from the same batch.
 - No gradient is clipped; the authors' code clips that of each weight matrix to norm 0.5. Other schedule: see Args.
-- mpe2's simple_spread_v3 gives agent i half of (- distances - its own collisions); the authors' gives each the sum.
+- In mpe2's simple_spread_v3 r_i = -(distances + i's collisions) / 2; the authors' r_i is 2 (r_1 + ... + r_N) for all.
 - Discrete actions are one-hot: argmax in y_i and in evaluation, else sampled. The authors' are soft Gumbel samples.
-- Box actions get Gaussian noise, the paper's those of a process. In the authors' code the policy itself is a Gaussian.
+- Box actions get Gaussian noise, in the paper noise of a random process. The authors' code has a Gaussian policy.
 - As in the authors' code, an actor's loss has a small penalty, and a time limit is not a terminal state.
 
     python algorithms/maddpg.py --env-id simple_spread_v3
@@ -74,8 +74,8 @@ class Args:
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 625_000  # environment steps, summed over all environments
     num_envs: int = 25  # environments stepped together
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -93,7 +93,7 @@ class Args:
     actor_gradient: Literal["gumbel", "exact"] = "gumbel"  # [2], discrete: by a Gumbel-softmax sample, or all actions
     learning_rate: float = 1e-3  # of Adam, for actors and critics; paper: 0.01
     anneal_lr: bool = False  # let the learning rate fall linearly to 0
-    beta2: float = 0.999  # of Adam; at 0.9, its beta1, a step moves no weight by more than the learning rate
+    beta2: float = 0.999  # of Adam; with 0.9, its beta1, no step moves a weight by more than the learning rate
     gamma: float = 0.95  # discount
     tau: float = 0.01  # [3] share of the new weights in an update of the targets
     hidden_size: int = 128  # units in each of the two hidden layers; paper: 64
@@ -152,7 +152,7 @@ class MADDPG(nn.Module):
         return critic_n[i](torch.cat(seen, -1)).squeeze(-1)
 
     def actor_loss(self, i: int, obs_n: Sequence[Tensor], action_n: Sequence[Tensor]) -> Tensor:
-        """[2], negated. Agent i does what its actor says now, the others what they did in the buffer."""
+        """[2] negated, plus a penalty. Agent i does what its actor says now, the others what they did in the buffer."""
         outputs = self.actor_n[i](obs_n[i])  # (B, action_dim)
 
         def q_of(action: Tensor) -> Tensor:  # (B, action_dim) -> (B,)
@@ -161,10 +161,10 @@ class MADDPG(nn.Module):
         if not self.discrete_n[i]:  # the gradient of Q_i flows through the action into the actor, as in DDPG
             q = q_of(self.choose(i, outputs))
         elif self.args.actor_gradient == "gumbel":
-            # Forward a one-hot sample, backward the gradient of a soft one: the straight-through Gumbel-softmax. It is
-            # biased, even for a Q_i linear in the action. And no loss trains Q_i's slope at one-hot actions
+            # Forward a one-hot sample, backward the gradient of a soft one: the straight-through Gumbel-softmax. Biased
+            # even for a linear Q_i. Besides, [1] fits Q_i's values at one-hot actions, not the slope that is used here
             q = q_of(nn.functional.gumbel_softmax(outputs, hard=True))
-        else:  # exact: the expected Q_i under the softmax policy, as in mean actor-critic; mu'_j of [1] is the argmax
+        else:  # exact: the mean of Q_i over the softmax policy (mean actor-critic); no gradient of Q_i is needed
             with torch.no_grad():
                 all_actions = torch.eye(self.action_dim_n[i], device=outputs.device)
                 q_of_each = torch.stack([q_of(action.expand_as(outputs)) for action in all_actions], -1)
@@ -201,7 +201,7 @@ class ReplayBuffer:
 
 
 def update(agent: MADDPG, optimizers: dict, batch: tuple[Tensor, ...], args: Args) -> dict[str, Tensor]:
-    """A gradient step of all critics, then of all actors, with one batch: as Algorithm 1. Returns metrics to log."""
+    """A gradient step of all critics, then of all actors, on one batch (Algorithm 1: one each). Returns metrics."""
     obs, actions, rewards, terminated, next_obs = batch  # (B, O), (B, A), (B, N), (B, N), (B, O)
     obs_n, next_obs_n = obs.split(agent.obs_dim_n, -1), next_obs.split(agent.obs_dim_n, -1)
     action_n, critic_losses, metrics = actions.split(agent.action_dim_n, -1), [], {}
@@ -258,7 +258,7 @@ def train(args: Args) -> dict[str, float]:
             rewards, terminated = [info["rewards"] for info in infos], [info["terminated"] for info in infos]
             buffer.add(obs, actions, rewards, terminated, next_obs)
 
-            # 2. Learn: a gradient step per train_frequency environment steps; one pass makes num_envs of those
+            # 2. Learn: a gradient step per train_frequency environment steps; this pass made num_envs of the latter
             if run.global_step < args.learning_starts:
                 continue
             rate = args.learning_rate * ((1 - first_step / args.total_timesteps) if args.anneal_lr else 1)
@@ -266,7 +266,7 @@ def train(args: Args) -> dict[str, float]:
                 optimizer.param_groups[0]["lr"] = rate
             for number in range(first_step // args.train_frequency + 1, run.global_step // args.train_frequency + 1):
                 metrics = update(agent, optimizers, buffer.sample(args.batch_size), args)
-                if number % 100 == 0:  # 3. Log; number counts gradient steps
+                if number % 100 == 0:  # 3. Log; number: gradient steps, as if from step 0 on
                     run.log(metrics | {"charts/learning_rate": rate})
         return run.result
 
@@ -304,7 +304,7 @@ class JointEnv(gym.Env):
                 share = row[end - dim : end].reshape(space.shape)  # of the way from low to high
                 actions[name] = (1 - share) * space.low + share * space.high
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
-        over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # agents: those still in
+        over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # none left: True
         info = {"benchmark": [infos[name].get("benchmark_data") for name in infos]}
         info["rewards"] = np.array([np.asarray(rewards.get(name, 0.0)).item() for name in self.names])  # (N,)
         info["terminated"] = np.array([terminated.get(name, True) for name in self.names])  # (N,); True: it left
@@ -510,7 +510,7 @@ class Run:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
+                raise UsageError(f"--resume keeps the run's arguments (saved_args); these differ: {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -558,7 +558,7 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. After --resume it takes the episode's actions so far again; False if that ended it."""
+        """Resets environment i. After --resume it replays the episode's actions so far; False if that ended it."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -576,7 +576,7 @@ class Run:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        Where an episode has ended, next_obs is its last observation, and self.obs the first one of the next episode.
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)

@@ -16,11 +16,11 @@ Paper: Schulman et al. 2017, arXiv:1707.06347. Advantages [1]: GAE, Schulman et 
 
 Differs from the paper:
 - As in OpenAI Baselines: R_t [3]; advantages normalised in each minibatch, clipped gradient norm, orthogonal weights,
-  Adam's epsilon 1e-5, rewards over the standard deviation of the return, clipped. Unlike it, L_value is not clipped.
+  Adam's epsilon 1e-5, rewards over a running standard deviation (RewardScaler), clipped. But L_value is not clipped.
 - Defaults are LunarLander's. The learning rate falls to 0 in all tasks; in the paper it and epsilon do, on Atari only.
 - A time limit is not a terminal state: the value of the last observation stands for the rest of the episode.
 - Box actions are scaled to [-1, 1] and clipped. Evaluation takes the most likely action; the paper scores training.
-- Atari (ALE/...): rewards are signs; the larger Nature CNN; sticky actions; a lost life ends nothing.
+- Atari (ALE/...): rewards are signs; the larger Nature CNN; sticky actions; a lost life does not end the episode.
 
     python algorithms/ppo.py --env-id LunarLander-v3
 """
@@ -70,8 +70,8 @@ class Args:
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 500_000  # environment steps, summed over all environments
     num_envs: int = 8  # environments stepped together
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -94,12 +94,12 @@ class Args:
     clip_coef: float = 0.2  # [2] epsilon; paper: 0.2 (MuJoCo), 0.1 (Atari)
     vf_coef: float = 0.5  # [4] c_1; paper: 1 (Atari). CleanRL halves the loss, so its 0.5 is 0.25 here
     ent_coef: float = 0.0  # [4] c_2; paper: 0 (MuJoCo), 0.01 (Atari)
-    max_grad_norm: float = 0.5  # clip the gradient's norm (losses/grad_norm) to this; paper: no clipping
+    max_grad_norm: float = 0.5  # clip the gradient's norm (before: losses/grad_norm) to this; paper: no clipping
     target_kl: float | None = None  # stop after an epoch whose last minibatch has a larger approx_kl; None: never
     norm_adv: bool = True  # normalise the advantages of each minibatch
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation; images: no
-    norm_reward: bool = True  # divide rewards by the running standard deviation of the return; Atari: they become signs
-    log_std_init: float = 0.0  # of Box actions, scaled to [-1, 1]: log of the standard deviation at the start
+    norm_reward: bool = True  # divide rewards by a running standard deviation (RewardScaler); Atari: they become signs
+    log_std_init: float = 0.0  # log of the first standard deviation of Box actions, which are scaled to [-1, 1]
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: for A2C, with Baselines' values
     compile: bool = False  # torch.compile the loss, which takes some 20 s once
 
@@ -132,12 +132,12 @@ class RunningMeanStd(nn.Module):
 
 
 class RewardScaler(nn.Module):
-    """Divides rewards by the running standard deviation of their discounted sums, so that V has similar sizes."""
+    """Divides rewards by the running standard deviation of S_t = r_t + gamma S_(t-1), so that V has similar sizes."""
 
     def __init__(self, num_envs: int, gamma: float):
         super().__init__()
         self.gamma, self.stats = gamma, RunningMeanStd(1)
-        self.register_buffer("current", torch.zeros(num_envs))  # discounted sums in the present episodes
+        self.register_buffer("current", torch.zeros(num_envs))  # S_t of each environment
 
     def forward(self, rewards: np.ndarray, ended: np.ndarray) -> np.ndarray:  # (T, N), (T, N) -> (T, N)
         sums, current = np.empty_like(rewards), self.current.numpy()  # numpy() shares the buffer's memory
@@ -186,7 +186,7 @@ class ActorCritic(nn.Module):
         else:  # D independent normals, with standard deviations that do not depend on the observation
             num_outputs = space.low.size
             self.log_std = nn.Parameter(torch.full((num_outputs,), args.log_std_init))
-            bounded = (abs(space.low) < 1e6) & (abs(space.high) < 1e6)  # without real bounds: not rescaled
+            bounded = (abs(space.low) < 1e6) & (abs(space.high) < 1e6)  # without real bounds: scale 1
             middle = np.clip(0, space.low, space.high)
             low, high = np.where(bounded, space.low, middle - 1), np.where(bounded, space.high, middle + 1)
             self.center, self.scale = (high + low) / 2, (high - low) / 2
@@ -220,8 +220,8 @@ class ActorCritic(nn.Module):
         return log_prob, entropy
 
     @torch.no_grad()
-    def sample(self, obs: Tensor, mode: bool = False) -> Tensor:  # (B, *obs_shape) -> (B, K or D)
-        outputs = self.actor(self.features(obs))  # with mode the most likely actions are wanted, else a sample
+    def sample(self, obs: Tensor, mode: bool = False) -> Tensor:  # (B, *obs_shape) -> (B, K or D); mode: most likely
+        outputs = self.actor(self.features(obs))
         if not self.discrete:
             return outputs if mode else outputs + self.log_std.exp() * torch.randn_like(outputs)
         if not mode:  # argmax(logits + Gumbel noise) is a sample; -log of an Exp(1) sample is Gumbel noise
@@ -260,13 +260,13 @@ def ppo_loss(log_prob, entropy, values, old_log_prob, advantages, returns, args:
     if args.norm_adv:  # correction=0: a single row must not become NaN
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
+    ratio = log_ratio.exp()  # of [2]
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # [2]; minus: it is minimised
     value_loss = (values - returns).square().mean()  # [3]
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy.mean()  # [4]
     metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean()}
-    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # of KL(pi_old || pi): k3 of joschu.net/blog/kl-approx.html
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # KL(pi_old || pi), by k3 of joschu.net/blog/kl-approx.html
     metrics["clipfrac"] = (ratio != clipped_ratio).float().mean()  # share of ratios outside of 1 +- epsilon
     return loss, {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
@@ -325,7 +325,7 @@ def train(args: Args) -> dict[str, float]:
                 observations.append(torch.from_numpy(run.obs).to(run.device))
                 actions.append(agent.sample(observations[t]))
                 next_obs, rewards[t], terminated[t], truncated[t], _ = run.step(agent.to_env(actions[t]))
-                next_observations.append(torch.from_numpy(next_obs).to(run.device))  # run.obs, but at an end
+                next_observations.append(torch.from_numpy(next_obs).to(run.device))  # run.obs, except at an end
 
             # 2. Advantages and returns. The networks are still those that acted: one pass gives pi_old and V_old
             observations, actions = torch.cat(observations), torch.cat(actions)  # (T * N, *obs_shape), (T * N, K or D)
@@ -355,7 +355,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
+# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
 
 
 class UsageError(Exception):
@@ -444,7 +444,7 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
         env = gym.wrappers.TransformObservation(env, to_grey, gym.spaces.Box(0, 255, (84, 84), np.uint8))
         return gym.wrappers.FrameStackObservation(env, 4)
     if isinstance(space, gym.spaces.Box) and space.dtype.kind != "f":
-        env = gym.wrappers.DtypeObservation(env, np.float32)  # else real numbers would be cut off to integers
+        env = gym.wrappers.DtypeObservation(env, np.float32)  # FlattenObservation would cast to integers
     return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
@@ -473,7 +473,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
                 if terminated or truncated or lengths[i] == args.eval_max_steps:
                     del playing[i]
     if lengths.max() == args.eval_max_steps:
-        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} was reached: perhaps an episode was cut")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
     return {} if playing else result | {"eval/episodic_length": lengths.mean()}
 
@@ -540,7 +540,7 @@ class Run:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
+                raise UsageError(f"--resume keeps the run's arguments (saved_args); these differ: {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -588,7 +588,7 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. After --resume it takes the episode's actions so far again; False if that ended it."""
+        """Resets environment i. After --resume it replays the episode's actions so far; False if that ended it."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -606,7 +606,7 @@ class Run:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        Where an episode has ended, next_obs is its last observation, and self.obs the first one of the next episode.
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)

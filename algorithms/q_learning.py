@@ -289,7 +289,7 @@ def show_grid(env: gym.Env, agent: Table, picture: Path | None) -> None:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
+# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
 
 
 class UsageError(Exception):
@@ -404,7 +404,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
                 if terminated or truncated or lengths[i] == args.eval_max_steps:
                     del playing[i]
     if lengths.max() == args.eval_max_steps:
-        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} was reached: perhaps an episode was cut")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
     return {} if playing else result | {"eval/episodic_length": lengths.mean()} | exact_returns(agent, envs[0], args)
 
@@ -471,7 +471,7 @@ class Run:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
+                raise UsageError(f"--resume keeps the run's arguments (saved_args); these differ: {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -518,7 +518,7 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. After --resume it takes the episode's actions so far again; False if that ended it."""
+        """Resets environment i. After --resume it replays the episode's actions so far; False if that ended it."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -536,7 +536,7 @@ class Run:
     def step(self, action: int) -> tuple[int, float, bool, bool, dict]:
         """Steps the environment -> next_obs, reward, terminated, truncated, info. Arrays would take most of the time.
 
-        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        Where an episode has ended, next_obs is its last observation, and self.obs the first one of the next episode.
         """
         self.actions[0].append(action)
         next_obs, reward, terminated, truncated, info = self.envs[0].step(action)

@@ -2,7 +2,7 @@
 
 The critics learn the soft Q(s, a): the return to expect after action a in state s, plus alpha times the entropy of the
 policy at each later step, discounted too. The actor, a stochastic policy pi, maximises Q plus alpha times its entropy,
-which measures how random it is. The temperature alpha is tuned so that the entropy is a target H on average.
+which measures how random it is. The temperature alpha is tuned: it rises while the entropy is below a target H.
 
     [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r if s' is terminal   SAC, cf. Eq. 6
     [2] a = tanh(u), u = mean(s) + std(s) e, e ~ N(0, I): log pi(a|s) = log p(u) - sum_j log(1-a_j^2)   SAC, Appendix C
@@ -12,13 +12,13 @@ which measures how random it is. The temperature alpha is tuned so that the entr
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                 SAC, Algorithm 1
 
 y is the critics' target, gamma the discount. s, a, r, s' are from the replay buffer, but in [3], [5] a ~ pi. A prime:
-the next step, or a target network, a slow copy with weights theta'. p(u) is a density, so entropies can be negative.
+the next step, or a target network, a slow copy with weights theta'. pi is a density, so its entropy can be negative.
 
-Paper: Haarnoja et al. 2018, arXiv:1812.05905. The first, arXiv:1801.01290, scales rewards instead, and learns V(s).
+Paper: Haarnoja et al. 2018, arXiv:1812.05905. The first, arXiv:1801.01290, scales rewards (no alpha), and learns V(s).
 The minimum over two critics is TD3's; SAC takes it in [5] too. It is in the paper's text, but not in its equations.
 
 Differs from the paper:
-- The learning rate is 1e-3, not 3e-4. alpha starts at 0.2, not at 1 as in the authors' code. [4] lacks a factor of 1/2.
+- Learning rate 1e-3, not 3e-4. [3] moves log alpha, not alpha, from alpha 0.2 on (authors' code: 1). [4] lacks 1/2.
 - The first tenth of the run, 10,000 steps at most, is random and without learning; the authors' code: 1,000 steps.
 - A time limit is not a terminal state: the value of the last observation stands for the rest of the episode.
 
@@ -68,8 +68,8 @@ class Args:
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 100_000  # environment steps, summed over all environments
     num_envs: int = 1  # environments stepped together
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cuda for images where there is one, else cpu
-    threads: int | None = None  # of PyTorch on a CPU; None: 1 for vectors, else all; 2 are faster with 256 units
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -177,13 +177,13 @@ class ReplayBuffer:
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """y, (B,). next_values: Q'_i - alpha log pi, (n, B). log pi is the same for all n, so the minimum may be last."""
+    """y, (B,). next_values: Q'_i - alpha log pi, (n, B). log pi has no i, so the minimum of these is that of [1]."""
     assert rewards.shape == terminated.shape == next_values.shape[1:]
     return rewards + gamma * (1 - terminated) * next_values.amin(0)  # [1]; a terminal state is worth nothing
 
 
 def squashed_normal(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The reparameterisation trick: a is a function of noise, so gradients reach mean, log_std. Also log pi, (B,)."""
+    """a, (B, action_dim), and log pi(a|s), (B,). Reparameterised, as a function of noise: gradients reach mean, std."""
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)  # log p(u): noise is (u - mean) / std
     log_det = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), stable for large |u|
@@ -219,7 +219,7 @@ def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dic
     optimizers["actor_optimizer"].step()
     entropy = -log_prob.detach().mean()
     if args.autotune:
-        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: alpha (entropy - H), H = -dim(a)
+        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: alpha falls if entropy > H = -dim(a)
         optimizers["alpha_optimizer"].zero_grad()
         alpha_loss.backward()
         optimizers["alpha_optimizer"].step()
@@ -254,7 +254,7 @@ def train(args: Args) -> dict[str, float]:
                     actions = torch.empty(args.num_envs, action_dim).uniform_(-1, 1)
                 else:
                     actions, _ = agent.sample(torch.from_numpy(obs).to(run.device))
-            next_obs, rewards, terminated, _, _ = run.step(agent.to_env(actions))  # [1] needs no truncated
+            next_obs, rewards, terminated, _, _ = run.step(agent.to_env(actions))  # [1] ignores time limits (truncated)
             buffer.add(obs=obs, actions=actions.cpu(), rewards=rewards, terminated=terminated, next_obs=next_obs)
 
             # 2. Learn: utd gradient steps for each of the N environment steps of this pass
@@ -269,7 +269,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# For learning two parts matter: make_env (what is observed) and Run.step (what follows an end). train needs only Run.
+# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
 
 
 class UsageError(Exception):
@@ -336,7 +336,7 @@ def make_env(args: Args, film: Path | None = None) -> gym.Env:
         hint = "; --capture-video needs render_mode rgb_array, and MuJoCo perhaps MUJOCO_GL=egl" if film else ""
         raise UsageError(f"--env-id {args.env_id}: {str(error) or env.observation_space}{hint}") from None
     if isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.dtype.kind != "f":
-        env = gym.wrappers.DtypeObservation(env, np.float32)  # else real numbers would be cut off to integers
+        env = gym.wrappers.DtypeObservation(env, np.float32)  # FlattenObservation would cast to integers
     return gym.wrappers.FlattenObservation(env)  # Discrete: one-hot
 
 
@@ -365,7 +365,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
                 if terminated or truncated or lengths[i] == args.eval_max_steps:
                     del playing[i]
     if lengths.max() == args.eval_max_steps:
-        tqdm.write(f"--eval-max-steps {args.eval_max_steps} has cut an episode of this evaluation")
+        tqdm.write(f"--eval-max-steps {args.eval_max_steps} was reached: perhaps an episode was cut")
     result = {"eval/episodic_return": returns.mean(), "eval/return_std": returns.std()}
     return {} if playing else result | {"eval/episodic_length": lengths.mean()}
 
@@ -432,7 +432,7 @@ class Run:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume keeps the run's arguments (saved_args): leave out {', '.join(changed)}")
+                raise UsageError(f"--resume keeps the run's arguments (saved_args); these differ: {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
@@ -480,7 +480,7 @@ class Run:
         print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
-        """Resets environment i. After --resume it takes the episode's actions so far again; False if that ended it."""
+        """Resets environment i. After --resume it replays the episode's actions so far; False if that ended it."""
         began = self.global_step - len(self.envs) * len(actions)  # each episode has a seed of its own
         seed = np.random.SeedSequence([self.args.seed, 0, i, began]).generate_state(1).item()
         obs, _ = self.envs[i].reset(seed=seed)
@@ -498,7 +498,7 @@ class Run:
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Steps all environments: (N, *action shape) -> next_obs, rewards, terminated, truncated, infos, N of each.
 
-        Where an episode has ended, next_obs is its last observation, and obs the first one of the next episode.
+        Where an episode has ended, next_obs is its last observation, and self.obs the first one of the next episode.
         """
         next_obs, rewards, infos = np.empty_like(self.obs), np.zeros(len(self.envs)), []
         terminated, truncated = np.zeros(len(self.envs), bool), np.zeros(len(self.envs), bool)
