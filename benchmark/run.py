@@ -24,6 +24,7 @@ Exit codes: 0 all runs are done, 1 some are not, 2 a mistake of the user, 130 or
 
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -40,8 +41,8 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import nullcontext, redirect_stderr, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -60,6 +61,7 @@ SUITES = ROOT / "benchmark" / "suites"
 RESULT = "eval/episodic_return"
 PROBE_SECONDS = 20
 SILENCE = 600  # seconds without a word after which a run on another host is lost
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError)  # what odd files of a run may raise
 
 # The shell around each run. It waits for a word: a launcher that dies before it has written process.json starts no run.
 # It survives SIGTERM to write the exit code down: whoever comes later can read how the run ended.
@@ -117,6 +119,13 @@ class Run:
     sps: float | None = None
     episodic_return: float | None = None  # of the last evaluation, or before it the last episode
     final: float | None = None  # the result at the last step
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or OverflowError where a file has held something else in the place of a number."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.type in (int, float, int | None, float | None) and value is not each.default:
+                math.isfinite(value)  # infinity is a number, too: what counts is that this raises nothing
 
     def command(self, output: Path) -> list[str]:
         """The words that start it; the launcher adds --run-dir."""
@@ -225,11 +234,14 @@ def plan_suite(args: Args) -> list[Run]:
             args.probe_seconds = probe_seconds
         for entry in entries:
             script, env_ids, seeds = ROOT / entry.pop("script"), entry.pop("env_ids", [""]), entry.pop("seeds", 5)
-            if not isinstance(env_ids, list):
-                refuse(f"{path}: env_ids = {env_ids!r} must be a list")
             flags = {"total_timesteps": entry.pop("total_timesteps")} | entry.pop("flags", {})
             each = entry.pop("each", {})  # flags with several values: all combinations of them are run
-            entry.setdefault("start_seed", 1)
+            for key, values in [("env_ids", env_ids), *each.items()]:
+                if not isinstance(values, list) or not values:
+                    refuse(f"{path}: {key} = {values!r} must be a list of at least one value")
+            for key, value, low in ("seeds", seeds, 1), ("start_seed", entry.setdefault("start_seed", 1), 0):
+                if not isinstance(value, int) or value < low:
+                    refuse(f"{path}: {key} = {value!r} must be a whole number of at least {low}")
             name = entry.pop("name", None)
             if not script.is_file():
                 missing.add(script.name)
@@ -276,7 +288,7 @@ def make_runs(
     for env_id in env_ids:
         words = [script_hash, flags, env_id, result] + [unlike] * bool(unlike)
         digest = hashlib.sha256(repr(words).encode()).hexdigest()[:8]
-        env = re.sub(r"[^\w.-]", "-", env_id or "default")
+        env = re.sub(r"[^\w.-]", "-", env_id or "default")[:80]  # no folder's name is longer than 255 bytes
         first = start_seed if args.start_seed is None else args.start_seed
         for seed in range(first, first + num_seeds):
             name, group = f"{env}__{script}__{seed}__{digest}", f"{env}__{script}__{digest}"
@@ -290,13 +302,28 @@ def make_runs(
 # ---- One run, on whatever machine it is: start it, watch it, judge it ----
 
 
+NOTE = {"attempt": int, "earlier_s": int | float, "host": str, "commit": str, "log_start": int, "pid": int,
+        "created": int | float}  # fmt: skip
+
+
+def read_note(folder: Path) -> dict:
+    """What process.json says of the last attempt; nothing if it is damaged, as if there had been no attempt."""
+    note = read_json(folder / "process.json")
+    whole = isinstance(note, dict) and all(isinstance(note.get(name), kind) for name, kind in NOTE.items())
+    return note if whole and note["pid"] > 1 else {}
+
+
 def find(folder: Path) -> list[psutil.Process]:
     """The living processes of a run on this host: of the session that its shell opened, even if that shell is dead."""
-    note, family = read_json(folder / "process.json"), []
+    note, family = read_note(folder), []
     if note.get("host") != socket.gethostname():
         return []
     with suppress(psutil.NoSuchProcess):
-        if abs(psutil.Process(note["pid"]).create_time() - note["created"]) > 2:  # clocks are adjusted by less
+        try:  # known by its words: the time at which a process was created moves when somebody sets the clock
+            words = psutil.Process(note["pid"]).cmdline()
+        except psutil.AccessDenied:  # another user's
+            return []
+        if words and str(folder / "exit_code") not in words:  # it has none while it is ending
             return []  # the number has gone to another process
     for pid in psutil.pids():
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -344,15 +371,18 @@ def execute(run: Run, call: Call) -> Run:
             run.status = "pending"  # how an earlier call's attempt ended is no news of this call
             return run
         start(run, call)
-    note = read_json(folder / "process.json")
+    note = read_note(folder)
+    began = time.monotonic() - (time.time() - note["created"])  # from here on nobody can set the clock
     while (family := find(folder)) and not verdict:
+        if (folder / "exit_code").exists() and note["pid"] not in [process.pid for process in family]:
+            break  # what the script has left behind, such as TensorBoard, ends with it
         with suppress(psutil.NoSuchProcess):
             run.peak_mb = max(run.peak_mb, sum(process.memory_info().rss for process in family) / 2**20)
         psutil.wait_procs(family, pause)
         pause = min(2 * pause, 1.0)
         if call.stop.exists():
             verdict = "killed"
-        elif time.time() - note["created"] > call.timeout:
+        elif time.monotonic() - began > call.timeout:
             verdict = "timed out"
     if verdict:
         kill_group(note["pid"], signal.SIGTERM)
@@ -376,22 +406,31 @@ def kill_group(pid: int, number: int) -> None:
 
 
 def read_progress(run: Run, folder: Path) -> None:
-    run.total = read_json(folder / "config.json").get("args", {}).get("total_timesteps")
-    rows = []
+    """Fills in how far a run has come. Where its files are damaged, raises one of DAMAGE and fills in nothing."""
+    total, rows = read_json(folder / "config.json").get("args", {}).get("total_timesteps"), []
     for line in read_tail(folder / "metrics.jsonl"):
         with suppress(ValueError):  # the first and the last line may be cut
             rows.append(json.loads(line))
     metrics = {name: value for row in rows for name, value in row.items()}  # the newest of each
-    run.step, run.seconds = metrics.get("global_step", 0), metrics.get("time", 0.0)
-    run.sps = run.step / run.seconds if run.seconds else None  # since it began, evaluations included: charts/SPS
-    run.episodic_return = metrics.get(run.result, metrics.get("charts/episodic_return"))
-    finals = [row[run.result] for row in rows if row.get("global_step") == run.total and run.result in row]
-    run.final = finals[-1] if finals else None
+    step, seconds = metrics.get("global_step", 0), metrics.get("time", 0.0)
+    sps = step / seconds if seconds else None  # since it began, evaluations included: charts/SPS
+    episodic_return = metrics.get(run.result, metrics.get("charts/episodic_return"))
+    finals = [row[run.result] for row in rows if row.get("global_step") == total and run.result in row]
+    final = finals[-1] if finals else None
+    new = replace(run, total=total, step=step, seconds=seconds, sps=sps, episodic_return=episodic_return, final=final)
+    vars(run).update(vars(new))
 
 
 def judge(run: Run, folder: Path) -> None:
     """Fills in what became of a run that nobody runs now, from its folder alone."""
-    note = read_json(folder / "process.json")
+    try:
+        read_end(run, folder)
+    except DAMAGE as error:
+        run.status, run.last_lines = "failed", [f"files in {folder} are damaged: {error!r}"]
+
+
+def read_end(run: Run, folder: Path) -> None:
+    note = read_note(folder)
     read_progress(run, folder)
     if not note:
         run.status = "pending"
@@ -421,7 +460,7 @@ def last_sign(folder: Path) -> float:
 
 def lives_elsewhere(folder: Path) -> bool:
     """Whether another host has begun it, not ended it, and lately written: two in one folder would spoil each other."""
-    host = read_json(folder / "process.json").get("host", socket.gethostname())
+    host = read_note(folder).get("host", socket.gethostname())
     there = host != socket.gethostname() and not (folder / "exit_code").exists()
     return there and time.time() - last_sign(folder) < SILENCE
 
@@ -452,7 +491,7 @@ def find_gpus() -> list[str]:
     return result.stdout.split() if result.returncode == 0 else []
 
 
-def local_pool(args: Args) -> Submit:
+def local_pool(args: Args, pool: ThreadPoolExecutor) -> Submit:
     gpus = find_gpus()
     slots = queue.SimpleQueue()
     for i in range(args.workers):
@@ -465,7 +504,6 @@ def local_pool(args: Args) -> Submit:
         finally:
             slots.put(slot)
 
-    pool = ThreadPoolExecutor(args.workers)
     return lambda runs, call: [pool.submit(execute_in_slot, replace(run), call) for run in runs]
 
 
@@ -533,8 +571,9 @@ class Ledger:
         try:
             if self.path.exists():
                 self.runs = {name: Run(**row) for name, row in content["runs"].items()}
-                self.probes = dict(content["probes"])
-        except (KeyError, TypeError, AttributeError) as error:
+                for group, trial in content["probes"].items():
+                    self.probes[group] = {name: float(trial[name]) for name in ("seconds", "bytes")}
+        except DAMAGE as error:
             refuse(f"{self.path} is damaged ({error!r}); delete it, the runs' folders hold all that matters")
 
     def save(self) -> None:
@@ -561,7 +600,9 @@ class Ledger:
 
 
 def clock(seconds: float | None) -> str:
-    return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
+    with suppress(TypeError, ValueError, OverflowError):  # None, NaN, more than a million years
+        return str(timedelta(seconds=round(seconds)))
+    return "?"
 
 
 def megabytes(size: float) -> str:
@@ -569,13 +610,18 @@ def megabytes(size: float) -> str:
 
 
 def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = 0
+    for place, _, names in os.walk(folder):  # goes past what can't be read
+        for name in names:
+            with suppress(OSError):  # gone in this moment
+                size += os.stat(os.path.join(place, name)).st_size
+    return size
 
 
 def clear_probes(output: Path) -> None:
-    for folder in output.glob("probe-*"):
+    for folder in output.glob("probe~*"):  # no run has that sign in its environment's name
         if find(folder):  # a launcher that was killed has left it behind
-            kill_group(read_json(folder / "process.json")["pid"], signal.SIGKILL)
+            kill_group(read_note(folder)["pid"], signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -588,7 +634,7 @@ def probe(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledge
     for group, run in first.items():
         flags = [flag for flag in run.flags if flag != "--track"]
         new = {"status": "pending", "attempts": 0, "wall_s": 0.0, "job": None}
-        trials.append(replace(run, name=f"probe-{group}", flags=flags, **new))
+        trials.append(replace(run, name=f"probe~{group}", flags=flags, **new))
     if trials:
         print(f"probing {len(trials)} kinds of run for {args.probe_seconds:g} s each")
     drive(trials, replace(call, timeout=args.probe_seconds), submit, replace(args, retry=0), ledger)
@@ -597,7 +643,7 @@ def probe(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledge
         if trial.step and trial.total:
             scale = trial.total / trial.step
             rows = (folder / "metrics.jsonl").stat().st_size
-            start = (folder / "config.json").stat().st_mtime - read_json(folder / "process.json")["created"]
+            start = (folder / "config.json").stat().st_mtime - read_note(folder)["created"]
             size = size_of(folder) + (scale - 1) * rows  # checkpoints keep their size
             ledger.probes[trial.group] = {"seconds": start + scale * trial.seconds, "bytes": size}
         else:
@@ -628,40 +674,44 @@ def drive(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledge
     """Hands the runs to the pool and follows each to its end, or all of them to a stop."""
     runs, jobs, tries, said, printed = todo, [], Counter(), {}, time.time()
     console = Console()
-    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
-        while todo or jobs:
-            if todo:
-                jobs += zip(todo, submit(todo, call), strict=True)
-                for run in todo:
-                    run.status = "pending"
-                ledger.save()  # with Slurm's names of the jobs
-            todo, under_way = [], []
-            for run, job in jobs:
-                if not job.done():
-                    under_way.append((run, job))
-                    run.status = "running" if is_running(call.output / run.name) else run.status
-                    read_progress(run, call.output / run.name)
-                    continue
-                take_result(run, job, call)
-                tries[run.name] += 1
-                if run.status != "done" and tries[run.name] <= args.retry and not call.stop.exists():
-                    todo.append(run)
-            jobs = under_way
-            if live:
-                live.update(draw(runs, ledger, args.workers), refresh=True)
-            for run in [run for run in runs if said.get(run.name, "pending") != run.status]:
-                said[run.name] = run.status
-                ledger.save()
-                if not live:
-                    print("{}: {}, step {}, return {}, {} SPS, left {}".format(*columns(run, ledger)))
-            if not live and time.time() - printed > 60:
-                printed = time.time()
-                print(headline(runs, ledger, args.workers))
-            if call.stop.exists() and not any(run.status == "running" for run, _ in jobs):
-                break
-            time.sleep(0.2)
-    for _, job in jobs:
-        job.cancel()
+    try:
+        with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+            while todo or jobs:
+                if todo:
+                    jobs += zip(todo, submit(todo, call), strict=True)
+                    for run in todo:
+                        run.status = "pending"
+                    ledger.save()  # with Slurm's names of the jobs
+                todo, under_way = [], []
+                for run, job in jobs:
+                    if not job.done():
+                        under_way.append((run, job))
+                        run.status = "running" if is_running(call.output / run.name) else run.status
+                        with suppress(*DAMAGE):  # judge will name it
+                            read_progress(run, call.output / run.name)
+                        continue
+                    take_result(run, job, call)
+                    tries[run.name] += 1
+                    if run.status != "done" and tries[run.name] <= args.retry and not call.stop.exists():
+                        todo.append(run)
+                jobs = under_way
+                if live:
+                    live.update(draw(runs, ledger, args.workers), refresh=True)
+                for run in [run for run in runs if said.get(run.name, "pending") != run.status]:
+                    said[run.name] = run.status
+                    ledger.save()
+                    if not live:
+                        print("{}: {}, step {}, return {}, {} SPS, left {}".format(*columns(run, ledger)))
+                if not live and time.time() - printed > 60:
+                    printed = time.time()
+                    print(headline(runs, ledger, args.workers))
+                if call.stop.exists() and not any(run.status == "running" for run, _ in jobs):
+                    break
+                time.sleep(0.2)
+    finally:  # also when there is no room for the ledger: then no other run begins
+        for run, job in jobs:
+            if run.status != "running":
+                job.cancel()
     ledger.save()
 
 
@@ -712,6 +762,17 @@ def lock_output(output: Path) -> filelock.FileLock:
     return lock
 
 
+def parse_args() -> Args:
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(Args, description=__doc__)
+    except SystemExit as end:
+        if end.code:  # tyro draws a box around its message
+            refuse(re.sub("[^ -~]+", " ", printed.getvalue()))
+        raise  # --help
+
+
 def work(runs: list[Run], todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledger) -> None:
     """Says what it will take, does it, and says what it took and what is missing."""
     probe(todo, call, submit, args, ledger)
@@ -740,15 +801,19 @@ def work(runs: list[Run], todo: list[Run], call: Call, submit: Submit, args: Arg
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args()
     check(args)
-    runs = list({run.name: run for run in plan(args)}.values())  # what is asked for twice runs once
-    output = Path(args.output or f"runs/{Path(args.suite).stem if args.suite else 'sweep'}").resolve()
+    try:
+        runs = list({run.name: run for run in plan(args)}.values())  # what is asked for twice runs once
+    except OSError as error:  # it or a script of it can't be read
+        refuse(f"{args.suite or args.command}: {error}")
+    output = args.output or f"runs/{Path(args.suite).stem if args.suite else 'sweep'}"
+    output = Path(os.path.realpath(output))  # which unlike Path.resolve goes past a link to itself
     lock = None if args.dry_run else lock_output(output)
     ledger = Ledger(output / "ledger.json", asked=[run.name for run in runs])
     ledger.load()
     for i, run in enumerate(runs):
-        runs[i] = run = replace(ledger.runs.get(run.name, run), launch=run.launch, flags=run.flags)
+        runs[i] = run = replace(ledger.runs.get(run.name, run), launch=run.launch, flags=run.flags, needs=run.needs)
         ledger.runs[run.name] = run
         if is_running(output / run.name):
             run.status = "running"
@@ -769,17 +834,21 @@ def main() -> None:
         env[name] = str(args.threads)  # else every run takes all cores, and they wait for each other
     timeout = args.timeout or math.inf
     call = Call(output, env, timeout, args.grace, commit if status == 0 else "unknown")
-    call.stop.unlink(missing_ok=True)
+    try:
+        call.stop.unlink(missing_ok=True)
+    except OSError as error:  # it is a folder
+        refuse(error)
+    pool = ThreadPoolExecutor(args.workers)
     if args.ray_address:
         submit = ray_pool(args)
     else:
-        submit = slurm_pool(args, output / "slurm") if args.slurm else local_pool(args)
+        submit = slurm_pool(args, output / "slurm") if args.slurm else local_pool(args, pool)
     signals = []
 
     def ask_to_stop(number: int, _frame: object) -> None:
         signals.append(number)
-        call.stop.touch()
         signal.signal(number, signal.SIG_DFL)  # the second time nobody waits for checkpoints
+        call.stop.touch()
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, ask_to_stop)
@@ -787,7 +856,9 @@ def main() -> None:
         work(runs, todo, call, submit, args, ledger)
     except OSError as error:  # no room for the ledger: the runs are told to stop, too
         print("error:", error, file=sys.stderr)
-        call.stop.touch()
+        with suppress(OSError):  # if there is no room for that either, the runs go on to their ends
+            call.stop.touch()
+    pool.shutdown()  # before another launcher may begin the same runs
     lock.release()
     if any(run.status != "done" for run in runs):
         raise SystemExit(128 + signals[0] if signals else 1)

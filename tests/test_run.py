@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import filelock
 import psutil
 import pytest
 import tyro
@@ -274,6 +275,66 @@ def test_a_recycled_process_number_is_neither_joined_nor_killed(output):
             stranger.kill()
 
 
+def test_a_clock_that_is_set_ends_no_run(output, launcher_module, monkeypatch):
+    """With it moves what psutil says of the time at which a process was created."""
+
+    def set_forward(clock: Callable) -> Callable:
+        return lambda *words: clock(*words) + 3600 * bool(list(output.glob("*/metrics.jsonl")))
+
+    for owner, name in (time, "time"), (psutil.Process, "create_time"):
+        monkeypatch.setattr(owner, name, set_forward(getattr(owner, name)))
+    command = f"{sys.executable} {FAKE} --delay 0.1"
+    (planned,) = launcher_module.plan(launcher_module.Args(command=command, env_ids=("fine-0",), num_seeds=1))
+    call = launcher_module.Call(output, {}, timeout=60, grace=1, commit="")
+    assert launcher_module.execute(planned, call).status == "done"
+
+
+def test_a_child_that_outlives_its_script_ends_with_it(output):
+    script = output.with_name("fake.py")
+    child = '(args.run_dir / "child.pid").write_text(str(subprocess.Popen(["sleep", "60"]).pid))'
+    script.write_text(f"{FAKE.read_text()}\n{child}\n")
+    launcher = launch(output, "--env-ids", "fine-0", "--num-seeds", "1", script=script)
+    wait_for(lambda: launcher.poll() == 0)
+    child = int(next(output.glob("*/child.pid")).read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+
+
+DAMAGES = {  # what stands in a file of a run that was done, and what the next call makes of it
+    ("metrics.jsonl", '{"global_step": 10, "eval/episodic_return": "7.0"}\n'): "failed",
+    ("metrics.jsonl", '{"global_step": "10", "time": 1.0}\n'): "failed",
+    ("metrics.jsonl", "5\n"): "failed",
+    ("config.json", "[]"): "failed",
+    ("config.json", '{"args": null}'): "failed",
+    ("exit_code", "garbage"): "done",  # it runs again, which writes a new one
+    ("process.json", '{"host": "x"}'): "done",
+    ("process.json", "[]"): "done",
+}
+
+
+def test_a_damaged_file_is_a_trouble_of_its_run_alone(output, launcher_module):
+    words = ("--num-seeds", "1", "--workers", "4", "--env-ids", *(f"fine-{i}" for i, _ in enumerate(DAMAGES)))
+    run(output, *words)
+    for (name, content), row in zip(DAMAGES, ledger(output).values(), strict=True):
+        (output / row["name"] / name).write_text(content)
+    for _ in range(2):
+        assert "3 of 8 runs are done" in run(output, *words, code=1)
+        for row, (damage, status) in zip(ledger(output).values(), DAMAGES.items(), strict=True):
+            assert row["status"] == status, damage
+            assert ("are damaged" in " ".join(row["last_lines"][-1:])) == (status == "failed"), damage
+    assert [launcher_module.clock(seconds) for seconds in (None, float("nan"), 1e16)] == ["?"] * 3
+
+
+def test_a_long_name_of_an_environment_or_a_script_ends_no_call(output):
+    words = ("--num-seeds", "1", "--env-ids", "fine-" + "0" * 400)
+    assert "1 of 1 runs are done" in run(output, *words)
+    script = output.with_name("a" * 240 + ".py")
+    shutil.copy(FAKE, script)
+    text = run(output, *words, script=script, code=1)
+    assert "0 of 1 runs are done" in text
+    assert "File name too long" in text
+    assert "Traceback" not in text
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_launcher_stops_its_runs_and_the_next_goes_on(output, number):
     words = ("--env-ids", "fine-0", "--num-seeds", "3", "--workers", "2", "--", "--delay", "0.15")
@@ -423,7 +484,7 @@ def test_the_estimate_comes_from_a_probe_that_is_made_once(output):
     (probe,) = json.loads((output / "ledger.json").read_text())["probes"].values()
     assert 3 <= probe["seconds"] < 5
     assert 1000 < probe["bytes"] < 20_000
-    assert not list(output.glob("probe-*"))
+    assert not list(output.glob("probe*"))
     text = run(output, *words, *flags)
     assert "probing" not in text
     took, estimated = re.search(r"took 0:00:(\d\d) \(estimate 0:00:(\d\d)\)", text).groups()
@@ -468,12 +529,19 @@ def test_a_suite_may_do_without_trial_runs(output, launcher_module):
 def test_a_probe_left_by_a_killed_launcher_ends(output):
     words = ("--env-ids", "hang-1", "--num-seeds", "1", "--timeout", "1", "--grace", "0.2", "--probe-seconds")
     launcher = launch(output, *words, "50")
-    wait_for(lambda: list(output.glob("probe-*/child.pid")))
+    wait_for(lambda: list(output.glob("probe~*/child.pid")))
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
     run(output, *words, "0", code=1)
     assert processes_in(output) == []
-    assert not list(output.glob("probe-*"))
+    assert not list(output.glob("probe*"))
+
+
+def test_a_run_whose_environment_is_named_like_a_trial_is_kept(output):
+    words = ("--env-ids", "probe-0", "--num-seeds", "1")
+    run(output, *words)
+    assert "1 runs, 1 of them done" in run(output, *words)
+    assert [calls(output / name) for name in ledger(output)] == [["begin", "end"]]
 
 
 def test_a_full_disk_is_one_line_and_stops_the_runs(output):
@@ -490,6 +558,22 @@ def test_a_full_disk_is_one_line_and_stops_the_runs(output):
     run(output, *words)
     for row in ledger(output).values():
         check_steps(output / row["name"])
+
+
+def test_a_disk_without_room_for_the_sign_to_stop_lets_runs_end_and_none_begin(output):
+    """Until they have ended the folder is locked: another launcher would begin them a second time."""
+    launcher = launch(output, "--env-ids", "fine-0", "--num-seeds", "4", "--", "--delay", "0.2")
+    wait_for(lambda: list(output.glob("*/metrics.jsonl")))
+    (output / "ledger.tmp").mkdir()
+    (output / "stop").symlink_to("nowhere/stop")
+    while "error:" not in launcher.stdout.readline():
+        pass
+    with pytest.raises(filelock.Timeout):
+        filelock.FileLock(output / "ledger.lock", timeout=0).acquire()
+    text, _ = launcher.communicate(timeout=20)
+    assert launcher.returncode == 1
+    assert "Traceback" not in text
+    assert [calls(file.parent) for file in output.glob("*/calls.txt")] == [["begin", "end"]] * 2
 
 
 def test_two_launchers_do_not_share_a_ledger(output):
@@ -676,6 +760,10 @@ MISTAKES = {
     "--suite nothing": "no suite 'nothing', but atari, classic, frontier, games, mujoco, multiagent, offline",
     "--suite broken.toml": "is not a suite",
     "--suite letters.toml": "env_ids = 'A-v1' must be a list",
+    "--suite single.toml": "mode = 'adam' must be a list",
+    "--suite none.toml": "seeds = 0 must be a whole number of at least 1",
+    "--suite below.toml": "start_seed = -1 must be a whole number of at least 0",
+    "--suite unreadable.toml": "unreadable.toml",
     "--suite endless.toml": "probe_seconds, a number of at least 0",
     "--suite never.toml": "is not a suite",
     "--suite head.toml": "and nothing else",
@@ -694,6 +782,8 @@ MISTAKES = {
     "--command 'nopython fake_script.py' --env-ids A": "no program 'nopython'",
     "--command 'python fake_script.py --seed=3' --env-ids A": "leave out --seed",
     "--command 'python fake_script.py --run_dir x' --env-ids A": "leave out --run-dir",
+    "--command 'python unreadable.py' --env-ids A": "unreadable.py",
+    "OK --workers two": "--workers",
     "OK --num-seeds 0": "--num-seeds is 0 but must be a finite number of at least 1",
     "OK --workers -1": "--workers is -1",
     "OK --threads 0": "--threads is 0",
@@ -703,6 +793,10 @@ MISTAKES = {
     "OK --start-seed -1": "--start-seed is -1",
     "OK --output fake_script.py": "--output",
     "OK --output damaged": "ledger.json is damaged",
+    "OK --output trials": "ledger.json is damaged",
+    "OK --output row": "ledger.json is damaged",
+    "OK --output stopped": "stopped/stop",
+    "OK --output loop": "loop",
     "OK --slurm": "--slurm:",
     "OK --slurm --ray-address auto": "either --slurm or --ray-address",
     "OK --ray-address 127.0.0.1:1": "--ray-address",
@@ -717,6 +811,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypat
     Path("broken.toml").write_text("[[run]\n")
     Path("typo.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nseed = 3\n')
     Path("letters.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nenv_ids = "A-v1"\n')
+    for name, line in ("single", 'each = { mode = "adam" }'), ("none", "seeds = 0"), ("below", "start_seed = -1"):
+        Path(f"{name}.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\n{line}\n')
     heads = {"endless": "probe_seconds = inf", "never": "probe_seconds = 'no'", "head": "probe_second = 0"}
     for name, head in heads.items():
         Path(f"{name}.toml").write_text(f'{head}\n[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\n')
@@ -724,8 +820,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypat
     Path("seedless.toml").write_text(needy)
     Path("twice.toml").write_text(NEEDY.format(script=FAKE, kind="fine-1", rate=0.1, seeds=2) * 2)
     Path("taken.toml").write_text(needy.replace('"judge"', '"seed"'))
-    Path("damaged").mkdir()
-    Path("damaged/ledger.json").write_text('{"runs": ')
+    row = vars(launcher_module.Run("a", "a", [], [], "", 1, "", "")) | {"wall_s": None}
+    ledgers = {"damaged": '{"runs": ', "trials": '{"runs": {}, "probes": "xx"}'}
+    for name, content in (ledgers | {"row": json.dumps({"runs": {"a": row}, "probes": {}})}).items():
+        Path(name).mkdir()
+        Path(name, "ledger.json").write_text(content)
+    Path("stopped/stop").mkdir(parents=True)
+    Path("loop").symlink_to("loop")
+    for name in "unreadable.toml", "unreadable.py":  # even by root, for whom there are no secrets
+        Path(name).symlink_to("/proc/self/mem")
     argv = words.replace("OK", "--command 'python fake_script.py' --env-ids fine-0 --probe-seconds 0")
     for package in "ray", "submitit":
         if f"no {package}" in argv:
