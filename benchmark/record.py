@@ -14,9 +14,12 @@ actions, rewards, terminations, truncations, next_observations. A termination is
 earned; a truncation is a time limit, or the end of the recording. The same command writes the same bits.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -73,6 +76,11 @@ def load_agent(run_dir: str) -> tuple[object, object, object]:
         return module, module.saved_args(run_dir), module.load(run_dir)
     except module.UsageError as error:
         raise UsageError(str(error)) from None
+
+
+def command_of(run_dir: str) -> str:
+    words = json.loads(Path(run_dir, "config.json").read_text()).get("command")
+    return shlex.join(["python", *map(str, words)]) if isinstance(words, list) else "an unknown command"
 
 
 def play(args: Args, env_id: str, agents: list) -> dict[str, np.ndarray]:
@@ -204,8 +212,19 @@ is the only one. Returns are from {min_return:.4g} to {max_return:.4g}, on avera
 """
 
 
+def parse_args() -> Args:
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            return tyro.cli(Args, description=__doc__)
+        except SystemExit as end:
+            if not end.code:  # after --help
+                raise
+            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None  # tyro draws a box
+
+
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold bytes that are no text
     if (args.output / "data.npz").exists():
         raise UsageError(f"--output {args.output} holds a data set: name another folder")
     if args.steps < 1 or not 0 <= args.random_share <= 1 or args.seed < 0:
@@ -217,6 +236,7 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = [load_agent(run_dir) for run_dir in args.run_dir]
     env_id = args.env_id or loaded[0][1].env_id
+    trained_by = [command_of(run_dir) for run_dir in args.run_dir]
     there = next(path for path in (args.output.absolute(), *args.output.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):  # known before the work, not after it
         raise UsageError(f"--output {args.output}: {there} is no folder that can be written to")
@@ -232,15 +252,13 @@ def main() -> None:
     behaviour += f"; random actions with probability {args.random_share}" if loaded and args.random_share else ""
     about = {"env_id": env_id, "command": shlex.join(["python", "benchmark/record.py", *sys.argv[1:]])}
     about |= {"behaviour": behaviour + ("; its replay buffer" if args.replay_buffer else "")}
-    configs = [json.loads(Path(run_dir, "config.json").read_text()) for run_dir in args.run_dir]
-    about["trained_by"] = [shlex.join(["python", *config["command"]]) for config in configs]
+    about["trained_by"] = trained_by
     about |= {"transitions": len(data["rewards"])} | summary(data, env_id)
     about["versions"] = {name: version(name) for name in ("gymnasium", "numpy", "torch")}
     args.output.mkdir(parents=True, exist_ok=True)
     shapes = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in data.items())
-    (args.output / "README.md").write_text(
-        README.format(**about | {"arrays": shapes, "trained_by": "\n    ".join(about["trained_by"]) or "nobody"})
-    )
+    text = README.format(**about | {"arrays": shapes, "trained_by": "\n    ".join(trained_by) or "nobody"})
+    (args.output / "README.md").write_text(text, errors="backslashreplace")
     (args.output / "data.json").write_text(json.dumps(about, indent=1) + "\n")
     np.savez_compressed(args.output / "data.tmp.npz", **data)
     os.replace(args.output / "data.tmp.npz", args.output / "data.npz")

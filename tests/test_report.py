@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import random
 import re
+import resource
 import sys
 from itertools import product
 from pathlib import Path
@@ -81,7 +83,15 @@ def test_interquartile_mean():
     assert report.iqm(np.array([1.0, 2, 3, 4, 50])) == 3  # a quarter of five is one, rounded down
     scores = np.random.default_rng(1).normal(size=(7, 11))
     assert np.allclose(report.iqm(scores), stats.trim_mean(scores, 0.25, axis=1))
-    assert np.isclose(report.iqm(scores[0], scores[1]), stats.trim_mean(scores[:2].ravel(), 0.25))
+    assert report.iqm(scores[0], scores[1]) == stats.trim_mean(scores[:2].ravel(), 0.25)
+
+
+def test_an_environment_with_more_seeds_weighs_no_more():
+    rng = np.random.default_rng(6)
+    few, many, more = (rng.normal(size=(4, seeds)) for seeds in (3, 4, 6))
+    same = np.concatenate([few.repeat(4, 1), many.repeat(3, 1), more.repeat(2, 1)], 1)
+    assert np.allclose(report.iqm(few, many, more), stats.trim_mean(same, 0.25, 1))
+    assert report.iqm(np.zeros(5), np.ones(30)) == 0.5
 
 
 def test_intervals_are_reproducible_and_leave_the_global_random_state_alone():
@@ -138,10 +148,34 @@ def test_aggregate_resamples_within_each_environment():
 def test_probability_of_improvement():
     rng = np.random.default_rng(5)
     a, b = rng.integers(0, 6, 8).astype(float), rng.integers(0, 5, 6).astype(float)
-    assert np.isclose(report.improvement(a, b), stats.mannwhitneyu(a, b).statistic / 48)
-    assert report.improvement(np.array([1.0, 3]), np.array([2.0, 3])) == (0 + 0 + 1 + 0.5) / 4
+    assert np.isclose(report.improvement(a, b)[0], stats.mannwhitneyu(a, b).statistic / 48)
+    assert report.improvement(np.array([1.0, 3]), np.array([2.0, 3])) == ((0 + 0 + 1 + 0.5) / 4, None)
     two_environments = report.improvement(np.array([1.0]), np.array([0.0]), np.array([1.0, 3]), np.array([2.0, 3]))
-    assert two_environments == (1 + 0.375) / 2
+    assert two_environments[0] == (1 + 0.375) / 2
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("distance", [0, 1.5, 9])  # a probability of 0.5, 0.86, 1
+def test_coverage_of_a_probability_is_at_least_95_percent(seeds, distance):
+    rng, true = np.random.default_rng(4), stats.norm.cdf(distance / 2**0.5)
+    for environments in 1, 3:
+        found = []
+        for _ in range(400):
+            pairs = [rng.normal(distance * first, 1, seeds) for _ in range(environments) for first in (1, 0)]
+            found.append(report.improvement(*pairs)[1])
+        assert np.mean([0 <= low <= true <= high <= 1 for low, high in found]) > 0.935
+        assert min(high - low for low, high in found) > 0.1  # never a point
+
+
+def test_an_interval_of_a_probability_by_another_library():
+    """Seven runs of ten beat all others, as if ten pairs were independent. Two environments are twice as many pairs."""
+    a, b = np.array([*range(10, 17), -1, -2, -3]), np.arange(10)
+    assert report.improvement(a, b)[1] == pytest.approx(wilson(7, 10))
+    assert report.improvement(b[:3] + 20, b, b[:3] + 20, b)[1] == pytest.approx(wilson(6, 6))
+
+
+def wilson(wins, pairs):
+    return tuple(stats.binomtest(wins, pairs).proportion_ci(method="wilson"))
 
 
 def test_steps_to_a_threshold():
@@ -265,6 +299,35 @@ def test_different_arguments_are_not_averaged(call, tmp_path):
     assert means == {"ppo gamma=0.9": 2, "ppo gamma=0.99": 5}
 
 
+@pytest.mark.parametrize(
+    ("script", "name", "one", "other"),
+    [
+        ("ppo", "reward", "sparse", "dense"),
+        ("ppo", "layers", "1", 1),
+        ("grpo", "reward", "runs/one/model", "runs/other/model"),
+        ("grpo", "reward", ["one.py:short"], ["other.py:short"]),
+        ("iql", "dataset", "my data/x", "mydata/x"),
+        ("iql", "dataset", "/home/me/one/benchmark/logs/x", "/home/me/two/benchmark/logs/x"),
+        ("iql", "dataset", "one/x", "one-x"),
+    ],
+)
+def test_values_that_look_alike_are_not_averaged(call, tmp_path, script, name, one, other):
+    for folder, value in ("a", one), ("b", other):
+        make_run(tmp_path / "runs" / folder, script, None if script == "grpo" else "CartPole-v1", **{name: value})
+    _, result, _ = call(tmp_path / "runs", "--save-baseline", tmp_path / "kept.json")
+    assert len({row["script"] for row in result["Results"]}) == 2
+    assert all(len(row["script"].split(" ")) == 2 for row in result["Results"])
+    assert call(tmp_path / "kept.json")[1] == result
+
+
+def test_reward_models_of_a_seed_are_one_experiment(tmp_path):
+    for seed in 1, 2, 3:
+        for kind in "one", "two":
+            reward = f"runs/default__reward_model__{seed}__{kind}/model"
+            make_run(tmp_path / "runs" / f"{kind}-{seed}", "grpo", None, seed, reward=reward)
+    assert [len(e.done) for e in experiments(tmp_path / "runs")] == [3, 3]
+
+
 # ---- Missing runs ----
 
 
@@ -366,6 +429,43 @@ def test_an_unfinished_run_is_missing_and_its_status_told(call, tmp_path):
     assert result["Results"][0]["returns"] == [1, 2, 3]
     (runs / "ledger.json").write_text(json.dumps(ledger_of(runs, ["done"] * 3 + ["killed"])))
     assert "seed 4: killed, stopped at step 100 of 200" in call(runs)[2].out
+
+
+@pytest.mark.parametrize("status", ["NaN", "failed"])
+def test_a_run_that_failed_after_its_last_evaluation_is_missing(call, tmp_path, status):
+    runs = make_runs(tmp_path / "runs", (1.0, 2.0, 3.0))
+    (runs / "ppo-CartPole-v1-3").rename(tmp_path / "3")
+    (runs / "ppo-CartPole-v1-3").symlink_to(tmp_path / "3")  # also where its folder is elsewhere
+    (runs / "ledger.json").write_text(json.dumps(ledger_of(runs, ["done", "done", status])))
+    code, result, printed = call(runs)
+    assert code == 1
+    assert f"seed 3: {status}, though it has its last evaluation" in printed.out
+    assert result["Results"][0]["returns"] == [1, 2]
+
+
+def test_runs_behind_links_are_read(call, tmp_path):
+    runs = make_runs(tmp_path / "runs", (1.0, 2.0))
+    make_run(tmp_path / "other" / "3", seed=3, returns=(20.0, 3.0))
+    for name, place in {"third": tmp_path / "other", "back": runs, "lost": tmp_path / "nothing"}.items():
+        (runs / name).symlink_to(place)
+    for pattern in runs, runs / "*":
+        _, result, printed = call(pattern)
+        assert result["Results"][0]["returns"] == [1, 2, 3]
+        assert printed.err == f"note: {runs}/lost is a link to nothing: left out\n"
+
+
+def test_a_folder_that_can_not_be_read_is_refused(call, tmp_path, monkeypatch):
+    runs, real = make_runs(tmp_path / "runs", (1.0, 2.0)), os.scandir
+
+    def scandir(path):
+        if str(path).endswith("-2"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    code, _, printed = call(runs)
+    assert (code, printed.err.count("\n")) == (2, 1)
+    assert "Permission denied" in printed.err
 
 
 def test_a_run_without_any_row_is_missing(call, tmp_path):
@@ -541,7 +641,20 @@ def test_compare_two_sets(call, tmp_path):
     make_runs(tmp_path / "best", (10.0, 11.0, 12.0))
     _, result, _ = call("--compare", tmp_path / "best", a)
     (rows,) = [rows for title, rows in result.items() if title.startswith("Probability")]
-    assert [(row["P"], row["95 %"]) for row in rows] == [(1, [1, 1])]
+    assert [(row["P"], row["95 %"]) for row in rows] == [(1, pytest.approx([*wilson(3, 3)]))]
+
+
+def test_units_of_returns_do_not_matter_to_a_comparison(call, tmp_path):
+    found = []
+    for unit in 1.0, 1000.0:
+        a, b = tmp_path / f"a{unit}", tmp_path / f"b{unit}"
+        make_runs(a, (1.0, 3.0, 5.0, 7.0, 9.0))
+        make_runs(b, (2.0, 2.5, 4.0))
+        make_runs(a, (unit, 2 * unit, 3 * unit), env_id="Acrobot-v1")
+        make_runs(b, (2.5 * unit, 2.6 * unit, 2.7 * unit, 2.8 * unit, 4 * unit), env_id="Acrobot-v1")
+        _, result, _ = call("--compare", a, b)
+        found += [rows for title, rows in result.items() if title.startswith("Probability")]
+    assert found[0] == found[1]
 
 
 def test_compare_refuses_unequal_steps(call, tmp_path):
@@ -567,6 +680,24 @@ def test_compare_says_first_what_else_is_unequal(call, tmp_path):
     _, result, printed = call("--compare", tmp_path / "two", tmp_path / "other")
     assert result["unequal"] == []
     assert printed.out.startswith("Results")
+
+
+def test_compare_says_how_differently_runs_were_made_and_what_only_one_set_has(call, tmp_path):
+    a, b = make_runs(tmp_path / "a", (10.0, 11.0)), make_runs(tmp_path / "b", (10.0, 11.0), eval_max_steps=9)
+    make_runs(a, (-80.0, -90.0), env_id="Acrobot-v1")
+    for path in b.glob("*/config.json"):
+        made = {"commit": "fedcba9876543210-dirty", "hardware": "there\nand there", "versions": {"torch": "2.16.0"}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | made))
+    _, result, _ = call("--compare", a, b)
+    assert result["unequal"] == [
+        f"Only {a} has Acrobot-v1: left out of the comparison.",
+        f"Unequal eval_max_steps on CartPole-v1: None in {a} and 9 in {b}.",
+        f"Unequal commit on CartPole-v1: abcdef0123 in {a} and fedcba9876 changed in {b}.",
+        f"Unequal hardware on CartPole-v1: here in {a} and there and there in {b}.",
+        f"Unequal torch version on CartPole-v1: 2.15.0 in {a} and 2.16.0 in {b}.",
+    ]
+    headline = result["Environments with a reference, normalised"]
+    assert [row["which"] for row in headline] == [["CartPole-v1"]] * 2
 
 
 def test_threshold_counts_seeds_that_never_get_there(call, tmp_path):
@@ -605,6 +736,45 @@ def test_regression_gate(call, tmp_path, baseline, finals, sps, code, red):
     assert verdicts == {what: "worse" if what == red else "ok" for what in ("return", "SPS")}
     assert got == code
     assert ("worse" in printed.out.split("Against the baseline:")[-1]) == bool(red)
+
+
+def test_a_baseline_stays_when_something_is_worse(call, tmp_path, baseline):
+    kept = baseline.read_text()
+    for finals, why in ((150.0, 160.0, 140.0), "worse"), ((1e3,), "not judged"):
+        after = make_runs(tmp_path / why, finals)
+        for _ in range(2):
+            code, _, printed = call(after, "--baseline", baseline, "--save-baseline", baseline)
+            assert code == 1
+            assert "No baseline is written: something is worse, or not judged" in printed.out
+    assert baseline.read_text() == kept
+    better = make_runs(tmp_path / "better", (250.0, 260.0, 240.0), sps=4000.0)
+    assert call(better, "--baseline", baseline, "--save-baseline", baseline)[0] == 0
+    assert baseline.read_text() != kept
+
+
+def test_a_full_disk_leaves_what_was_there(call, tmp_path, baseline):
+    files = *(tmp_path / "out").iterdir(), baseline
+    before, limits = [path.read_bytes() for path in files], resource.getrlimit(resource.RLIMIT_FSIZE)
+    make_runs(tmp_path / "more", (1.0, 2.0, 3.0), script="dqn")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # bytes
+    try:
+        code, _, printed = call(tmp_path / "more", "--save-baseline", baseline)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert "can't be written" in printed.err
+    assert [path.read_bytes() for path in files] == before
+    assert {*files} == {*(tmp_path / "out").iterdir(), baseline}
+
+
+def test_what_is_no_plain_file_is_not_replaced(call, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert call(make_run(tmp_path / "run"), "--save-baseline", tmp_path / "pipe")[0] == 2
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to(tmp_path / "kept.json")
+    assert call(tmp_path / "run", "--save-baseline", tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "kept.json").is_file()
 
 
 def test_gate_does_not_pass_what_it_can_not_judge(call, tmp_path, baseline):
@@ -863,9 +1033,9 @@ def test_logs_without_a_description_or_all_alike_have_no_picture(call, tmp_path)
 
 
 def test_paths_in_the_repository_are_kept_without_the_machine(tmp_path):
-    run = make_run(tmp_path / "run", "iql", dataset=str(report.ROOT / "data/half"), other="/x/benchmark/offline/lake")
-    args = report.read_run(run, "").config["args"]
-    assert (args["dataset"], args["other"]) == ("data/half", "benchmark/offline/lake")
+    paths = {"dataset": f"{report.ROOT}/data/half", "shipped": "/x/benchmark/offline/frozenlake", "other": "/x/lake"}
+    args = report.read_run(make_run(tmp_path / "run", "iql", **paths), "").config["args"]
+    assert [args[name] for name in paths] == ["data/half", "benchmark/offline/frozenlake", "/x/lake"]
 
 
 def make_frontier_runs(root, betas):
@@ -935,7 +1105,10 @@ def test_against_the_optimum_by_hand(call, tmp_path, monkeypatch):
     write_frontier(tmp_path / "frontier.json")
     for beta, kl in ("0.5", 4.0), ("0.1", 100.0):  # behind the curve's end there is no more to gain
         for seed in 1, 2, 3:
-            files = {"model_name": "/a/machine/benchmark/reviews/model", "reward": "/a/b/reward.py:true_reward"}
+            files = {
+                "model_name": "/a/machine/benchmark/reviews/model",
+                "reward": "/a/benchmark/reviews/reward.py:true_reward",
+            }
             run = make_run(tmp_path / "runs" / f"{beta}-{seed}", "grpo", "", seed, beta=float(beta), **files)
             write_rows(run, [{"global_step": 200, "time": 1.0, "eval/kl": kl, "eval/reward": 0.25 * seed}])
     code, result, _ = call(tmp_path / "runs")
@@ -1070,7 +1243,7 @@ def test_the_truth_and_a_models_belief_are_not_mixed_up(tmp_path):
     assert experiment.metric == "true reward of the replies"
     assert experiment.scores.tolist() == [2]
     assert [run.on_frontier[1] for run in experiment.on_frontier] == [2]
-    assert experiment.done[0].config["args"]["reward"] == "true_reward+short"
+    assert experiment.done[0].config["args"]["reward"] == "r.py:true_reward+r.py:short"
 
 
 def test_the_folder_of_the_repository_is_not_kept():
@@ -1470,6 +1643,8 @@ def test_of_one_source_the_nearest_budget_is_shown(tmp_path, steps):
         (["runs", "copy"], "seed 1 of ppo on CartPole-v1 is there twice"),
         (["--compare", "runs", "other"], "no environment in common"),
         (["--compare", "runs", "mixed"], "mixes experiments"),
+        (["--compare", "runs", "runs/ppo*-1"], "is in both sets"),
+        (["runs", "--seeds", "1.5"], "--seeds"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(call, tmp_path, flags, words):
@@ -1495,6 +1670,82 @@ def test_mistakes_get_one_line_and_exit_code_2(call, tmp_path, flags, words):
     assert printed.err.startswith("error:")
     assert printed.err.count("\n") == 1
     assert words in printed.err
+
+
+def test_odd_values_of_a_run_are_refused_in_one_line_with_its_name(call, tmp_path):
+    weights = {"reward": ["a.py:f", "b.py:f"], "reward_weights": [1]}
+    config = json.loads((make_run(tmp_path / "plain") / "config.json").read_text())
+    odd = {
+        "no-total": {"args": config["args"] | {"total_timesteps": None}},
+        "text-total": {"args": config["args"] | {"total_timesteps": "200"}},
+        "no-seed": {"args": config["args"] | {"seed": None}},
+        "weights": {"args": weights},
+        "model": {"args": {"reward": f"{tmp_path}/half/model"}},
+        "command": {"command": 5},
+        "versions": {"versions": {"torch": 2}},
+        "script": {"script": 5},
+        "environment": {"args": {"env_id": 5}},
+    }
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text('{"args"')
+    for name, values in odd.items():
+        (make_run(tmp_path / name) / "config.json").write_text(json.dumps(config | values))
+    rows = {"unreadable": None, "text-time": {"time": "soon"}, "endless": {"global_step": float("inf")}}
+    for name, values in rows.items():
+        folder = make_run(tmp_path / name)
+        if values:
+            write_rows(folder, [evaluation(100, 1.0) | values] * 2)
+        else:
+            (folder / "metrics.jsonl").unlink()
+            (folder / "metrics.jsonl").mkdir()
+    ledger = {"runs": [{"script": "ppo", "env_id": "x", "seed": None, "run_dir": "y", "status": "failed"}]}
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "ledger.json").write_text(json.dumps(ledger))
+    (tmp_path / "kept.json").write_text(
+        '{"experiments": [{"label": "x", "env_id": "y", "group": "z", "runs": {"1": '
+        '{"curve": [[1, 2, 3]], "return": 3, "last": {}}}}]}'
+    )
+    for name in (*odd, *rows, "ledger", "kept.json"):
+        code, result, printed = call(tmp_path / name)
+        assert (code, result) == (2, None), name
+        assert printed.err.startswith("error:"), name
+        assert printed.err.count("\n") == 1, name
+        assert {"model": "half"}.get(name, name) in printed.err, name
+
+
+def test_what_is_no_number_is_no_evaluation(call, tmp_path):
+    folder = make_run(tmp_path / "runs" / "only", reward=1.0)
+    rows = [evaluation(100, [1]), evaluation(200, 5.0) | {"eval/best_model": "x.pt"}]
+    write_rows(folder, rows)
+    assert call(tmp_path / "runs")[1]["Results"][0]["returns"] == [5]
+    write_rows(folder, rows[:1] * 2)
+    assert "no evaluation, stopped at step 100" in call(tmp_path / "runs")[2].out
+
+
+def test_a_run_that_was_judged_before_its_first_step(call, tmp_path):
+    write_rows(make_run(tmp_path / "run", env_id="LunarLander-v3", total_timesteps=0), [evaluation(0, 5.0)])
+    assert call(tmp_path / "run")[0] == 0
+    assert "**5.000**" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_names_that_are_no_text_or_look_like_formulas(call, tmp_path):
+    names = os.fsdecode(b"by\xff"), "costs$^$"
+    for name in names:
+        make_run(tmp_path / name / "1", dataset=f"data/{name}")
+    assert call("--compare", *(tmp_path / name for name in names), pictures=True)[0] == 0
+    assert "costs$^$" in (tmp_path / "out" / "curves-steps.svg").read_text()
+    make_run(tmp_path / names[0] / "2", seed=2, returns=(None,))
+    code, _, printed = call(tmp_path / names[0])
+    assert code == 1
+    assert r"by\udcff/2)" in printed.out
+
+
+def test_a_kept_command_is_what_it_was(call, tmp_path):
+    path = make_run(tmp_path / "run") / "config.json"
+    words = ["algorithms/ppo.py", "--note", "two  spaces"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"command": words}))
+    call(tmp_path / "run", "--save-baseline", tmp_path / "kept.json")
+    assert json.loads((tmp_path / "kept.json").read_text())["experiments"][0]["command"] == words
 
 
 def test_unwritable_output(monkeypatch, tmp_path, capsys):
