@@ -303,7 +303,7 @@ def update(agent: CQL, optimizers: dict, batch: dict[str, Tensor], args: Args) -
         actor_loss.backward(inputs=list(agent.actor.parameters()))  # computes no gradient of the critics' weights
         optimizers["actor_optimizer"].step()
         entropy = -log_prob.detach().mean()
-        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: alpha (entropy - H), H = -dim(a)
+        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: alpha falls if entropy > H = -dim(a)
         optimizers["alpha_optimizer"].zero_grad()
         alpha_loss.backward()
         optimizers["alpha_optimizer"].step()

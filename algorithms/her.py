@@ -245,7 +245,7 @@ class HindsightReplayBuffer:
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """y, (B,). next_values: Q'_i - alpha log pi, (n, B). log pi is the same for all n, so the minimum may be last."""
+    """y, (B,). next_values: Q'_i - alpha log pi, (n, B). log pi has no i, so the minimum of these is that of [1]."""
     assert rewards.shape == terminated.shape == next_values.shape[1:]
     return rewards + gamma * (1 - terminated) * next_values.amin(0)  # [1]; a terminal state is worth nothing
 
@@ -287,7 +287,7 @@ def update(agent: SAC, optimizers: dict, batch: list[Tensor], args: Args) -> dic
     optimizers["actor_optimizer"].step()
     entropy = -log_prob.detach().mean()
     if args.autotune:
-        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: alpha (entropy - H), H = -dim(a)
+        alpha_loss = agent.log_alpha.exp() * (entropy + actions.shape[1])  # [3]: alpha falls if entropy > H = -dim(a)
         optimizers["alpha_optimizer"].zero_grad()
         alpha_loss.backward()
         optimizers["alpha_optimizer"].step()

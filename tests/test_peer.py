@@ -200,7 +200,7 @@ def test_the_launcher_finds_it_done_and_its_resume_begins_anew(monkeypatch, d3rl
     flags = "--algorithm", "bc", "--total-timesteps", 2, "--eval-frequency", 2, "--eval-episodes", 3, "--seed", 5
     run(monkeypatch, *flags, "--run-dir", "a")
     before = json.loads(Path("a/config.json").read_text())
-    planned = SimpleNamespace(result=launcher.RESULT)
+    planned = launcher.Run("a", "a", ["python", "peer.py"], [], "", 5, launcher.RESULT, "")
     launcher.read_progress(planned, Path("a"))
     assert (planned.step, planned.total) == (2, 2)
     assert planned.final == rows(Path("a"))[-1]["eval/episodic_return"]
