@@ -3,7 +3,7 @@
 Q(s, a) is the return to expect, the discounted sum of rewards, when a is taken in state s and the best actions after.
 A network is fitted to a target y for it: the reward plus the discounted best Q of the next state s' (bootstrapping).
 Two things keep this stable. Batches are drawn at random from a replay buffer, so that transitions are not correlated.
-And y is from a target network Q', whose weights theta' slowly follow Q's weights theta. No gradient of [3] passes y.
+And y is from a target network Q', whose weights theta' slowly follow Q's weights theta. In [3] y has no gradient.
 
     [1] y = r + gamma Q'(s', a*)  with  a* = argmax_a Q'(s', a), or y = r where s' is terminal     DQN, Algorithm 1
     [2] a* = argmax_a Q(s', a) instead: Q selects and Q' evaluates, against overestimation         Double DQN
@@ -354,7 +354,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
+# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
 
 
 class UsageError(Exception):

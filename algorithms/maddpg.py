@@ -258,7 +258,7 @@ def train(args: Args) -> dict[str, float]:
             rewards, terminated = [info["rewards"] for info in infos], [info["terminated"] for info in infos]
             buffer.add(obs, actions, rewards, terminated, next_obs)
 
-            # 2. Learn: a gradient step per train_frequency environment steps; this pass made num_envs of the latter
+            # 2. Learn: a gradient step per train_frequency environment steps; a pass makes num_envs environment steps
             if run.global_step < args.learning_starts:
                 continue
             rate = args.learning_rate * ((1 - first_step / args.total_timesteps) if args.anneal_lr else 1)
@@ -266,7 +266,7 @@ def train(args: Args) -> dict[str, float]:
                 optimizer.param_groups[0]["lr"] = rate
             for number in range(first_step // args.train_frequency + 1, run.global_step // args.train_frequency + 1):
                 metrics = update(agent, optimizers, buffer.sample(args.batch_size), args)
-                if number % 100 == 0:  # 3. Log; number: gradient steps, as if from step 0 on
+                if number % 100 == 0:  # 3. Log; number: gradient steps, had they begun at step 0
                     run.log(metrics | {"charts/learning_rate": rate})
         return run.result
 
@@ -304,7 +304,7 @@ class JointEnv(gym.Env):
                 share = row[end - dim : end].reshape(space.shape)  # of the way from low to high
                 actions[name] = (1 - share) * space.low + share * space.high
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
-        over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # none left: True
+        over = all(terminated.get(name) or truncated.get(name) for name in self.env.agents)  # no agent left: True
         info = {"benchmark": [infos[name].get("benchmark_data") for name in infos]}
         info["rewards"] = np.array([np.asarray(rewards.get(name, 0.0)).item() for name in self.names])  # (N,)
         info["terminated"] = np.array([terminated.get(name, True) for name in self.names])  # (N,); True: it left

@@ -94,7 +94,7 @@ class Args:
     clip_coef: float = 0.2  # [2] epsilon; paper: 0.2 (MuJoCo), 0.1 (Atari)
     vf_coef: float = 0.5  # [4] c_1; paper: 1 (Atari). CleanRL halves the loss, so its 0.5 is 0.25 here
     ent_coef: float = 0.0  # [4] c_2; paper: 0 (MuJoCo), 0.01 (Atari)
-    max_grad_norm: float = 0.5  # clip the gradient's norm (before: losses/grad_norm) to this; paper: no clipping
+    max_grad_norm: float = 0.5  # clip the gradient's norm to this; losses/grad_norm is before that; paper: no clipping
     target_kl: float | None = None  # stop after an epoch whose last minibatch has a larger approx_kl; None: never
     norm_adv: bool = True  # normalise the advantages of each minibatch
     norm_obs: bool = False  # normalise vector observations by their running mean and standard deviation; images: no
@@ -355,7 +355,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
+# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
 
 
 class UsageError(Exception):

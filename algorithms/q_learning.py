@@ -289,7 +289,7 @@ def show_grid(env: gym.Env, agent: Table, picture: Path | None) -> None:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
+# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
 
 
 class UsageError(Exception):

@@ -2,7 +2,7 @@
 
 The critics learn the soft Q(s, a): the return to expect after action a in state s, plus alpha times the entropy of the
 policy at each later step, discounted too. The actor, a stochastic policy pi, maximises Q plus alpha times its entropy,
-which measures how random it is. The temperature alpha is tuned: it rises while the entropy is below a target H.
+which measures how random it is. The temperature alpha rises while the entropy is below a target H, else it falls.
 
     [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r if s' is terminal   SAC, cf. Eq. 6
     [2] a = tanh(u), u = mean(s) + std(s) e, e ~ N(0, I): log pi(a|s) = log p(u) - sum_j log(1-a_j^2)   SAC, Appendix C
@@ -269,7 +269,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# Of it, learning depends on make_env (what is observed) and Run.step (what follows an end); train calls only Run.
+# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
 
 
 class UsageError(Exception):

@@ -1544,7 +1544,8 @@ def draw(experiments: list[Experiment], headline: list[dict], output: Path, thre
             for kind in "png", "svg":
                 path, picture = output / f"{name}.{kind}", io.BytesIO()
                 if figure:  # without its date: the same data, the same file
-                    figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
+                    options = {"metadata": {"Date": None}} if kind == "svg" else {"pil_kwargs": {"optimize": True}}
+                    figure.savefig(picture, format=kind, **options)
                     figure.set_layout_engine("none")  # it is laid out by now
                     write(path, picture.getvalue())
                 else:
