@@ -706,7 +706,7 @@ class Run:
             changed = {name for name, value in config["args"].items() if value != getattr(args, name)}
             changed -= {"run_dir", "resume", "device", "threads", "micro_batch_size"}
             if changed - {"total_timesteps"} or args.total_timesteps < config["args"]["total_timesteps"]:
-                raise UsageError(f"--resume keeps the run's arguments (saved_args); these differ: {', '.join(changed)}")
+                raise UsageError(f"--resume can only raise --total-timesteps; unlike the run's: {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:

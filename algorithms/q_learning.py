@@ -471,7 +471,7 @@ class Run:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
             if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
-                raise UsageError(f"--resume keeps the run's arguments (saved_args); these differ: {', '.join(changed)}")
+                raise UsageError(f"--resume can only raise --total-timesteps; unlike the run's: {', '.join(changed)}")
         elif path.exists() or checkpoint.exists():
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
