@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import tyro
+from command_line import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -132,7 +132,7 @@ def teams() -> Iterator[tuple[str, bool, int, str, Play | None]]:
 
 
 def main() -> None:
-    args, rows = tyro.cli(Args, description=__doc__), []
+    args, rows = parse(Args, __doc__), []
     for env_id, continuous, episodes, rule, play in teams():
         results = []
         for seed in range(1, 6):

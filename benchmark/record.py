@@ -14,12 +14,9 @@ actions, rewards, terminations, truncations, next_observations. A termination is
 earned; a truncation is a time limit, or the end of the recording. The same command writes the same bits.
 """
 
-import contextlib
 import importlib
-import io
 import json
 import os
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -30,7 +27,7 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
+from command_line import parse
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,18 +209,8 @@ is the only one. Returns are from {min_return:.4g} to {max_return:.4g}, on avera
 """
 
 
-def parse_args() -> Args:
-    with contextlib.redirect_stderr(io.StringIO()) as printed:
-        try:
-            return tyro.cli(Args, description=__doc__)
-        except SystemExit as end:
-            if not end.code:  # after --help
-                raise
-            raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None  # tyro draws a box
-
-
 def main() -> None:
-    args = parse_args()
+    args = parse(Args, __doc__)
     sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold bytes that are no text
     if (args.output / "data.npz").exists():
         raise UsageError(f"--output {args.output} holds a data set: name another folder")

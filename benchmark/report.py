@@ -21,7 +21,6 @@ Exit codes: 0 all is well, 1 runs are missing, worse than the baseline or too fe
 asked. With --allow-missing what is missing or can't be judged is only said, unless nothing at all was judged.
 """
 
-import contextlib
 import csv
 import glob
 import io
@@ -37,11 +36,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import matplotlib
 import numpy as np
 import tyro
+from command_line import parse, refuse
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -265,12 +265,6 @@ def name_env(env_id: str | None, result: str | None, continuous: bool = False) -
     if env_id:
         return env_id.split(":")[-1] + ", continuous" * continuous
     return "preferences" + (f", {re.sub('.*/|[0-9]+-', '', result).replace('_', ' ')}" if result else "")
-
-
-def refuse(message: object) -> NoReturn:
-    """A mistake of the user: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 # ---- Statistics: what is given to interval takes samples, (..., seeds) each, and an axis, always the last ----
@@ -1571,16 +1565,6 @@ Without a reference, and so not in the aggregate: {absent or "none"}.
 {table(rows) if rows else ""}"""
 
 
-def parse_args() -> Args:
-    with contextlib.redirect_stderr(io.StringIO()) as printed:
-        try:
-            return tyro.cli(Args, description=__doc__)
-        except SystemExit as end:
-            if not end.code:  # after --help
-                raise
-    refuse(re.sub("[^ -~]+", " ", printed.getvalue()))  # tyro draws a box around its message
-
-
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: on a full disk the one that was there stays."""
     path = path.resolve()  # a link stays one
@@ -1596,7 +1580,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse(Args, __doc__)
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
     if bool(args.runs) == bool(args.compare):
         refuse("name the runs, or two sets of them with --compare, and not both")

@@ -24,7 +24,6 @@ Exit codes: 0 all runs are done, 1 some are not, 2 a mistake of the user, 130 or
 
 import hashlib
 import importlib
-import io
 import json
 import math
 import os
@@ -41,17 +40,17 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stderr, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NoReturn
+from typing import Literal
 
 import filelock
 import psutil
-import tyro
+from command_line import parse, refuse
 from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
@@ -151,12 +150,6 @@ class Call:
     def stop(self) -> Path:
         """The sign to stop, which reaches the other machines as well."""
         return self.output / "stop"
-
-
-def refuse(message: object) -> NoReturn:
-    """A mistake of the user: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 def read_json(path: Path) -> dict:
@@ -762,17 +755,6 @@ def lock_output(output: Path) -> filelock.FileLock:
     return lock
 
 
-def parse_args() -> Args:
-    printed = io.StringIO()
-    try:
-        with redirect_stderr(printed):
-            return tyro.cli(Args, description=__doc__)
-    except SystemExit as end:
-        if end.code:  # tyro draws a box around its message
-            refuse(re.sub("[^ -~]+", " ", printed.getvalue()))
-        raise  # --help
-
-
 def work(runs: list[Run], todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledger) -> None:
     """Says what it will take, does it, and says what it took and what is missing."""
     probe(todo, call, submit, args, ledger)
@@ -801,7 +783,7 @@ def work(runs: list[Run], todo: list[Run], call: Call, submit: Submit, args: Arg
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)
-    args = parse_args()
+    args = parse(Args, __doc__)
     check(args)
     try:
         runs = list({run.name: run for run in plan(args)}.values())  # what is asked for twice runs once

@@ -55,9 +55,8 @@ from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NoReturn
 
-import tyro
+from command_line import parse, refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDE = "td3", "sac"  # their networks have 256 units: with --cores they get as many threads
@@ -99,12 +98,6 @@ class Work:
     @property
     def full_name(self) -> str:  # as the table has it
         return f"{self.name} {self.note}".strip()
-
-
-def refuse(message: object) -> NoReturn:
-    """A mistake of the user: one line that says what to do, and exit code 2."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 # ---- Peers: each runs in a fresh process ----
@@ -859,7 +852,7 @@ def kept_rows(path: Path) -> dict[str, dict[str, dict]]:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # in a file too, each line is there when it is measured
-    args = tyro.cli(Args, description=__doc__)
+    args = parse(Args, __doc__)
     if args.repeats < 1 or args.steps < 1:
         refuse("--repeats and --steps must be at least 1")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
