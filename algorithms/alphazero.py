@@ -12,18 +12,18 @@ better. Nothing but the rules is given.
     [4] policy target: pi_a = N(s, a) / sum_b N(s, b) at the root                              AlphaZero, pseudocode
     [5] loss:          l = (z - v)^2 - pi^T log p + c ||theta||^2                                       AlphaZero
 
-N counts how often the search went through a position or took a move. P is p, but at the root, in self-play: [3].
+N counts how often the search went through a position or took a move. P is p; only at the root in self-play it is [3].
 In [2] v is the network's value of the new position, or the result where the game is over. It goes up the path, at each
 position with the sign for its player to move. z is the result of the game for the player to move in s: -1, 0 or 1.
 
-Papers: Silver et al. 2018, arXiv:1712.01815, pseudocode: doi:10.1126/science.aar6404. AlphaGo Zero: Nature 550, 354.
+Papers: Silver et al. 2017, arXiv:1712.01815; pseudocode: doi:10.1126/science.aar6404. AlphaGo Zero: Nature 550, 354.
 
 Differs from the paper:
-- Games run side by side in one process, with learning between moves. None is resigned. Each search has a new tree.
-- The network sees who moves, and one position, not 8. At the root N(s) is 1 more than in the pseudocode.
+- Games run side by side in one process, with learning between moves. None is resigned.
+- The board is not turned towards the mover, and is one position, not 8. At the root N(s) is 1 above the pseudocode's.
 - Games of self-play begin with a few random moves, so that the network also learns positions that follow mistakes.
 - Q is from -1 to 1, and 0 for an untried move, as in AlphaGo Zero. In the pseudocode an untried move counts as lost.
-- The network is an MLP, or residual blocks without batch normalisation. Both heads share one layer after 4 channels.
+- The network: an MLP, or residual blocks without batch norm, then 4 channels and a layer that both heads share.
 - AdamW: its weight decay stands for the last term of [5]. Illegal moves are masked out of the loss as well.
 
     python algorithms/alphazero.py --env-id tic_tac_toe
@@ -77,7 +77,7 @@ class Args:
     total_timesteps: int = 80_000  # environment steps, summed over all environments
     num_envs: int = 100  # environments stepped together
     device: str = "auto"  # auto (here always a CPU), cpu, cuda, cuda:N or mps
-    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
+    threads: int | None = None  # CPU threads of PyTorch; None: 1; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -96,7 +96,7 @@ class Args:
     c_base: float = 19_652.0  # [1] visits of a node after which C(s) has grown by log 2: far more than here
     dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer moves get most of the noise; paper: 0.3 chess, 0.03 Go
     noise_fraction: float = 0.25  # [3] epsilon
-    temperature: float = 1.0  # a move of self-play has probability ~ N ** (1 / temperature); 0: the most visited move
+    temperature: float = 1.0  # draws a move of self-play in proportion to N ** (1 / temperature); 0: the most visited
     temperature_moves: int = 30  # of a game, moves that are drawn; every later move is the one with the most visits
     random_moves: int = 6  # a game of self-play begins with 0 to this many random moves; paper: 0
     num_blocks: int = 0  # residual blocks; 0: no convolutions, which is enough for tiny boards; paper: 19
@@ -115,7 +115,7 @@ class Args:
 
     def __post_init__(self) -> None:
         counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "num_blocks": (0, 1e12)}  # may be 0
-        limits = {"noise_fraction": (0, 1), "learning_starts": (0, 1e12), "buffer_size": (self.num_envs, 1e12)}
+        limits = {"noise_fraction": (0, 1), "learning_starts": (0, 1e12)}
         check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), **counts, **limits)
         if self.play and not self.evaluate:
             raise UsageError("--play needs --evaluate and --run-dir")
@@ -174,7 +174,7 @@ class Network(nn.Module):
     def judge(self, states: list[pyspiel.State]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """What the search has to know of B positions: legal moves (B, A), P (B, A), value_of_first (B,), player (B,).
 
-        value_of_first is the first player's: of a finished game its result, else the network's guess.
+        value_of_first is player 0's: of a finished game its result, else the network's guess.
         """
         obs = np.stack([observe(state) for state in states])
         logits, v = self(torch.from_numpy(obs).to(next(self.parameters()).device))
@@ -192,19 +192,19 @@ def observe(state: pyspiel.State) -> np.ndarray:  # (O,)
 
 
 def player_of(state: pyspiel.State) -> int:
-    """1 where the first player is to move, -1 where the second is, 0 where the game is over."""
+    """1 where player 0 is to move (who begins in most games, not in chess), -1 where player 1 is, 0 at the end."""
     return 0 if state.is_terminal() else 1 - 2 * state.current_player()
 
 
 def result_of(state: pyspiel.State) -> float:
-    """The first player's result of a finished game, also where OpenSpiel counts by how much it was won."""
+    """Player 0's result of a finished game, also where OpenSpiel counts by how much it was won."""
     return float(np.sign(state.returns()[0]))  # 1 won, 0 drawn, -1 lost
 
 
 class Tree:
     """Searches of B games side by side: the same row of each array is the same game.
 
-    A node is a position. Node 0 is the root, where the game stands. Simulation k adds node k, or none at a game's end.
+    A node is a position. Node 0 is the root. Simulation k adds node k, or none if it comes to a known end of the game.
     """
 
     def __init__(self, num_games: int, num_nodes: int, num_moves: int):
@@ -215,7 +215,7 @@ class Tree:
         self.value_of_first, self.player = np.zeros(nodes), np.zeros(nodes)  # as judge gives them
 
     def add(self, games: np.ndarray, node: int, judged: tuple[np.ndarray, ...]) -> None:
-        """Fills in this node of these games."""
+        """judged: what Network.judge says of this node's position in each of these games."""
         self.legal[games, node], self.prior[games, node] = judged[:2]
         self.value_of_first[games, node], self.player[games, node] = judged[2:]
 
@@ -233,12 +233,12 @@ class Tree:
             path.append((games, nodes, moves))
             next_nodes = self.child[games, nodes, moves]
             parent[games], last_move[games], leaf[games] = nodes, moves, next_nodes
-            inside = (next_nodes >= 0) & (self.player[games, next_nodes] != 0)  # these walks go on, the others are done
+            inside = (next_nodes >= 0) & (self.player[games, next_nodes] != 0)  # they go on; -1: masked
             games, nodes = games[inside], next_nodes[inside]
         return path, parent, last_move, leaf
 
     def backup(self, path: list[tuple], value_of_first: np.ndarray) -> None:
-        """value_of_first: (B,), what the position at the end of each game's path is worth to the first player."""
+        """value_of_first: (B,), what the position at the end of each game's path is worth to player 0."""
         for games, nodes, moves in path:
             self.visits[games, nodes, moves] += 1  # [2]
             self.total[games, nodes, moves] += self.player[games, nodes] * value_of_first[games]  # [2] v for its mover
@@ -247,7 +247,7 @@ class Tree:
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
     """What is maximised in [1], which the papers call PUCT, for each move: (B, A) each -> (B, A).
 
-    Q is total / visits; of an untried move it is total: 0 in alphazero.py, a mean in muzero.py.
+    Q is total / visits. Of an untried move total / 1 is taken as Q: 0 in AlphaZero, a mean in MuZero.
     """
     n = 1 + visits.sum(-1, keepdims=True)  # N(s): 1 is the visit that made the node; the pseudocode's root lacks it
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
@@ -271,7 +271,7 @@ def search(judge: Callable, states: list[pyspiel.State], args: Args, noise: bool
         tree.prior[:, 0] = add_noise(tree.prior[:, 0], tree.legal[:, 0], args)
     for node in range(1, args.num_simulations + 1):
         path, parent, move, leaf = tree.select(args)
-        # Expand: the network judges all new positions at once. A walk that ended in a finished game adds no node
+        # Expand: the network judges all new positions at once. An end of the game gets a node too, the first time
         new = np.flatnonzero(leaf < 0)
         for game in new.tolist():
             positions[game, node] = positions[game, int(parent[game])].child(int(move[game]))
@@ -312,10 +312,10 @@ class GameBuffer:
             waiting.append(row)
 
     def finish(self, game: int, result: float) -> None:
-        """result: the first player's. z is that of the player who was to move."""
+        """result: player 0's. z is that of the player who was to move."""
         waiting = self.waiting[game][-len(self.rows) :]  # of a game that is longer than the buffer, the last ones
         new = torch.from_numpy(np.stack(waiting)).to(self.rows.device)
-        new[:, -1] *= result  # player * the first player's result is z
+        new[:, -1] *= result  # player * player 0's result is z
         self.rows[(self.num_added + torch.arange(len(new))) % len(self.rows)] = new
         self.num_added += len(new)
         self.waiting[game] = []
@@ -391,7 +391,7 @@ def train(args: Args) -> dict[str, float]:
 # From here to the ruled line: the game as an environment, its solution, and a game against you
 @functools.cache
 def load_game(name: str) -> pyspiel.Game:
-    """Refuses other games than those of two players who see everything, in turn, for a result at the end."""
+    """Refuses all games but those of two players who move in turn, see everything and get a result at the end."""
     if name.partition("(")[0] not in pyspiel.registered_names():
         raise UsageError(f"--env-id {name} is no game of OpenSpiel; pyspiel.registered_names() lists them")
     stderr = os.dup(2)  # OpenSpiel's own program writes there before it raises
@@ -399,7 +399,7 @@ def load_game(name: str) -> pyspiel.Game:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         game = pyspiel.load_game(name)
-        begins = game.new_initial_state().legal_actions()
+        moves = game.new_initial_state().legal_actions()
     except (pyspiel.SpielError, IndexError, ValueError) as error:
         raise UsageError(f"--env-id {name}: {error!s:.200}") from None
     finally:
@@ -414,15 +414,15 @@ def load_game(name: str) -> pyspiel.Game:
         and kind.utility == wanted.Utility.ZERO_SUM
         and kind.reward_model == wanted.RewardModel.TERMINAL
         and kind.provides_observation_tensor
-        and begins
+        and moves
     ):
-        needed = "two players in turn, no dice or cards, nothing hidden, and at the end, for one, what the other loses"
+        needed = "two players in turn, no dice or cards, nothing hidden, and at the end one wins what the other loses"
         raise UsageError(f"--env-id {name}: {Path(__file__).name} needs a board as numbers, {needed}")
     return game
 
 
 class Board(gym.Env):
-    """A game of OpenSpiel as an environment of Gymnasium. Whoever is to move acts; rewards are the first player's."""
+    """A game of OpenSpiel as an environment of Gymnasium. Whoever is to move acts; rewards are player 0's."""
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 1}
 
@@ -444,7 +444,7 @@ class Board(gym.Env):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         self.state = self.state.child(int(action))
         over = self.state.is_terminal()
-        return observe(self.state), result_of(self.state) if over else 0.0, over, False, {}
+        return observe(self.state), (result_of(self.state) if over else 0.0), over, False, {}
 
     def render(self) -> np.ndarray:  # (400, 640, 3)
         """The position as text. Where judge is given: what it expects, and its moves with their probabilities p."""
@@ -465,13 +465,13 @@ class Board(gym.Env):
 
 @functools.cache
 def solve(name: str) -> dict[tuple[str, int, int], tuple[pyspiel.State, float, np.ndarray]] | None:
-    """Minimax over the whole game. Each position in which somebody is to move, the first player's result from there if
-    both play well, and the best moves, (A,) of True and False. None for a game of more than 50,000 such positions, or
+    """Minimax over the whole game. Each position in which somebody is to move, player 0's result from there if
+    both play well, and the best moves, (A,) of True and False. None for a game of more than some 50,000 positions, or
     with rules that look at more than the position's text, its player to move and the number of moves so far.
     """
     solution = {}
 
-    def result_from(state: pyspiel.State, look_again: bool = True) -> float:
+    def result_from(state: pyspiel.State, look_again: bool = True) -> float:  # look_again: check a known one
         if state.is_terminal():
             return result_of(state)
         old = solution.get(key_of(state))
@@ -481,7 +481,7 @@ def solve(name: str) -> dict[tuple[str, int, int], tuple[pyspiel.State, float, n
                 results[move] = sign * result_from(state.child(move), old is None)  # for the player to move
             new = state, sign * results.max(), results == results.max()
             if len(solution) > 50_000 or (old and (old[1] != new[1] or (old[2] != new[2]).any())):
-                raise OverflowError  # or the same position has another worth after other moves
+                raise OverflowError  # too many, or a position whose worth depends on how it came about
             solution.setdefault(key_of(state), new)
         return solution[key_of(state)][1]
 
@@ -511,7 +511,7 @@ def play(agent: Network, args: Args) -> dict[str, float]:
     state = load_game(args.env_id).new_initial_state()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # main's would wait for the end of the game
     try:
-        you = state.current_player() ^ (not input("Do you begin? y or n: ").lower().startswith("y"))
+        side = player_of(state) * (1 if input("Do you begin? y or n: ").lower().startswith("y") else -1)
         while not state.is_terminal():
             visits, (_, (p,), (value_of_first,), _) = search(agent.judge, [state], args)[0], agent.judge([state])
             names = {state.action_to_string(move): move for move in state.legal_actions()}
@@ -519,7 +519,7 @@ def play(agent: Network, args: Args) -> dict[str, float]:
             for name, move in sorted(names.items(), key=lambda item: -visits[item[1]]):
                 print(f"    {move:>4}  {name:<12} visits {visits[move]:>5.0f}  p {p[move]:.3f}")
             move = visits.argmax().item()
-            if state.current_player() == you:
+            if player_of(state) == side:
                 answers = names | {str(move): move for move in names.values()}
                 while (answer := input("Your move, as number or name: ").strip()) not in answers:
                     print("That is no move here.")
@@ -532,11 +532,11 @@ def play(agent: Network, args: Args) -> dict[str, float]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     print(f"\n{state}")
-    return {"eval/episodic_return": result_of(state) * (2 * you - 1)}  # the model's
+    return {"eval/episodic_return": -side * result_of(state)}  # the model's
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -614,7 +614,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
             rollouts = pyspiel.RandomRolloutEvaluator(1, seed)  # one random game for each position that it rates
             # 2.0: how much it explores; 1000: MB of memory at most; True: it proves wins where it can
             bots.append(pyspiel.MCTSBot(game, rollouts, 2.0, args.opponent_simulations, 1000, True, seed, False))
-        sides = 1 - 2 * (np.arange(len(seeds)) % 2)  # 1 where the agent begins, else -1
+        sides = 1 - 2 * (np.arange(len(seeds)) % 2)  # 1 where the agent is player 0, else -1
         returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), [*range(len(seeds))]
         while playing:
             states = {i: envs[i].unwrapped.state for i in playing}
@@ -674,7 +674,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

@@ -3,7 +3,7 @@
 Q-learning takes the best action in the next state. A network only guesses the values of actions that nobody tried
 there. The maximum finds the guesses that are too high. No experience corrects them. CQL adds a penalty to the critics'
 loss: it lowers Q where Q is high, and raises Q at the actions of the logs. The critics promise too little rather than
-too much: Q tends to lie below the true value of the policy. All else is SAC, or double DQN where actions are discrete.
+too much: the policy's mean Q tends to lie below its true value. All else is SAC, or double DQN for discrete actions.
 
     [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal           SAC
         discrete: y = r + gamma Q'(s', a*) with a* = argmax_a Q(s', a), or y = r where s' is terminal      Double DQN
@@ -16,7 +16,7 @@ too much: Q tends to lie below the true value of the policy. All else is SAC, or
         discrete: Z_i(s) = sum_a exp(Q_i(s, a))
 
 s, a, r, s' are from the data; in [2], [3], [5], [7] a is drawn. Q' is a slow copy of Q, with weights theta'. i counts
-the critics, one if actions are discrete. c is --cql-alpha (the paper's alpha). log Z is a soft maximum of Q.
+the critics, one if actions are discrete. c is --cql-alpha (twice the paper's alpha). log Z is a soft maximum of Q.
 
 Paper: Kumar et al. 2020, arXiv:2006.04779, "Conservative Q-Learning for Offline Reinforcement Learning".
 
@@ -24,7 +24,7 @@ Differs from the paper:
 - c is fixed: no Lagrange multiplier. As in the authors' code: no 1/2 before the square in [4]; a third of [7]'s actions
   each from a uniform density, pi(.|s), pi(.|s').
 - Unlike there: entropy in [1], alpha starts at 0.2, two hidden layers, no imitation at first, the actor learns from the
-  updated critics, and also from time limits, rewards are scaled, learning rates fall; double DQN, not QR-DQN.
+  updated critics, transitions at time limits are kept, rewards are scaled, learning rates fall; double DQN, not QR-DQN.
 
     python algorithms/cql.py
 """
@@ -74,8 +74,8 @@ class Args:
     env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 5_000  # gradient steps; authors' code: 3,000,000
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
-    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -94,9 +94,9 @@ class Args:
     gamma: float = 0.99  # [1] discount
     tau: float = 0.05  # [6] share of the new weights in an update of the targets; authors' code: 0.005
     batch_size: int = 256  # transitions in a gradient step
-    cql_alpha: float = 1.0  # [4] c: 0 is SAC, or double DQN, on logs; authors' code: 1 to 10
+    cql_alpha: float = 1.0  # [4] c: 0 is SAC, or double DQN, on logs; authors' code: 1 to 10 (with reward_scale 1)
     num_samples: int = 10  # [7] actions from each of the three densities; discrete: none are drawn
-    reward_scale: float = 100.0  # rewards are multiplied by this; authors' code: 1
+    reward_scale: float = 100.0  # rewards are multiplied by this: the larger, the less c counts; authors' code: 1
 
     num_envs = 1  # no flag: environments are for evaluation only
 
@@ -163,11 +163,11 @@ def open_dataset(dataset: str, env: gym.Env) -> tuple[dict[str, np.ndarray], gym
         folder = path / "data" if (path / "data").is_dir() else path
         stored = minari.MinariDataset(folder) if path.is_dir() else minari.load_dataset(dataset)
         episodes = list(stored.iterate_episodes())  # an episode of n steps has n + 1 observations
-        parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}
+        parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}  # not observations
         seen, keys = [e.observations for e in episodes], getattr(env.env.observation_space, "spaces", None)
         seen = [np.hstack([obs[k] for k in keys or obs]) if isinstance(obs, dict) else obs for obs in seen]  # mazes
         parts |= {"observations": [obs[:-1] for obs in seen], "next_observations": [obs[1:] for obs in seen]}
-        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]
+        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]  # ends all
         return {name: np.concatenate(parts[name]) for name in ARRAYS}, stored.env_spec or env.spec
     except ImportError:
         raise UsageError(f"no .npz file at --dataset {dataset}; Minari's need pip install 'minari[hdf5]'") from None
@@ -206,7 +206,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
     check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
     data, single = {}, ("rewards", "terminations", "truncations")  # one number a row
     for name, array in arrays.items():
-        fits = num_rows and array.shape[: 2 if name in single else 1] == (num_rows,)
+        fits = num_rows and array.shape[:1] == (num_rows,) and (array.ndim == 1 or name not in single)
         check(fits, f"{name} {array.shape} beside {num_rows} rewards")
         check(array.dtype.kind in "biuf" and np.isfinite(np.float32(array)).all(), f"words, NaN or infinity in {name}")
         data[name] = array.astype(np.float32) if name in single else vectors(name)
@@ -231,14 +231,14 @@ def log_integral(q: Tensor, log_density: Tensor) -> Tensor:
 
 def sample_actions(agent: CQL, obs: Tensor, next_obs: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     """[7] M actions for each of B states, and the log of their densities: (M, B, action_dim), (M, B)"""
-    actions, log_probs = agent.sample(obs.expand(num_samples, *obs.shape))  # they show where Q is high
+    actions, log_probs = agent.sample(obs.expand(num_samples, *obs.shape))  # where pi is, Q is high, exp(Q) large
     next_actions, next_log_probs = agent.sample(next_obs.expand(num_samples, *obs.shape))
-    uniform = torch.empty_like(actions).uniform_(-1, 1)  # they leave no gap
+    uniform = torch.empty_like(actions).uniform_(-1, 1)  # everywhere else
     log_uniform = torch.full_like(log_probs, -math.log(2) * actions.shape[-1])  # the density is 1/2 in each dimension
     return torch.cat([actions, next_actions, uniform]), torch.cat([log_probs, next_log_probs, log_uniform])
 
 
-def box_values(agent: CQL, obs: Tensor, actions: Tensor, next_obs: Tensor, num_samples: int) -> list[Tensor]:
+def box_values(agent: CQL, obs: Tensor, actions: Tensor, next_obs: Tensor, num_samples: int) -> tuple[Tensor, ...]:
     """Q_i(s, a), log Z_i(s), and the values of s' in [1]: (n, B) each."""
     q = q_values(agent.critics, obs, actions)
     with torch.no_grad():
@@ -246,17 +246,17 @@ def box_values(agent: CQL, obs: Tensor, actions: Tensor, next_obs: Tensor, num_s
         next_values = q_values(agent.target_critics, next_obs, next_actions) - agent.log_alpha.exp() * log_prob  # [1]
         sampled, log_density = sample_actions(agent, obs, next_obs, num_samples)
     sampled_q = q_values(agent.critics, obs.expand(len(sampled), *obs.shape), sampled)  # (n, M, B)
-    return [q, log_integral(sampled_q, log_density), next_values]
+    return q, log_integral(sampled_q, log_density), next_values
 
 
-def discrete_values(agent: CQL, obs: Tensor, actions: Tensor, next_obs: Tensor) -> list[Tensor]:
-    """The same where actions are discrete. There is one critic, so n is 1."""
+def discrete_values(agent: CQL, obs: Tensor, actions: Tensor, next_obs: Tensor) -> tuple[Tensor, ...]:
+    """As box_values, for discrete actions: (1, B) each, for the one critic."""
     (critic,), (target_critic,) = agent.critics, agent.target_critics
     q = critic(obs)  # (B, A)
     with torch.no_grad():
         best = critic(next_obs).argmax(-1, keepdim=True)  # [1] a*, (B, 1)
         next_values = target_critic(next_obs).gather(-1, best)  # (B, 1)
-    return [q.gather(-1, actions[:, None]).T, q.logsumexp(-1)[None], next_values.T]  # [7]
+    return q.gather(-1, actions[:, None]).T, q.logsumexp(-1)[None], next_values.T  # [7]; (1, B) each
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
@@ -321,7 +321,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. run.step acts; run.goes_on evaluates and saves; run.log writes."""
+    """Trains an agent, returns its last evaluation. run.goes_on evaluates and saves; run.log writes."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         data = read_dataset(args, run.envs[0])
@@ -349,7 +349,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -477,7 +477,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

@@ -15,7 +15,7 @@ skill: on the default logs it repeats what earned a lot by chance (Paster et al.
 Paper: Chen et al. 2021, arXiv:2106.01345, "Decision Transformer: Reinforcement Learning via Sequence Modeling".
 
 Differs from the paper:
-- No dropout (authors' code: 0.1), GELU (MuJoCo: ReLU), smaller networks, and embeddings of time that begin smaller.
+- No dropout (authors' code: 0.1), GELU (MuJoCo: ReLU), smaller networks, and PyTorch's initialisation but for time.
 - Returns-to-go are divided by their largest absolute value in the data, not by a constant for each environment.
 - Contexts are padded to the longest of a batch, not to K. Evaluations take the likeliest action (Atari: a drawn one).
 
@@ -67,8 +67,8 @@ class Args:
     env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 1_000  # gradient steps; authors' code: 100,000
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
-    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -83,7 +83,7 @@ class Args:
     # Algorithm
     dataset: str = str(DATA)  # folder with data.npz, .npz, Minari id or folder; default: benchmark/offline/frozenlake
     target_return: float | None = None  # [5] the return that evaluations ask for; None: that of the best whole episode
-    draw_actions: bool = False  # evaluations draw discrete actions, not the likeliest; Box: no effect; authors: True
+    draw_actions: bool = False  # evaluations draw discrete actions, not the likeliest; Box: no effect; Atari: True
     condition: bool = True  # on returns; False: it sees 0 for each of them, and clones the behaviour in the data
     context_length: int = 10  # [2] K; paper: 20 (MuJoCo)
     num_layers: int = 2  # of the transformer; paper: 3, and 6 for Atari
@@ -93,12 +93,12 @@ class Args:
     warmup: int = 100  # gradient steps in which the learning rate rises to its full size; authors' code: 10,000
     max_grad_norm: float = 0.25  # longer gradients are shortened to this
     batch_size: int = 64  # contexts in a gradient step
-    norm_obs: bool = False  # normalise observations; authors: True
+    norm_obs: bool = False  # normalise observations; authors' Gym code: True
 
     num_envs = 1  # no flag: environments are for evaluation only
 
     def __post_init__(self) -> None:
-        check_ranges(self, target_return=(-math.inf, math.inf), max_grad_norm=(1e-6, math.inf))
+        check_ranges(self, target_return=(-math.inf, math.inf))
 
 
 class Normalizer(nn.Module):
@@ -110,7 +110,7 @@ class Normalizer(nn.Module):
         self.register_buffer("std", torch.ones(obs_dim))
 
     def fit(self, obs: Tensor) -> None:  # (T, obs_dim)
-        self.mean[:], self.std[:] = obs.mean(0), obs.std(0, unbiased=False) + 1e-3  # some numbers never change
+        self.mean[:], self.std[:] = obs.mean(0), obs.std(0, unbiased=False) + 1e-3  # a std can be 0
 
     def forward(self, obs: Tensor) -> Tensor:
         assert obs.shape[-1:] == self.mean.shape  # else a last dimension of 1 would be broadcast
@@ -121,7 +121,7 @@ class History:
     """One episode so far. Call earn(reward) after each step. With a seed, discrete actions are drawn."""
 
     def __init__(self, target_return: float, seed: int | None = None):
-        self.return_to_go, self.steps, self.length = float(target_return), [], 0  # steps: the last K of length
+        self.return_to_go, self.steps, self.length = float(target_return), [], 0  # steps: the newest K of length
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def earn(self, reward: float) -> None:
@@ -129,7 +129,7 @@ class History:
 
 
 def collate(contexts: list[dict[str, Tensor]], device: str | torch.device) -> dict[str, Tensor]:
-    """Contexts of k <= K steps, (k, ...), left-padded to a batch, (B, K, ...). mask: False for padding."""
+    """Contexts of k steps, (k, ...), left-padded to the longest: (B, K, ...), K = max k. mask: False for padding."""
     contexts = [context | {"mask": torch.ones(len(context["timesteps"]), dtype=torch.bool)} for context in contexts]
     columns = {name: [context[name] for context in contexts] for name in contexts[0]}
     return {name: pad_sequence(c, batch_first=True, padding_side="left").to(device) for name, c in columns.items()}
@@ -164,13 +164,13 @@ class DecisionTransformer(nn.Module):
         actions = nn.functional.one_hot(actions, self.action_dim).float() if self.discrete else actions
         returns_to_go = context["returns_to_go"][..., None] / self.return_scale * self.condition
         parts = returns_to_go, self.normalize(context["observations"]), actions  # (B, K, ...)
-        time_token = self.embed_time(context["timesteps"].clamp(max=self.embed_time.num_embeddings - 1))  # (B, K, H)
-        tokens = [embed(part) + time_token for embed, part in zip(self.embed, parts, strict=True)]
+        time = self.embed_time(context["timesteps"].clamp(max=self.embed_time.num_embeddings - 1))  # (B, K, H)
+        tokens = [embed(part) + time for embed, part in zip(self.embed, parts, strict=True)]
         x = self.norm(torch.stack(tokens, 2).flatten(1, 2))  # [2] R_1, s_1, a_1, R_2, ...: (B, L, H)
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()  # [3] (L, L)
-        visible = causal & mask[:, None] | causal & causal.T  # (B, L, L); each sees itself, or padding is NaN
+        visible = causal & mask[:, None] | torch.eye(len(causal), dtype=torch.bool, device=x.device)  # (B, L, L)
         for layer in self.layers:
-            x = layer(x, src_mask=~visible)
+            x = layer(x, src_mask=~visible)  # a token of padding sees itself, else its softmax were NaN
         output = self.predict_action(x[:, 1::3])  # [3] at s_1, s_2, ...
         return output if self.discrete else output.tanh()
 
@@ -199,9 +199,10 @@ class DecisionTransformer(nn.Module):
         contexts = [{k: torch.stack([step[k] for step in h.steps]) for k in h.steps[0]} for h in histories]
         output = self(collate(contexts, self.return_scale.device))[:, -1].cpu()  # (B, action_dim): the last step
         for history, action in zip(histories, output, strict=True):
-            if self.discrete and history.generator:
-                action = torch.multinomial(action.softmax(-1), 1, generator=history.generator)[0]
-            history.steps[-1]["actions"] = action.argmax() if self.discrete and action.ndim else action  # ndim 0: drawn
+            if self.discrete:
+                draw = history.generator  # None: take the likeliest
+                action = torch.multinomial(action.softmax(-1), 1, generator=draw)[0] if draw else action.argmax()
+            history.steps[-1]["actions"] = action
         return self.to_env(torch.stack([history.steps[-1]["actions"] for history in histories]))
 
 
@@ -220,11 +221,11 @@ def open_dataset(dataset: str, env: gym.Env) -> tuple[dict[str, np.ndarray], gym
         folder = path / "data" if (path / "data").is_dir() else path
         stored = minari.MinariDataset(folder) if path.is_dir() else minari.load_dataset(dataset)
         episodes = list(stored.iterate_episodes())  # an episode of n steps has n + 1 observations
-        parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}
+        parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}  # not observations
         seen, keys = [e.observations for e in episodes], getattr(env.env.observation_space, "spaces", None)
         seen = [np.hstack([obs[k] for k in keys or obs]) if isinstance(obs, dict) else obs for obs in seen]  # mazes
         parts |= {"observations": [obs[:-1] for obs in seen], "next_observations": [obs[1:] for obs in seen]}
-        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]
+        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]  # ends all
         return {name: np.concatenate(parts[name]) for name in ARRAYS}, stored.env_spec or env.spec
     except ImportError:
         raise UsageError(f"no .npz file at --dataset {dataset}; Minari's need pip install 'minari[hdf5]'") from None
@@ -263,7 +264,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
     check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
     data, single = {}, ("rewards", "terminations", "truncations")  # one number a row
     for name, array in arrays.items():
-        fits = num_rows and array.shape[: 2 if name in single else 1] == (num_rows,)
+        fits = num_rows and array.shape[:1] == (num_rows,) and (array.ndim == 1 or name not in single)
         check(fits, f"{name} {array.shape} beside {num_rows} rewards")
         check(array.dtype.kind in "biuf" and np.isfinite(np.float32(array)).all(), f"words, NaN or infinity in {name}")
         data[name] = array.astype(np.float32) if name in single else vectors(name)
@@ -293,7 +294,7 @@ def split_episodes(data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def sample(episodes: list[dict[str, Tensor]], lengths: Tensor, args: Args, device: str) -> dict[str, Tensor]:
-    """Contexts of random episodes, of long ones more often: K steps from a random one on, or fewer at the end."""
+    """Contexts, each from an equally likely step of the data on: K steps, or fewer at the end of its episode."""
     contexts = []
     for i in torch.multinomial(lengths, args.batch_size, replacement=True).tolist():
         start = torch.randint(int(lengths[i]), ())
@@ -302,7 +303,7 @@ def sample(episodes: list[dict[str, Tensor]], lengths: Tensor, args: Args, devic
 
 
 def imitation_loss(predicted: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
-    """The mean over all true steps. (B, K, action_dim), (B, K) or (B, K, action_dim), (B, K)"""
+    """The mean over all but padding. predicted: (B, K, action_dim); actions: (B, K), or the same; mask: (B, K)"""
     loss = nn.functional.cross_entropy if actions.ndim == 2 else nn.functional.mse_loss
     return loss(predicted[mask], actions[mask])  # [4]
 
@@ -316,7 +317,7 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. run.step acts; run.goes_on evaluates and saves; run.log writes."""
+    """Trains an agent, returns its last evaluation. run.goes_on evaluates and saves; run.log writes."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
         agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         data = read_dataset(args, run.envs[0])
@@ -325,8 +326,8 @@ def train(args: Args) -> dict[str, float]:
         episodes = split_episodes(data)
         lengths = torch.tensor([len(episode["timesteps"]) for episode in episodes], dtype=torch.float32)
         agent.return_scale.fill_(max(episode["returns_to_go"].abs().max().item() for episode in episodes) or 1.0)
-        whole = episodes if data["terminations"][-1] or lengths[-1] == lengths.max() else episodes[:-1] or episodes
-        best = max(episode["returns_to_go"][0].item() for episode in whole)  # the last one may be cut
+        last_is_whole = data["terminations"][-1] or lengths[-1] == lengths.max()  # else the data may cut it
+        best = max(e["returns_to_go"][0].item() for e in (episodes if last_is_whole else episodes[:-1] or episodes))
         agent.target_return.fill_(best if args.target_return is None else args.target_return)
         optimizer = torch.optim.AdamW(agent.parameters(), args.learning_rate, weight_decay=1e-4, fused=True)
         run.actions = []  # training plays no episodes, so a checkpoint has none to play again
@@ -343,13 +344,12 @@ def train(args: Args) -> dict[str, float]:
             optimizer.step()
             run.global_step += 1
             if run.global_step % 100 == 0:  # 3. Log
-                metrics = {"losses/action_loss": loss.detach(), "losses/grad_norm": grad_norm}
-                run.log(metrics | {"charts/learning_rate": rate})
+                run.log({"losses/action_loss": loss, "losses/grad_norm": grad_norm, "charts/learning_rate": rate})
         return run.result
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -481,7 +481,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

@@ -91,14 +91,14 @@ class Args:
     prompt_column: str | None = None  # None: prompt, question, ...; if there is none, what both replies begin with
     chosen_column: str | None = None  # None: chosen, ...
     rejected_column: str | None = None  # None: rejected, ...
-    convert: str | None = None  # FILE.py:function (list of rows) -> list of rows, used first on those of --dataset
+    convert: str | None = None  # FILE.py:function (list of rows) -> list of rows, used first; --eval-dataset's too
     chat: bool = False  # write texts with the chat template: prompts as the user's, replies as the assistant's
     labels: str | None = None  # FILE.py:function (prompt, reply_1, reply_2) -> is reply_1 better; replaces the labels
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights; there 2 can be faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -126,7 +126,7 @@ class Args:
     beta: float = 0.1  # [2], [3] larger: stays nearer to the reference; paper: 0.1, for summaries 0.5; simpo: 2 to 2.5
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"  # [4], [5] or [6]
     label_smoothing: float = 0.0  # [4] epsilon: share of labels thought to be wrong
-    simpo_gamma: float = 0.5  # [6] gamma, the margin to reach; its authors begin with half of --beta
+    simpo_gamma: float = 0.5  # [6] gamma, the margin to reach; its authors begin with beta / 2: 1 for --beta 2
     nll_coef: float = 0.0  # [7] alpha, weight of the chosen reply's log-likelihood; 0: off
 
     def __post_init__(self) -> None:
@@ -181,7 +181,7 @@ def dpo_loss(
         losses = (margins / args.beta - 1 / (2 * args.beta)).square()  # [5]
     else:
         losses = -nn.functional.logsigmoid(margins - args.simpo_gamma)  # [6]
-    accuracies = (margins.sign() + 1) / 2  # a tie counts 1/2 (TRL: 0): at the first step, all are ties
+    accuracies = (margins.sign() + 1) / 2  # a tie counts 1/2 (TRL: 0); at the first step all are ties, but for simpo
     metrics = losses, chosen_rewards, rejected_rewards, accuracies, margins, chosen, rejected
     return losses - args.nll_coef * chosen / lengths[0], torch.stack(metrics).detach()  # [7]; "loss" is without it
 
@@ -217,7 +217,7 @@ def evaluate(run: "Run", pairs: list[Pair], args: Args) -> dict[str, float]:
     asked = itertools.cycle({str(pair.prompt_text): pair for pair in pairs}.values())  # each once, then again
     ends = sorted({pair.chosen[-1] for pair in pairs})  # the tokens that end a reply in the data: sampling stops there
 
-    def sampled(batch: list[tuple[int, Pair]]) -> Tensor:  # numbered, for seeds -> (B, 3): log-ratio, length, reward
+    def sampled(batch: list[tuple[int, Pair]]) -> Tensor:  # (number, pair) -> (B, 3): log-ratio, length, reward
         texts, prompts = [pair.prompt_text for _, pair in batch], [pair.prompt for _, pair in batch]
         replies = sample(run.actor, prompts, ends, args.max_new_tokens, (args.seed, batch[0][0]))
         with reference_policy(run) as reference:
@@ -227,14 +227,14 @@ def evaluate(run: "Run", pairs: list[Pair], args: Args) -> dict[str, float]:
         rewards = run.judge(texts, decoded) if run.judge else [0.0] * len(batch)
         return torch.tensor([ratios.tolist(), [len(reply) for reply in replies], rewards]).T.to(ratios.device)
 
-    values = run.share(sampled, [*enumerate(itertools.islice(asked, args.eval_replies))]).mean(0).tolist()
+    kl, length, reward = run.share(sampled, [*enumerate(itertools.islice(asked, args.eval_replies))]).mean(0).tolist()
     result = {"eval/loss": means["loss"], "eval/accuracy": means["rewards/accuracies"]}
-    result |= {"eval/margin": means["rewards/margins"]}
-    return result | dict(zip(("eval/kl", "eval/length", "eval/reward")[: 3 if run.judge else 2], values, strict=False))
+    result |= {"eval/margin": means["rewards/margins"], "eval/kl": kl, "eval/length": length}
+    return result | ({"eval/reward": reward} if run.judge else {})
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains a policy, returns its last evaluation. run.goes_on evaluates and saves; run.bare is the policy."""
+    """Trains a policy, returns its last evaluation. run.goes_on evaluates and saves; run.bare, or run.actor, is it."""
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         pairs, held_out = training_and_held_out(run.tokenizer, model, args)
@@ -243,7 +243,7 @@ def train(args: Args) -> dict[str, float]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         run.start(model, torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True))
         run.actor, batches = run.bare, batches_from(run.global_step, pairs, args)
-        while run.goes_on(lambda: evaluate(run, held_out, args)):  # evaluates and saves where that is due
+        while run.goes_on(lambda: evaluate(run, held_out, args)):
             # 1. Take the next batch, of an epoch's random order
             batch = next(batches)
 
@@ -323,7 +323,7 @@ def prompt_and_replies(row: dict, names: dict[str, str | None], args: Args) -> t
 
 def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int, args: Args) -> list:
     """The pairs of a data set, but for those that are equal or have too many tokens."""
-    rows, pairs, num_equal, num_long = read_rows("--dataset", source, args.dataset_config, split), [], 0, 0
+    rows, pairs, num_equal, num_long = read_rows("the data set", source, args.dataset_config, split), [], 0, 0
     rows = load_function("--convert", args.convert)(rows) if args.convert else rows
     prefers = load_function("--labels", args.labels) if args.labels else None
     columns = [*rows[0]]
@@ -776,7 +776,7 @@ class Run:
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
-        self.optimizer.step()
+        self.optimizer.step()  # accelerate's: before the last micro-batch, this and the next line do nothing
         self.optimizer.zero_grad()
         return float(norm) if self.accelerator.sync_gradients else 0.0
 

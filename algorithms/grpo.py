@@ -11,21 +11,21 @@ policy near the reference, the model at the start: r_i = s_i - beta k1 of y_i (-
     [2] L_i = -min(ratio A_i, clip(ratio, 1 - low, 1 + high) A_i), ratio = pi / pi_old     PPO, Eq. 7; DAPO: high > low
         one for each token. grpo: their mean. dr-grpo: their sum / --max-new-tokens. rloo: one ratio, of the whole y_i
     [3] d = log pi - log pi_ref:   k1 = d,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d          Schulman 2020; GRPO, Eq. 4
-        in the reward of the whole reply, in the loss of each token (rloo: of the whole reply)
+        in the reward: k1 of the whole reply; in the loss: one for each token (rloo: for the whole reply)
     [4] maximise E[s] - beta KL(pi, pi_ref): pi* is proportional to pi_ref exp(s / beta)   DPO, Eq. 3, 4
 
 Which settings follow the gradient of [4], on average and at pi = pi_old? rloo with k1 in the reward (the default) or k2
 in the loss; dr-grpo with k1 in the reward, on a smaller scale. Not grpo: its std gives prompts, its mean over tokens
 gives replies unequal weights; but with k1 in the reward all advantages are 0 at pi*. Not k2 of single tokens: it leaves
 out what later tokens will cost. As values, k1 and k3 are unbiased. As losses, k1's gradient is 0 on average, and k3's
-is KL(pi_ref, pi)'s, token by token but in rloo: GRPO's paper has another optimum than pi*. --kl reward takes k1 alone.
+is that of KL(pi_ref, pi), at each token (rloo: of replies), so GRPO's paper has another optimum than pi*.
 
 Paper: Shao et al. 2024, arXiv:2402.03300. Dr. GRPO: arXiv:2503.20783. RLOO: arXiv:2402.14740. DAPO: arXiv:2503.14476.
 DPO: arXiv:2305.18290. Differs from them: AdamW, warm-up and decay of its rate; a fixed reference; std + 0.0001, with
 n - 1; rloo takes several clipped steps with a batch (RLOO: one, without a ratio); no scores for parts of a reply; a
 cut-off reply is scored as if it ended; of DAPO no dynamic sampling, no mean over a group's tokens, no overlong penalty.
 
-    python algorithms/grpo.py  # RLOO. GRPO: --advantage grpo --kl loss --kl-estimator k3 --beta 0.04, one step a batch
+    python algorithms/grpo.py  # RLOO; the reader's guide has the flags of GRPO's paper, of Dr. GRPO and of DAPO
     python algorithms/grpo.py --model-name runs/SFT/model --dataset FILE.jsonl --reward FILE.py:function --kl none
 """
 
@@ -99,7 +99,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights; there 2 can be faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -111,7 +111,7 @@ class Args:
     evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
     # Algorithm
     learning_rate: float = 1e-3  # of AdamW; paper: 1e-6, which suits large models; with LoRA rather 1e-5
-    warmup: float = 0.05  # the rate decays linearly to 0 over the run; in this first fraction it also rises from 0
+    warmup: float = 0.05  # the rate falls linearly to 0 over the run, and rises in this first share
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 1024
     group_size: int = 16  # n, replies to a prompt; paper: 64
     num_minibatches: int = 4  # minibatches in a batch, one gradient step each in each epoch; paper: 1
@@ -176,7 +176,7 @@ def group_advantages(rewards: Tensor, kind: str) -> Tensor:
 def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: str) -> Tensor:
     """[3] of KL(pi, pi_ref), from samples of pi (in a later step of a batch, pi_old's: an approximation)."""
     d = log_prob - ref_log_prob
-    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: (-d).exp() - 1 + d}[kind]()
+    return {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() - 1 + d}[kind]
 
 
 def sum_of_each(values: Tensor, lengths: list[int]) -> Tensor:
@@ -212,7 +212,7 @@ def grpo_loss(
     return losses / scale, torch.stack(parts).detach() / sizes
 
 
-def update(run: "Run", batch: list[tuple[Reply, float]], args: Args) -> dict[str, float]:
+def update(run: "Run", batch: Iterator[tuple[Reply, float]], args: Args) -> dict[str, float]:
     """Gradient steps with replies and their advantages. Returns the means of all minibatches' metrics."""
     size, minibatch_size, history, batch = run.micro_batch_size, args.batch_size // args.num_minibatches, [], [*batch]
     for epoch in range(args.update_epochs):
@@ -238,7 +238,7 @@ def update(run: "Run", batch: list[tuple[Reply, float]], args: Args) -> dict[str
 
 
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Reply]:
-    """A reply to each prompt. Processes share the work, then each has all. Of run it uses judges and tokenizer."""
+    """A reply to each prompt. Processes share the work, then each has all."""
     found = {}
     for rows, ids, replies, log_prob, tensors in written_replies(run, prompts, seed, args):
         with reference_policy(run) as reference:
@@ -259,7 +259,7 @@ def totals(replies: list[Reply], args: Args) -> tuple[Tensor, Tensor]:
 
 
 def names_of_scores(args: Args) -> list[str]:
-    """Of several rewards, each is logged as well."""
+    """For the names in the log: "/1-true_reward", ... of several rewards, [] of a single one."""
     names = [f"/{number}-{re.split('[:/]', name)[-1]}" for number, name in enumerate(args.reward, 1)]
     return names if len(names) > 1 else []
 
@@ -286,7 +286,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(model, torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True))
         run.actor = run.bare
         batches = prompts_from(run.global_step, prompts, args, args.group_size)
-        while run.goes_on(lambda: evaluate(run, held_out, args)):  # evaluates and saves where that is due
+        while run.goes_on(lambda: evaluate(run, held_out, args)):
             # 1. Act: a group of replies to each prompt
             replies = play(run, next(batches), f"{args.seed} {run.global_step}", args)
 
@@ -574,9 +574,9 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
 
 
 def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts of --dataset that leave room for a reply. Those held out are all different; where few are, all."""
-    rows, usual = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split), args.prompt_column
-    names = [usual] if usual else ["prompt", "question", "instruction", "input", "context", "messages"]
+    """The prompts that leave room for a reply, and those for evaluation: not learned from, if 10 or more differ."""
+    rows, given = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split), args.prompt_column
+    names = [given] if given else ["prompt", "question", "instruction", "input", "context", "messages"]
     column = next((name for name in names if name in rows[0]), None)
     if column is None:
         raise UsageError(f"{args.dataset} has the columns {', '.join(rows[0])}: name the prompts with --prompt-column")
@@ -627,7 +627,7 @@ def as_tensors(prompts: list[list[int]], replies: list[list[int]], device: torch
 
 
 def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    """Of the tokens of all replies, one reply after the other, (N,): behind it, no one can mistake padding for data."""
+    """log pi of the tokens of all replies, one reply after the other, (N,); padding is gone."""
     # No mask: padding stands on the right, and causal attention never reads it
     logits = model(input_ids=ids[:, :-1], logits_to_keep=targets.shape[1], use_cache=False).logits  # (B, K, vocabulary)
     replies = targets != -100
@@ -636,7 +636,7 @@ def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: Tensor) -> tuple[list, list]:
-    """A reply to each prompt, up to one of ends, and log pi(y_t|s_t) of its tokens. Temperature 1.
+    """A reply to each prompt, up to one of ends, and the log-probability of each of its tokens. Temperature 1.
 
     chances: uniform random numbers, (B, most tokens of a reply). Each picks a token by the cumulative probabilities.
     """
@@ -679,7 +679,7 @@ def reference_policy(run: "Run") -> Iterator[nn.Module]:
 
 
 def written_replies(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> Iterator[tuple]:
-    """In micro-batches, this process's part: numbers and ids of prompts, replies, log pi_old(y_t|s_t), as_tensors."""
+    """Micro-batches of this process's part: numbers and ids of prompts, replies, their log pi_old, as_tensors."""
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     chances = torch.rand(len(prompts), args.max_new_tokens, generator=generator)
     share, rows, written = math.ceil(len(prompts) / PROCESSES), [*range(len(prompts))], []
@@ -821,7 +821,7 @@ class Run:
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
-        self.optimizer.step()
+        self.optimizer.step()  # accelerate's: before the last micro-batch, this and the next line do nothing
         self.optimizer.zero_grad()
         return float(norm) if self.accelerator.sync_gradients else 0.0
 

@@ -4,7 +4,7 @@ Where only reaching a goal is rewarded, nearly all early episodes look alike: th
 reached something. HER replays a transition with such a goal in place of the true one, and with the reward for that
 goal. The learner is SAC, as in sac.py: it needs no change, because the goal g is part of the observation.
 
-    [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r where s' is terminal  SAC, cf. Eq. 6
+    [1] y = r + gamma (min_i Q'_i(s', a') - alpha log pi(a'|s')), a' ~ pi, or y = r if s' is terminal   SAC, cf. Eq. 6
     [2] a = tanh(u), u = mean(s) + std(s) e, e ~ N(0, I): log pi(a|s) = log p(u) - sum_j log(1-a_j^2)   SAC, Appendix C
     [3] temperature: minimise E[-alpha log pi(a|s) - alpha H],  a ~ pi,  H = -dim(a)                         SAC, Eq. 18
     [4] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                          SAC, Eq. 5
@@ -22,7 +22,7 @@ Papers: Andrychowicz et al. 2017, arXiv:1707.01495 (HER); Haarnoja et al. 2018, 
 Differs from HER's paper (from SAC's: see sac.py):
 - SAC in place of DDPG, two hidden layers of 256 units, not three of 64; one gradient step for each environment step.
 - Transitions are replayed while their episode still runs, with goals from its steps so far (paper: whole episodes).
-- Goals are drawn anew at each replay, as in the authors' code. final, too, replaces k / (k + 1) of the goals, not half.
+- Goals are drawn anew at each replay, as in HER's code. final, too, replaces k / (k + 1) of the goals, not half.
 - g' also decides whether s' is terminal, where the environment can tell. The strategy random is left out.
 - Networks see the achieved goal, too. Observations are not normalised, y is not clipped. Time limits: see sac.py.
 
@@ -74,8 +74,8 @@ class Args:
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 20_000  # environment steps, summed over all environments
     num_envs: int = 1  # environments stepped together
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
-    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -97,9 +97,9 @@ class Args:
     learning_starts: int | None = None  # random steps before learning; None: total_timesteps / 10, at most 10,000
     utd: float = 1.0  # gradient steps per environment step: the update-to-data ratio
     num_critics: int = 2  # [1], [5] number of critics, all in the minimum
-    alpha: float = 0.2  # [1], [5] temperature at the start, with --no-autotune always; the authors' code: 1
+    alpha: float = 0.2  # [1], [5] temperature at the start, with --no-autotune always; SAC's authors: 1
     autotune: bool = True  # [3] tune the temperature
-    her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals come from; paper: often final
+    her_strategy: Literal["future", "episode", "final"] = "future"  # [7] where goals come from; paper's best: future
     her_ratio: float = 4.0  # [7] k: replayed transitions with a new goal for each one with its true goal; 0: plain SAC
 
     def __post_init__(self) -> None:
@@ -121,11 +121,11 @@ class SAC(nn.Module):
         super().__init__()
         self.obs_shape, self.action_space = obs_shape, space
         self.center, self.scale = (space.high + space.low) / 2, (space.high - space.low) / 2
-        obs_dim, action_dim = *obs_shape, space.low.size
+        obs_dim, action_dim = obs_shape[0], space.low.size
         self.actor = network(obs_dim, 2 * action_dim)  # mean and log of the standard deviation of u in [2]
         self.critics = nn.ModuleList([network(obs_dim + action_dim, 1) for _ in range(args.num_critics)])
         self.target_critics = copy.deepcopy(self.critics)
-        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # --alpha 0: log 0 is -inf
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # --alpha 0: e^-99, as log 0 is -inf
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, obs_dim) -> (B, action_dim), (B,)
         mean, log_std = self.actor(obs).chunk(2, -1)
@@ -174,7 +174,7 @@ class Goals:
         self.can_end_episodes = hasattr(env, "compute_terminated")  # it says whether s' is terminal for a new goal
         if self.can_end_episodes:
             try:
-                env.compute_terminated(*two_goals, {})
+                env.compute_terminated(two_goals[0], two_goals[1], {})
             except NotImplementedError:
                 self.can_end_episodes = False
         if not self.can_end_episodes:
@@ -184,7 +184,7 @@ class Goals:
         """[8] of R transitions: (R, goal_dim), (R, goal_dim), (R,) -> rewards (R,), terminated (R,)"""
         rewards = self.env.compute_reward(achieved, goals, {})  # [8]; {}: infos are not kept
         if self.can_end_episodes:  # unlike compute_reward, it takes no batch
-            terminated = [self.env.compute_terminated(*pair, {}) for pair in zip(achieved, goals, strict=True)]
+            terminated = [self.env.compute_terminated(a, g, {}) for a, g in zip(achieved, goals, strict=True)]
         return rewards, terminated
 
 
@@ -218,7 +218,7 @@ class HindsightReplayBuffer:
         oldest = max(0, self.added - self.size)
         rows = torch.randint(oldest, self.added, (batch_size,)).numpy()
         envs = torch.randint(self.num_envs, (batch_size,)).numpy()
-        *batch, first, last = [array[rows % self.size, envs] for array in self.arrays.values()]  # copies, in this order
+        *batch, first, last = [array[rows % self.size, envs] for array in self.arrays.values()]  # copies, not views
         obs, _, rewards, terminated, next_obs = batch
 
         # [7] A goal for each transition: the one achieved in a random row from earliest to last
@@ -227,7 +227,7 @@ class HindsightReplayBuffer:
         chosen = earliest + (share * (last + 1 - earliest)).astype(int)
         new_goals = self.arrays["next_obs"][chosen % self.size, envs][:, goals.achieved]  # (B, goal_dim)
 
-        # Some of them, R of B, take it: each with probability k / (k + 1)
+        # Some of them, R of B, take it
         some = (torch.rand(batch_size) < args.her_ratio / (args.her_ratio + 1)).numpy()  # (B,) bool
         obs[some, goals.desired] = next_obs[some, goals.desired] = new_goals[some]  # copies: the buffer keeps g
         achieved = next_obs[some, goals.achieved]
@@ -313,10 +313,10 @@ def train(args: Args) -> dict[str, float]:
         }
         action_dim, buffer_size = run.action_space.low.size, min(args.buffer_size, args.total_timesteps)
         env.reset(seed=args.seed)  # compute_reward may need what this sets
-        goals = Goals(args, env.unwrapped)  # none of those that act: asking may change it
+        goals = Goals(args, env.unwrapped)  # an environment of its own: compute_reward may change it
         buffer = HindsightReplayBuffer(buffer_size, args.num_envs, *run.obs_shape, action_dim)
         run.start(model=agent, buffer=buffer, **optimizers)  # what a checkpoint holds
-        while run.goes_on():  # evaluates and saves where that is due; False at the end
+        while run.goes_on():  # False at the end
             # 1. Act: one step in each of N environments
             obs, first_step = run.obs, run.global_step  # before run.step, which changes both
             first = [buffer.added - len(past) for past in run.actions]  # rows where episodes began; past: their actions
@@ -345,7 +345,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -473,7 +473,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

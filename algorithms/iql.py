@@ -7,7 +7,7 @@ in the data: a high expectile, near the best. Q learns from V. The policy imitat
     [1] value:   minimise E[L(Q'(s, a) - V(s))],  L(x) = |e - 1{x < 0}| x^2,  Q' = min_i Q'_i                     IQL
     [2] target:  y = r + gamma V(s'), or y = r where s' is terminal                                               IQL
     [3] critics: minimise sum_i E[(Q_i(s, a) - y)^2]                                                              IQL
-    [4] weights: w = min(exp(beta (Q'(s, a) - V(s))), w_max)                                           authors' code
+    [4] weights: w = min(exp(beta (Q'(s, a) - V(s))), w_max)                                                      IQL
     [5] policy:  maximise E[w log pi(a|s)]                                                                        IQL
     [6] targets: theta' <- tau theta + (1 - tau) theta'                                                           IQL
 
@@ -71,8 +71,8 @@ class Args:
     env_id: str = "FrozenLake-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 4_000  # gradient steps; paper: 1,000,000
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
-    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -92,16 +92,15 @@ class Args:
     tau: float = 0.02  # [6] share of the new weights in an update of the targets; paper: 0.005
     batch_size: int = 256  # transitions in a gradient step
     expectile: float = 0.98  # [1] e; paper: 0.7, and 0.9 in mazes
-    temperature: float = 3.0  # [4] beta: 0 imitates all actions of the data equally; paper: 3, and 10 in mazes
-    max_weight: float = 100.0  # [4] w_max
-    return_range: float = 100.0  # rewards are scaled: best minus worst return is this; 0: unscaled; authors' code: 1000
+    temperature: float = 3.0  # [4] beta: 0 imitates all actions equally; paper: 3; 10 in mazes
+    max_weight: float = 100.0  # [4] w_max; paper: 100
+    return_range: float = 100.0  # best minus worst return after scaling; 0: unscaled; times beta in [4]; authors: 1000
     norm_obs: bool = False  # normalise observations
 
     num_envs = 1  # no flag: environments are for evaluation only
 
     def __post_init__(self) -> None:
-        ranges = {"expectile": (1e-6, 1 - 1e-6), "max_weight": (1e-6, math.inf)}  # open intervals: without their ends
-        check_ranges(self, tau=(0, 1), temperature=(0, math.inf), return_range=(0, math.inf), **ranges)
+        check_ranges(self, tau=(0, 1), expectile=(1e-6, 1 - 1e-6), max_weight=(1e-6, math.inf))  # 0 < e < 1, 0 < w_max
 
 
 def network(in_dim: int, out_dim: int) -> nn.Sequential:
@@ -117,7 +116,7 @@ class Normalizer(nn.Module):
         self.register_buffer("std", torch.ones(obs_dim))
 
     def fit(self, obs: Tensor) -> None:  # (T, obs_dim)
-        self.mean[:], self.std[:] = obs.mean(0), obs.std(0, unbiased=False) + 1e-3  # some numbers never change
+        self.mean[:], self.std[:] = obs.mean(0), obs.std(0, unbiased=False) + 1e-3  # a std can be 0
 
     def forward(self, obs: Tensor) -> Tensor:
         assert obs.shape[-1:] == self.mean.shape  # else a last dimension of 1 would be broadcast
@@ -135,7 +134,7 @@ class IQL(nn.Module):
         critic_dims = (obs_dim, action_dim) if self.discrete else (obs_dim + action_dim, 1)
         self.normalize = Normalizer(obs_dim)
         self.actor = network(obs_dim, action_dim)  # logits, or the mean before its tanh
-        self.log_std = nn.Parameter(torch.zeros(0 if self.discrete else action_dim))  # the same in all states
+        self.log_std = nn.Parameter(torch.zeros(0 if self.discrete else action_dim))  # the same in all states; Box only
         self.value = network(obs_dim, 1)
         self.critics = nn.ModuleList([network(*critic_dims) for _ in range(2)])
         self.target_critics = copy.deepcopy(self.critics)
@@ -190,11 +189,11 @@ def open_dataset(dataset: str, env: gym.Env) -> tuple[dict[str, np.ndarray], gym
         folder = path / "data" if (path / "data").is_dir() else path
         stored = minari.MinariDataset(folder) if path.is_dir() else minari.load_dataset(dataset)
         episodes = list(stored.iterate_episodes())  # an episode of n steps has n + 1 observations
-        parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}
+        parts = {name: [getattr(episode, name) for episode in episodes] for name in ARRAYS[1:5]}  # not observations
         seen, keys = [e.observations for e in episodes], getattr(env.env.observation_space, "spaces", None)
         seen = [np.hstack([obs[k] for k in keys or obs]) if isinstance(obs, dict) else obs for obs in seen]  # mazes
         parts |= {"observations": [obs[:-1] for obs in seen], "next_observations": [obs[1:] for obs in seen]}
-        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]
+        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]  # ends all
         return {name: np.concatenate(parts[name]) for name in ARRAYS}, stored.env_spec or env.spec
     except ImportError:
         raise UsageError(f"no .npz file at --dataset {dataset}; Minari's need pip install 'minari[hdf5]'") from None
@@ -233,7 +232,7 @@ def read_dataset(args: Args, env: gym.Env) -> dict[str, Tensor]:
     check(needed < 0.9 * memory, f"its observations need {needed:.1f} GB; this machine has {memory:.1f} GB")
     data, single = {}, ("rewards", "terminations", "truncations")  # one number a row
     for name, array in arrays.items():
-        fits = num_rows and array.shape[: 2 if name in single else 1] == (num_rows,)
+        fits = num_rows and array.shape[:1] == (num_rows,) and (array.ndim == 1 or name not in single)
         check(fits, f"{name} {array.shape} beside {num_rows} rewards")
         check(array.dtype.kind in "biuf" and np.isfinite(np.float32(array)).all(), f"words, NaN or infinity in {name}")
         data[name] = array.astype(np.float32) if name in single else vectors(name)
@@ -255,7 +254,7 @@ def reward_scale(data: dict[str, Tensor], return_range: float) -> float:
     ends = (data["terminations"] + data["truncations"] > 0).long()
     episode = ends.cumsum(0) - ends  # (T,): the number of each transition's episode
     returns = torch.zeros(int(episode[-1]) + 1).index_add(0, episode, data["rewards"])
-    returns = returns if data["terminations"][-1] or len(returns) < 3 else returns[:-1]  # the last may be cut
+    returns = returns if data["terminations"][-1] or len(returns) < 3 else returns[:-1]  # it may be cut; two must stay
     gap = (returns.max() - returns.min()).item()
     return return_range / gap if return_range and gap > 1e-4 * returns.abs().max() else 1.0  # less is rounding
 
@@ -321,16 +320,16 @@ def make_agent(args: Args, obs_shape: tuple[int, ...], action_space: gym.Space) 
 
 
 def train(args: Args) -> dict[str, float]:
-    """Trains an agent, returns its last evaluation. run.step acts; run.goes_on evaluates and saves; run.log writes."""
+    """Trains an agent, returns its last evaluation. run.goes_on evaluates and saves; run.log writes."""
     with contextlib.closing(Run(args)) as run:  # closes the environments, also after an error
-        agent, rate = make_agent(args, run.obs_shape, run.action_space).to(run.device), args.learning_rate
+        agent = make_agent(args, run.obs_shape, run.action_space).to(run.device)
         data = read_dataset(args, run.envs[0])
         data["rewards"] *= reward_scale(data, args.return_range)
         if args.norm_obs:
             agent.normalize.fit(data["observations"])
         learned = {"actor_optimizer": [*agent.actor.parameters(), agent.log_std]}
         learned |= {"critic_optimizer": agent.critics.parameters(), "value_optimizer": agent.value.parameters()}
-        optimizers = {name: torch.optim.Adam(part, rate, fused=True) for name, part in learned.items()}
+        optimizers = {name: torch.optim.Adam(part, args.learning_rate, fused=True) for name, part in learned.items()}
         run.actions = []  # training plays no episodes, so a checkpoint has none to play again
         run.start(model=agent, **optimizers)  # what a checkpoint holds
         while run.goes_on():  # evaluates and saves where that is due; False at the end
@@ -338,8 +337,8 @@ def train(args: Args) -> dict[str, float]:
             rows = torch.randint(len(data["rewards"]), (args.batch_size,))
             batch = {name: array[rows].to(run.device) for name, array in data.items()}
             # 2. Learn
-            if args.anneal_lr:
-                rate = args.learning_rate * 0.5 * (1 + math.cos(math.pi * run.global_step / args.total_timesteps))
+            progress = run.global_step / args.total_timesteps if args.anneal_lr else 0.0
+            rate = args.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
             optimizers["actor_optimizer"].param_groups[0]["lr"] = rate
             metrics = update(agent, optimizers, batch, args)
             run.global_step += 1
@@ -349,7 +348,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -477,7 +476,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

@@ -7,24 +7,24 @@ p_a, the probability of each action, and v, the discounted sum of rewards to com
         C(s) = log((1 + N(s) + c_base) / c_base) + c_init
     [2] backup: G = r + gamma G', N(s, a) <- N(s, a) + 1, W(s, a) <- W(s, a) + G, Q(s, a) = W(s, a) / N(s, a)
     [3] at the root: P(s, a) = (1 - epsilon) p_a + epsilon eta_a, eta ~ Dirichlet(alpha)             AlphaGo Zero
-    [4] model: s_0 = h(o_t), (r_k, s_k) = g(s_k-1, a_t+k-1), (p_k, v_k) = f(s_k)
-    [5] value target: z_t = u_t + gamma u_t+1 + ... + gamma^(n-1) u_t+n-1 + gamma^n nu_t+n
-    [6] loss: l = sum_k (CE(u_t+k-1, r_k) + CE(z_t+k, v_k) + CE(pi_t+k, p_k)) + c ||theta||^2
+    [4] model: s_0 = h(o_t), (r_k, s_k) = g(s_(k-1), a_(t+k-1)), (p_k, v_k) = f(s_k)
+    [5] value target: z_t = u_t + gamma u_(t+1) + ... + gamma^(n-1) u_(t+n-1) + gamma^n nu_(t+n)
+    [6] loss: l = sum_k (CE(u_(t+k-1), r_k) + CE(z_(t+k), v_k) + CE(pi_(t+k), p_k)) + c ||theta||^2
     [7] scale: S(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x
 
-P is p, but in [3]. N(s) is 1 + sum_a N(s, a). In [1] Q is scaled: the least Q of the tree becomes 0, the largest 1. G'
-is G one step deeper, v at the end. With two players what is the other one's changes sign: G', in [5] every second u, nu
-if n is odd. u_t is the reward of a_t (paper: u_t+1), nu the mean G of a root, pi the shares of its visits. k is 0 to K,
-for r 1 to K; k > 0 weighs 1 / K. CE: cross entropy. r and v are distributions, of S(r) and S(v), in games without S.
+P is p; at the root in training, [3]. N(s) is 1 + sum_a N(s, a). In [1] Q is scaled: a tree's least (games: -1) becomes
+0, its largest 1. G' is G one step deeper, v at the end. In games the other player's numbers change sign: G', in [5]
+every second u, nu if n is odd. u_t is the reward of a_t (paper: u_(t+1)), nu a root's mean G, pi the shares of visits.
+k is 0 to K, for r 1 to K; k > 0 weighs 1 / K. CE: cross entropy. r, v: distributions of S(r), S(v), in games without S.
 
 Paper: Schrittwieser et al. 2020, arXiv:1911.08265, doi:10.1038/s41586-020-03051-4.
 
 Differs from the paper:
 - Environments run side by side in one process, and the model, of MLPs, learns between their steps, by AdamW.
-- h sees one observation (paper: 8 to 100), and in it which moves are legal. Latent states have mean 0 and variance 1.
-- Games begin with a few random moves. They have a reward at their end, then v is 0; v is a distribution there too.
+- h sees one observation (paper: 8 to 100), with the legal moves. Latent states: mean 0, variance 1 (paper: 0 to 1).
+- Games begin with a few random moves. Their result is a reward, then v is 0 (paper: v stays the result, by MSE).
 - Replay is uniform (paper: Atari by priority), of finished episodes. After a time limit the last v is the bootstrap.
-- An untried action counts as the mean of the tried ones (pseudocode: the worst). N(s) is 1 more than in the paper.
+- Q is scaled with its r (pseudocode: without). Untried: the mean of the tried (pseudocode: 0). N(s) is 1 above paper's.
 
     python algorithms/muzero.py --env-id CartPole-v1
 """
@@ -76,7 +76,7 @@ class Args:
     total_timesteps: int = 30_000  # environment steps, summed over all environments
     num_envs: int = 20  # environments stepped together
     device: str = "auto"  # auto (here always a CPU), cpu, cuda, cuda:N or mps
-    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
+    threads: int | None = None  # CPU threads of PyTorch; None: 1; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -91,13 +91,13 @@ class Args:
     # Algorithm
     num_simulations: int = 25  # walks through the tree for each step; paper: 50 (Atari), 800 (board games)
     eval_simulations: int = 25  # the same in evaluations
-    c_init: float = 0.625  # [1] how much the search follows P; paper: 1.25
+    c_init: float = 0.625  # [1] weight of P against Q; paper: 1.25
     c_base: float = 19_652.0  # [1] visits of a node after which C(s) has grown by log 2: far more than here
     dirichlet_alpha: float = 1.0  # [3] the smaller, the fewer actions get most of the noise; paper: 0.25 (Atari)
     noise_fraction: float = 0.25  # [3] epsilon
-    temperature: float = 1.0  # actions are drawn in proportion to N ** (1 / temperature); 0: the most visited one
-    final_temperature: float = 0.25  # temperature moves to it linearly over the run; paper: 1, 0.5, 0.25 (Atari)
-    temperature_moves: int = 30  # of a game, moves that are drawn, and no later ones; elsewhere all are, or with 0 none
+    temperature: float = 1.0  # at the start; an action is drawn in proportion to N ** (1 / temperature)
+    final_temperature: float = 0.25  # at the end, linear between; 0: most visited; paper: 1, 0.5, 0.25 (Atari)
+    temperature_moves: int = 30  # a game's later moves are the most visited; other environments: 0 does so with all
     random_moves: int = 6  # a game of self-play begins with 0 to this many random moves; paper: 0
     gamma: float = 0.997  # discount; paper: 1 in board games
     td_steps: int = 50  # [5] n; paper: 10 (Atari), to the end (board games)
@@ -105,7 +105,7 @@ class Args:
     support_size: int = 20  # r and v: integers of S(x) to plus and minus this; 20 is x = 422; games need 1; paper: 300
     latent_size: int = 32  # numbers in a latent state
     hidden_size: int = 64  # units of a hidden layer
-    learning_rate: float = 2e-3  # of AdamW; paper: 0.05 to 0.00007, of SGD
+    learning_rate: float = 2e-3  # of AdamW; paper: 0.05 to 0.00007 (Atari), of SGD
     anneal_lr: bool = True  # let the learning rate fall linearly to 0
     weight_decay: float = 1e-4  # [6] c
     buffer_size: int = 50_000  # steps in the replay buffer; paper: those of the last 125,000 sequences (Atari)
@@ -170,7 +170,7 @@ class Network(nn.Module):
 
     def dynamics(self, latent: Tensor, action: Tensor) -> Tensor:  # (B, L), (B,) -> (B, L)
         chosen = nn.functional.one_hot(action, self.num_actions)  # (B, A)
-        return self.norm(latent + self.g(torch.cat([latent, chosen], dim=1)))  # [4] g learns what changes
+        return self.norm(latent + self.g(torch.cat([latent, chosen], dim=1)))  # [4] s_k: predict reads r_k off it
 
     def predict(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of p, v and r, (..., A or atoms), of states (..., L). r is of the step to that state; s_0 has none."""
@@ -215,7 +215,7 @@ class Tree:
         self.child = np.full(per_move, -1)  # the node to which an action leads; -1: none yet
         self.reward = np.zeros(per_node)  # of the step that led to a node
         game = is_game(args.env_id)
-        lowest, highest = (-1.0, 1.0) if game else (1e30, -1e30)  # of Q in a tree: in games at least -1 to 1
+        lowest, highest = (-1.0, 1.0) if game else (1e30, -1e30)  # Q's bounds so far; games: known
         self.lowest, self.highest = np.full(len(legal), lowest), np.full(len(legal), highest)
         self.discount = -args.gamma if game else args.gamma  # what is good for the other player is bad for this one
 
@@ -226,13 +226,13 @@ class Tree:
         there. Then for each search, (B,) each, the node and the action where its walk ended.
         """
         low, width = self.lowest[:, None, None], np.maximum(self.highest - self.lowest, 1e-9)[:, None, None]
-        scaled = (self.total - self.visits * low) / width  # sums of G, scaled such that Q is from 0 to 1
-        mean = scaled.sum(-1, keepdims=True) / np.maximum(self.visits.sum(-1, keepdims=True), 1)  # (B, nodes, 1)
-        scaled = np.where(self.visits > 0, scaled, mean)  # untried: the mean itself, for puct divides it by 1
-        scores = puct(self.visits, scaled, self.prior, args)  # of all nodes at once: quicker than one by one
+        total = (self.total - self.visits * low) / width  # sums of G, such that Q = total / visits is from 0 to 1
+        mean = total.sum(-1, keepdims=True) / np.maximum(self.visits.sum(-1, keepdims=True), 1)  # (B, nodes, 1)
+        total = np.where(self.visits > 0, total, mean)  # untried: the mean itself, for puct divides it by 1
+        scores = puct(self.visits, total, self.prior, args)  # of all nodes at once: quicker than one by one
         best = np.where(self.legal, scores, -np.inf).argmax(-1)  # (B, nodes)
         rows, nodes, path = np.arange(len(best)), np.zeros(len(best), int), []
-        parent, last_action = np.zeros((2, len(best)), int)
+        parent, last_action = nodes.copy(), nodes.copy()
         while len(rows):
             actions = best[rows, nodes]
             path.append((rows, nodes, actions))
@@ -243,7 +243,7 @@ class Tree:
 
     def backup(self, path: list[tuple], value: np.ndarray) -> None:
         """value: (B,), v of the new node at the end of each path, for the player who is to move there."""
-        later = value.astype(np.float64)  # G' in [2]; the first line below makes it G, which is G' one step up
+        later = value.astype(np.float64)  # G' in [2]; each pass below makes it G, which is G' for the step above
         for rows, nodes, actions in reversed(path):
             later[rows] = self.reward[rows, self.child[rows, nodes, actions]] + self.discount * later[rows]  # [2] G
             self.visits[rows, nodes, actions] += 1  # [2]
@@ -255,7 +255,7 @@ class Tree:
 def puct(visits: np.ndarray, total: np.ndarray, prior: np.ndarray, args: Args) -> np.ndarray:
     """What is maximised in [1], which the papers call PUCT, for each move: (B, A) each -> (B, A).
 
-    Q is total / visits; of an untried move it is total: 0 in alphazero.py, a mean in muzero.py.
+    Q is total / visits. Of an untried move total / 1 is taken as Q: 0 in AlphaZero, a mean in MuZero.
     """
     n = 1 + visits.sum(-1, keepdims=True)  # N(s): 1 is the visit that made the node; the pseudocode's root lacks it
     c = np.log((1 + n + args.c_base) / args.c_base) + args.c_init  # [1]
@@ -311,7 +311,7 @@ def value_targets(rewards: np.ndarray, root_values: np.ndarray, args: Args) -> n
 
 
 class EpisodeBuffer:
-    """The last steps of finished episodes. A row is an observation, and from it on K + 1 steps of 4 + A numbers.
+    """The last steps of finished episodes. A row: an observation, then 4 + A numbers for it and each of K later steps.
 
     These are action, reward, z, known (1 or 0) and pi. A row can then be sampled without the rows that follow it.
     Steps of an episode that has not ended wait, for z needs what comes later.
@@ -338,11 +338,11 @@ class EpisodeBuffer:
         steps, unroll = np.stack(self.waiting[i]), self.args.unroll_steps
         obs, pi = np.split(steps[:, :-4], [self.widths[0]], axis=1)
         action, reward, value, player = steps[:, -4:].T
-        # In games player * (...) turns what is the mover's into the first player's, and z back again
+        # In games player * (...) turns what is the mover's into player 0's, and z back again
         values = np.append(player * value, 0 if terminated else last_value)
         z = player * value_targets(player * reward, values, self.args)
         targets = np.column_stack([action, reward, z, np.ones(len(z)), pi])  # (T, 4 + A)
-        # After a true end come K steps with random actions, reward 0 and z 0. pi is 0 there, which makes its loss 0.
+        # After a true end come K steps: reward 0 and z 0 whatever the action, so it is random. pi 0 makes its loss 0.
         # After a time limit nothing is known, and these K steps have no weight
         after = np.zeros((unroll, targets.shape[1]))
         after[:, 0], after[:, 3] = np.random.randint(self.num_actions, size=unroll), terminated
@@ -387,14 +387,14 @@ def muzero_loss(agent: Network, batch: tuple[Tensor, ...], args: Args) -> tuple[
     weights[:, 0] = 1
     # cross_entropy wants the classes in dimension 1. The reward in row k is that of the step to state k + 1
     policy_losses = nn.functional.cross_entropy(policy_logits.mT, pi.mT, reduction="none")  # [6] (B, K + 1)
-    scaled = not agent.is_game  # games: rewards are -1, 0 and 1, and z is no larger, so S is not needed
+    scaled = not agent.is_game  # games: rewards and results are -1, 0 and 1, so S is not needed
     z, rewards = (two_hot(x, args.support_size, scaled) for x in (z, rewards[:, :-1]))  # (..., atoms)
     value_losses = nn.functional.cross_entropy(value_logits.mT, z.mT, reduction="none")  # [6]
     reward_losses = nn.functional.cross_entropy(reward_logits[:, 1:].mT, rewards.mT, reduction="none")  # [6]
     policy_loss, value_loss = (weights * policy_losses).sum(1).mean(), (weights * value_losses).sum(1).mean()
     reward_loss = (known[:, :-1] / args.unroll_steps * reward_losses).sum(1).mean()
     metrics = {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/reward_loss": reward_loss}
-    metrics["losses/target_entropy"] = torch.special.entr(pi[:, 0]).sum(-1).mean()  # of pi
+    metrics["losses/target_entropy"] = torch.special.entr(pi[:, 0]).sum(-1).mean()  # of k = 0; policy_loss: all k
     loss = policy_loss + value_loss + reward_loss  # [6]
     return loss, {name: value.detach() for name, value in metrics.items()}
 
@@ -423,7 +423,7 @@ def train(args: Args) -> dict[str, float]:
             pi = visits / visits.sum(-1, keepdims=True)
             player, move_numbers = np.ones(args.num_envs), np.zeros(args.num_envs)
             if agent.is_game:
-                player = 1 - 2 * obs[:, agent.num_actions]  # 0, the first, becomes 1, and 1 becomes -1
+                player = 1 - 2 * obs[:, agent.num_actions]  # player 0 becomes 1, player 1 becomes -1
                 move_numbers = np.array([env.unwrapped.state.move_number() for env in run.envs])
             progress = first_step / args.total_timesteps
             temperature = args.temperature + progress * (args.final_temperature - args.temperature)
@@ -458,7 +458,7 @@ def is_game(name: str) -> bool:
 
 @functools.cache
 def load_game(name: str) -> pyspiel.Game:
-    """Refuses other games than those of two players who see everything, in turn, for a result at the end."""
+    """Refuses all games but those of two players who move in turn, see everything and get a result at the end."""
     if name.partition("(")[0] not in pyspiel.registered_names():
         raise UsageError(f"--env-id {name} is no game of OpenSpiel; pyspiel.registered_names() lists them")
     stderr = os.dup(2)  # OpenSpiel's own program writes there before it raises
@@ -466,7 +466,7 @@ def load_game(name: str) -> pyspiel.Game:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         game = pyspiel.load_game(name)
-        begins = game.new_initial_state().legal_actions()
+        moves = game.new_initial_state().legal_actions()
     except (pyspiel.SpielError, IndexError, ValueError) as error:
         raise UsageError(f"--env-id {name}: {error!s:.200}") from None
     finally:
@@ -481,9 +481,9 @@ def load_game(name: str) -> pyspiel.Game:
         and kind.utility == wanted.Utility.ZERO_SUM
         and kind.reward_model == wanted.RewardModel.TERMINAL
         and kind.provides_observation_tensor
-        and begins
+        and moves
     ):
-        needed = "two players in turn, no dice or cards, nothing hidden, and at the end, for one, what the other loses"
+        needed = "two players in turn, no dice or cards, nothing hidden, and at the end one wins what the other loses"
         raise UsageError(f"--env-id {name}: {Path(__file__).name} needs a board as numbers, {needed}")
     return game
 
@@ -495,17 +495,17 @@ def observe(state: pyspiel.State) -> np.ndarray:  # (O,)
 
 
 def player_of(state: pyspiel.State) -> int:
-    """1 where the first player is to move, -1 where the second is, 0 where the game is over."""
+    """1 where player 0 is to move (who begins in most games, not in chess), -1 where player 1 is, 0 at the end."""
     return 0 if state.is_terminal() else 1 - 2 * state.current_player()
 
 
 def result_of(state: pyspiel.State) -> float:
-    """The first player's result of a finished game, also where OpenSpiel counts by how much it was won."""
+    """Player 0's result of a finished game, also where OpenSpiel counts by how much it was won."""
     return float(np.sign(state.returns()[0]))  # 1 won, 0 drawn, -1 lost
 
 
 class Board(gym.Env):
-    """A game of OpenSpiel as an environment of Gymnasium. Whoever is to move acts; rewards are the first player's."""
+    """A game of OpenSpiel as an environment of Gymnasium. Whoever is to move acts; rewards are player 0's."""
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 1}
 
@@ -528,7 +528,7 @@ class Board(gym.Env):
         if self.state.current_player() == player:
             raise UsageError(f"--env-id {self.game}: a player moves twice in a row, but here the search takes turns")
         over = self.state.is_terminal()
-        return observe(self.state), result_of(self.state) if over else 0.0, over, False, {}
+        return observe(self.state), (result_of(self.state) if over else 0.0), over, False, {}
 
     def render(self) -> np.ndarray:  # (400, 640, 3)
         """The position as text."""
@@ -543,13 +543,13 @@ class Board(gym.Env):
 
 @functools.cache
 def solve(name: str) -> dict[tuple[str, int, int], tuple[pyspiel.State, float, np.ndarray]] | None:
-    """Minimax over the whole game. Each position in which somebody is to move, the first player's result from there if
-    both play well, and the best moves, (A,) of True and False. None for a game of more than 50,000 such positions, or
+    """Minimax over the whole game. Each position in which somebody is to move, player 0's result from there if
+    both play well, and the best moves, (A,) of True and False. None for a game of more than some 50,000 positions, or
     with rules that look at more than the position's text, its player to move and the number of moves so far.
     """
     solution = {}
 
-    def result_from(state: pyspiel.State, look_again: bool = True) -> float:
+    def result_from(state: pyspiel.State, look_again: bool = True) -> float:  # look_again: check a known one
         if state.is_terminal():
             return result_of(state)
         old = solution.get(key_of(state))
@@ -559,7 +559,7 @@ def solve(name: str) -> dict[tuple[str, int, int], tuple[pyspiel.State, float, n
                 results[move] = sign * result_from(state.child(move), old is None)  # for the player to move
             new = state, sign * results.max(), results == results.max()
             if len(solution) > 50_000 or (old and (old[1] != new[1] or (old[2] != new[2]).any())):
-                raise OverflowError  # or the same position has another worth after other moves
+                raise OverflowError  # too many, or a position whose worth depends on how it came about
             solution.setdefault(key_of(state), new)
         return solution[key_of(state)][1]
 
@@ -586,7 +586,7 @@ def optimal_moves(agent: Network, solution: dict, args: Args) -> np.ndarray:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -671,7 +671,7 @@ def evaluate(agent: nn.Module, args: Args, film: Path) -> dict[str, float]:
     returns, lengths, playing = np.zeros(len(seeds)), np.zeros(len(seeds)), {}
     game, rng, opponents = is_game(args.env_id), np.random.default_rng(seeds), []
     solution = solve(args.env_id) if game else None
-    sides = 1 - 2 * (np.arange(len(seeds)) % 2) if game else np.ones(len(seeds))  # 1 where the agent begins, else -1
+    sides = 1 - 2 * (np.arange(len(seeds)) % 2) if game else np.ones(len(seeds))  # 1: the agent is player 0, else -1
     with contextlib.ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())  # some environments draw from these three
         stack.callback(np.random.set_state, np.random.get_state())
@@ -746,7 +746,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

@@ -95,7 +95,7 @@ class Args:
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 51_200  # replies to learn from; a step is a reply
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights; there 2 can be faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -108,7 +108,7 @@ class Args:
     # Algorithm
     learning_rate: float = 5e-4  # of AdamW, the policy's; large models need 1e-6 to 1e-5
     critic_learning_rate: float = 3e-3  # the value network's; paper: 9e-6
-    warmup: float = 0.1  # learning rates decay linearly to 0 over the run; in this first fraction they also rise from 0
+    warmup: float = 0.1  # the rates fall to 0 over the run, and rise in this first share; paper: 10 batches, no fall
     batch_size: int = 512  # replies of a batch, summed over all processes; paper: 512
     num_minibatches: int = 8  # minibatches in a batch, one gradient step each in each epoch; paper: 8
     update_epochs: int = 2  # passes over the batch; paper: 1; Huang et al.: 4
@@ -121,7 +121,7 @@ class Args:
     missing_eos_penalty: float = 0.0  # taken off the score of a reply that has not ended after --max-new-tokens
     clip_coef: float = 0.2  # [3] epsilon
     clip_coef_vf: float | None = None  # value loss: clip V to V_old +- this; Huang et al.: 0.2; None: no clipping
-    vf_coef: float = 0.5  # weight of L_value [3]; V has its own weights and AdamW undoes it, but for --max-grad-norm
+    vf_coef: float = 0.5  # weight of L_value [3]; AdamW cancels it, V having its own weights; --max-grad-norm does not
     norm_adv: bool = True  # normalise the advantages of each batch; ppo.py: of each minibatch
     max_grad_norm: float = 1.0  # gradients with a larger norm (losses/grad_norm) are scaled down to it; 0: never
     weight_decay: float = 0.0  # of AdamW
@@ -225,7 +225,7 @@ def ppo_loss(log_prob, values, old_log_prob, old_values, advantages, returns, ar
 def update(run: "Run", rows: Iterator[tuple[Episode, list, list]], args: Args) -> dict[str, float]:
     """Gradient steps with episodes, their advantages and returns. Returns the means of all minibatches' metrics."""
     size, minibatch_size, history = run.micro_batch_size, args.batch_size // args.num_minibatches, []
-    batch = [(e.prompt, e.reply, e.old_log_prob, e.values, *rest) for e, *rest in rows]
+    batch = [(e.prompt, e.reply, e.old_log_prob, e.values, *rest) for e, *rest in rows]  # the last four are ppo_loss's
     for epoch in range(args.update_epochs):
         random.Random(f"{args.seed} {run.global_step} {epoch}").shuffle(batch)
         for i in range(0, args.batch_size, minibatch_size):
@@ -249,17 +249,17 @@ def update(run: "Run", rows: Iterator[tuple[Episode, list, list]], args: Args) -
 
 
 def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episode]:
-    """An episode for each prompt. Processes share the work, then each has all. Of run it uses judges, ends, agent."""
+    """An episode for each prompt. Processes share the work, then each has all."""
     episodes = {}
     for rows, ids, replies, log_prob, tensors in written_replies(run, prompts, seed, args):
         with reference_policy(run) as reference:
             ref_log_prob = token_log_probs(reference, *tensors)
-            values = run.agent.values(*tensors) if run.agent else ref_log_prob  # here, for no_grad; --evaluate: no V
-        split = [[row.tolist() for row in x.cpu().split([*map(len, replies)])] for x in (ref_log_prob, values)]
+            values = run.agent.values(*tensors) if run.agent else ref_log_prob  # --evaluate: there is no V, nor a need
+        rows_of = [[row.tolist() for row in x.cpu().split([*map(len, replies)])] for x in (ref_log_prob, values)]
         texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
         scores = run.judges[0]([prompts[row].text for row in rows], texts)
         scores = [s - args.missing_eos_penalty * (y[-1] not in run.ends) for s, y in zip(scores, replies, strict=True)]
-        episodes |= zip(rows, map(Episode, ids, replies, log_prob, *split, scores), strict=True)
+        episodes |= zip(rows, map(Episode, ids, replies, log_prob, *rows_of, scores), strict=True)
     episodes = dict(gather_object([*episodes.items()]))
     return [episodes[row] for row in range(len(prompts))]
 
@@ -267,9 +267,9 @@ def play(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> list[Episo
 def evaluate(run: "Run", prompts: list[Prompt], args: Args) -> dict[str, float]:
     """Mean score (less a penalty for a missing end), KL divergence from the reference and length of sampled replies."""
     asked = [*itertools.islice(itertools.cycle(prompts), args.eval_replies)]
-    episodes = play(run, asked, f"{args.seed} evaluation", args)
-    kl = sum(sum(e.old_log_prob) - sum(e.ref_log_prob) for e in episodes) / len(episodes)
-    reward, length = (sum(x) / len(episodes) for x in ([e.score for e in episodes], [len(e.reply) for e in episodes]))
+    episodes, n = play(run, asked, f"{args.seed} evaluation", args), args.eval_replies
+    kl = sum(sum(e.old_log_prob) - sum(e.ref_log_prob) for e in episodes) / n
+    reward, length = sum(e.score for e in episodes) / n, sum(len(e.reply) for e in episodes) / n
     beta = run.agent.beta.item() if run.agent else args.beta
     return {"eval/reward": reward, "eval/kl": kl, "eval/rlhf_reward": reward - beta * kl, "eval/length": length}
 
@@ -282,7 +282,7 @@ def train(args: Args) -> dict[str, float]:
         run.start(agent, optimizer)
         run.agent, run.actor = run.bare, run.bare.actor
         batches = prompts_from(run.global_step, prompts, args)
-        while run.goes_on(lambda: evaluate(run, held_out, args)):  # evaluates and saves where that is due
+        while run.goes_on(lambda: evaluate(run, held_out, args)):
             # 1. Act: a reply to each prompt of the batch
             episodes = play(run, next(batches), f"{args.seed} {run.global_step}", args)
 
@@ -339,7 +339,7 @@ def make_agent(run: "Run", args: Args) -> tuple[ActorCritic, torch.optim.Optimiz
 
 def load(run: "Run", name: str, args: Args) -> nn.Module:
     share = args.batch_size // args.num_minibatches // PROCESSES  # of a minibatch, for each process
-    run.micro_batch_size = args.micro_batch_size or math.gcd(share or 1, 64)
+    run.micro_batch_size = args.micro_batch_size or math.gcd(share or 1, 64)  # the largest power of 2 that divides both
     run.accelerator.gradient_accumulation_steps = share // run.micro_batch_size
     run.tokenizer, run.judges = load_tokenizer(name), [load_reward(args.reward, args, run.accelerator.device)]
     return load_model(name, AutoModelForCausalLM, args)
@@ -602,9 +602,9 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
 
 
 def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts of --dataset that leave room for a reply. Those held out are all different; where few are, all."""
-    rows, usual = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split), args.prompt_column
-    names = [usual] if usual else ["prompt", "question", "instruction", "input", "context", "messages"]
+    """The prompts that leave room for a reply, and those for evaluation: not learned from, if 10 or more differ."""
+    rows, given = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split), args.prompt_column
+    names = [given] if given else ["prompt", "question", "instruction", "input", "context", "messages"]
     column = next((name for name in names if name in rows[0]), None)
     if column is None:
         raise UsageError(f"{args.dataset} has the columns {', '.join(rows[0])}: name the prompts with --prompt-column")
@@ -655,7 +655,7 @@ def as_tensors(prompts: list[list[int]], replies: list[list[int]], device: torch
 
 
 def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
-    """Of the tokens of all replies, one reply after the other, (N,): behind it, no one can mistake padding for data."""
+    """log pi of the tokens of all replies, one reply after the other, (N,); padding is gone."""
     # No mask: padding stands on the right, and causal attention never reads it
     logits = model(input_ids=ids[:, :-1], logits_to_keep=targets.shape[1], use_cache=False).logits  # (B, K, vocabulary)
     replies = targets != -100
@@ -664,7 +664,7 @@ def token_log_probs(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: Tensor) -> tuple[list, list]:
-    """A reply to each prompt, up to one of ends, and log pi(y_t|s_t) of its tokens. Temperature 1.
+    """A reply to each prompt, up to one of ends, and the log-probability of each of its tokens. Temperature 1.
 
     chances: uniform random numbers, (B, most tokens of a reply). Each picks a token by the cumulative probabilities.
     """
@@ -707,7 +707,7 @@ def reference_policy(run: "Run") -> Iterator[nn.Module]:
 
 
 def written_replies(run: "Run", prompts: list[Prompt], seed: str, args: Args) -> Iterator[tuple]:
-    """In micro-batches, this process's part: numbers and ids of prompts, replies, log pi_old(y_t|s_t), as_tensors."""
+    """Micro-batches of this process's part: numbers and ids of prompts, replies, their log pi_old, as_tensors."""
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     chances = torch.rand(len(prompts), args.max_new_tokens, generator=generator)
     share, rows, written = math.ceil(len(prompts) / PROCESSES), [*range(len(prompts))], []
@@ -849,7 +849,7 @@ class Run:
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
-        self.optimizer.step()
+        self.optimizer.step()  # accelerate's: before the last micro-batch, this and the next line do nothing
         self.optimizer.zero_grad()
         return float(norm) if self.accelerator.sync_gradients else 0.0
 

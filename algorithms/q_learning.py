@@ -12,13 +12,13 @@ plus gamma times what the table says that the next state s' is worth. The four a
 
 Here a' is the next action, and pi the policy that explores. [2] and [3] learn what pi is worth, missteps included: on
 CliffWalking-v1 they keep away from the edge. [1] learns what the best policy is worth. A maximum of noisy estimates is
-too high on average: [4] takes the best action by Q_1, its worth by Q_2, and Q_1 learns: a coin says which table it is.
+too high on average: [4] takes the best action by Q_1, its worth by Q_2, and Q_1 learns; a coin says which one is Q_1.
 
 Papers: doi:10.1007/BF00992698; CUED/F-INFENG/TR 166; doi:10.1109/ADPRL.2009.4927542; Double Q-learning, NeurIPS 2010.
 All four: Sutton & Barto 2018, Sections 6.4 to 6.7, incompleteideas.net/book/the-book-2nd.html.
 
 Differs from the papers:
-- alpha falls linearly to 0. All values start at 1: optimistic, so untried actions look good. All draw a' before [5].
+- alpha falls linearly to 0. All values start at 1: optimistic if no return exceeds 1. All four draw a' before [5].
 - A time limit is not a terminal state: the value of the last state stands for the rest of the episode.
 - An environment without a time limit, as CliffWalking-v1 is, gets one of 1,000 steps.
 
@@ -94,7 +94,7 @@ class Args:
     ucb_c: float = 1.0  # ucb: weight of the uncertainty, in units of the return
     plot_values: bool = False  # draw a grid's final values as values.png in the run's folder; needs matplotlib
 
-    num_envs, device, threads = 1, "cpu", None  # no flags: it learns from one step at a time
+    num_envs, device, threads = 1, "cpu", None  # no types, so no flags: it learns from one step at a time
 
     def __post_init__(self) -> None:
         range_e = (1e-9, math.inf) if self.exploration == "boltzmann" else (0, 1)  # Boltzmann divides by it
@@ -123,7 +123,7 @@ class Table:
     def act(self, obs: np.ndarray) -> np.ndarray:
         """The best action for one state, or for each of B states, (B,). Of equal ones, as in new states, the first."""
         states, start = np.asarray(obs), self.action_space.start
-        rows = [self.values(s) if s in self.counts else [0.0] for s in states.flatten().tolist()]  # [0.0]: a new state
+        rows = [self.values(s) if s in self.counts else [0.0] for s in states.flatten().tolist()]  # no row for new ones
         return np.reshape([row.index(max(row)) for row in rows], states.shape).astype(start.dtype) + start
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def upper_bounds(values: list[float], counts: list[int], c: float) -> list[float
 def policy(values: list[float], counts: list[int], epsilon: float, args: Args) -> list[float]:
     """pi(a|s) in a state with these Q(s, a) and counts; all lists are (A,). epsilon: also Boltzmann's temperature."""
     if args.exploration == "boltzmann":  # proportional to exp(Q / temperature)
-        weights = [math.exp((value - max(values)) / epsilon) for value in values]  # without max, it would overflow
+        weights = [math.exp((value - max(values)) / epsilon) for value in values]  # minus the max: exp can't overflow
         total = sum(weights)
         return [weight / total for weight in weights]
     if args.exploration == "ucb":
@@ -205,7 +205,7 @@ def exact_returns(agent: Table, env: gym.Env, args: Args) -> dict[str, float]:
                 probs[s, a, next_s] += prob * (not terminated)
     q = np.zeros_like(rewards)
     for _ in range(10_000):
-        old_q, q = q, rewards + args.gamma * probs @ q.max(axis=1)  # value iteration: [1] on average
+        old_q, q = q, rewards + args.gamma * probs @ q.max(axis=1)  # value iteration: [1]'s target, averaged over s'
         if np.abs(q - old_q).max() < 1e-10:
             break
     results = {}
@@ -231,15 +231,15 @@ def train(args: Args) -> dict[str, float]:
         run.start(model=agent)  # what a checkpoint holds
         state, first_action = run.obs[0].item(), int(run.action_space.start)  # actions are counted from 0 here
         duration = args.exploration_fraction * args.total_timesteps
-        while run.goes_on():  # evaluates and saves where that is due; False at the end
+        while run.goes_on():  # False at the end
             # 1. Act
             epsilon = linear_schedule(args.start_e, args.end_e, duration, run.global_step)
             action, learning_rate = agent.next_action, args.learning_rate
-            if not run.actions[0]:  # an episode begins
+            if not run.actions[0]:  # an episode begins: one has ended, or --resume could not replay it
                 action = explore(agent.values(state), agent.counts[state], epsilon, args)
             if args.anneal_lr:
                 learning_rate *= 1 - run.global_step / args.total_timesteps
-            next_state, reward, terminated, truncated, _ = run.step(action + first_action)
+            next_state, reward, terminated, *_ = run.step(action + first_action)
             agent.counts[state][action] += 1
 
             # 2. Choose the next action before [5], as [2] needs it. In the book the others choose after [5]
@@ -256,13 +256,11 @@ def train(args: Args) -> dict[str, float]:
                 target += args.gamma * next_value(table[next_state], other[next_state], next_action, next_probs, args)
             td_error = target - table[state][action]
             table[state][action] += learning_rate * td_error  # [5]
-            state, agent.next_action = next_state, next_action
-            if terminated or truncated:
-                state, agent.next_action = run.obs[0].item(), -1
+            state, agent.next_action = run.obs[0].item(), next_action  # after an end run.obs is of the next episode
 
             # 4. Log
             if run.global_step % 1000 == 0:
-                losses = {"losses/td_loss": td_error * td_error, "charts/epsilon": epsilon}
+                losses = {"losses/td_loss": td_error * td_error, "charts/epsilon": epsilon}  # td_loss: of this step
                 run.log(losses | {"charts/learning_rate": learning_rate})
         show_grid(run.envs[0], agent, run.dir / "values.png" if args.plot_values else None)
         return run.result
@@ -289,7 +287,7 @@ def show_grid(env: gym.Env, agent: Table, picture: Path | None) -> None:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -436,7 +434,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

@@ -6,16 +6,16 @@ Subtracted from the return, it changes nothing on average, and can take noise aw
 in each batch how much noise is left with each of three baselines, whichever of them is used.
 
     [1] G_t    = r_t + gamma G_{t+1}                                                  S&B, Eq. 3.9 (R_{t+1} is r_t here)
-    [2] grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t)]                            S&B, Eq. 13.11
+    [2] grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t)]                            S&B, cf. Eq. 13.11
     [3] b_t    = 0, or the mean of the other episodes' G_t at the same t, or V(s_t)   --baseline none, mean, value
     [4] L      = E[(V(s_t) - G_t)^2], the loss of V, a network that predicts G_t      S&B, Section 13.4
-    [5] var    = trace of the covariance of the K episodes' estimates of [2], over K: the variance of their mean
+    [5] var    = trace of the covariance of the K episodes' estimates of [2], over K: that of their mean, if independent
 
 Papers: Williams 1992, doi:10.1007/BF00992696. S&B: Sutton & Barto 2018, incompleteideas.net/book/the-book-2nd.html.
 
 Differs from S&B:
 - The factor gamma^t of the t-th term of [2] is left out, as everywhere today: [2] is exact for gamma = 1 only.
-- A batch is K whole episodes. Short ones make K larger, so the batch's mean has a small bias, of order 1 / K.
+- Batches of short ones have a larger K, so each episode counts less there: a bias of order 1 / K towards long ones.
 - The optimizer is Adam, and the policy's learning rate falls to 0. V is fitted in several passes over a batch.
 - For V and --baseline value, a time limit is not a terminal state: V of the last observation stands for the rest of
   the episode. With none and mean G_t ends there: where limits cut, [5] compares estimates of different gradients.
@@ -66,8 +66,8 @@ class Args:
     env_id: str = "CartPole-v1"  # a Gymnasium environment, or module:id if a module registers it
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 200_000  # environment steps
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
-    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -162,7 +162,7 @@ class Batch(list):
         return {"steps": [torch.from_numpy(np.concatenate(part)) for part in zip(*self, strict=True)]}
 
     def load_state_dict(self, state: dict) -> None:
-        self[:] = zip(*(np.split(part.numpy(), len(part)) for part in state["steps"]), strict=True)
+        self[:] = zip(*(part.numpy()[:, None] for part in state["steps"]), strict=True)  # rows (1, ...), as train adds
 
     def episodes(self, device: str) -> list[Episode]:
         obs, actions, rewards, next_obs, terminated, ended = (part.to(device) for part in self.state_dict()["steps"])
@@ -204,7 +204,7 @@ def objective(log_prob: Tensor, advantages: Tensor, num_episodes: int) -> Tensor
 
 
 def gradient_variances(agent: PolicyAndValue, episodes: list[Episode], advantages: list[dict]) -> dict[str, float]:
-    """[5] under each baseline, as if the K episodes' estimates of [2] were independent."""
+    """[5] under each baseline. mean's estimates share returns: for it, [5] is too small, by order |grad J|^2 / K^2."""
     estimates = {name: [] for name in advantages[0]}
     for episode, by_baseline in zip(episodes, advantages, strict=True):
         log_prob = agent.policy(episode.observations[:-1]).log_prob(episode.actions)  # (T,)
@@ -234,10 +234,10 @@ def update(
     optimizer.step()
 
     old_values = torch.cat([value[:-1] for value in values])  # (B,)
-    value_targets = torch.cat([by_baseline["value"] for by_baseline in advantages]) + old_values  # (B,), bootstrapped
+    value_targets = torch.cat([by_baseline["value"] for by_baseline in advantages]) + old_values  # (B,): their G_t
     value_losses = []
     for _ in range(args.value_epochs):
-        for rows in torch.randperm(len(obs), device=obs.device).split(256):  # minibatches of 256 steps
+        for rows in torch.randperm(len(obs), device=obs.device).split(256):  # 256: fixed, no flag
             value_loss = (agent.critic(obs[rows]).squeeze(-1) - value_targets[rows]).square().mean()  # [4]
             value_optimizer.zero_grad()
             value_loss.backward()
@@ -245,7 +245,7 @@ def update(
             value_losses.append(value_loss.item())
     explained_variance = 1 - (value_targets - old_values).var(correction=0) / (value_targets.var(correction=0) + 1e-8)
     metrics = {"losses/entropy": policy.entropy().mean().item(), "losses/value_loss": np.mean(value_losses)}
-    metrics["losses/explained_variance"] = explained_variance.item()
+    metrics["losses/explained_variance"] = explained_variance.item()  # 1: V predicts G_t; 0: no better than a constant
     return metrics | {f"losses/gradient_variance_{name}": variance for name, variance in variances.items()}
 
 
@@ -264,10 +264,10 @@ def train(args: Args) -> dict[str, float]:
         value_optimizer = torch.optim.Adam(agent.critic.parameters(), args.value_learning_rate, fused=True)
         run.start(model=agent, optimizer=optimizer, value_optimizer=value_optimizer, batch=batch)  # for checkpoints
         if batch and not run.actions[0]:  # --resume could not replay the episode in progress: so it ended
-            batch[-1][-1][:] = True
-        while run.goes_on():  # evaluates and saves where that is due; False at the end
-            # 1. Act: all episodes that begin within num_steps steps, however long they last. If those that end within
-            #    so many steps counted instead, too many would be short, and the mean over them more biased
+            batch[-1][-1][:] = True  # ended, of the last step
+        while run.goes_on():  # False at the end
+            # 1. Act: all episodes that begin within num_steps steps, however long they last. If only those that end
+            #    within so many steps counted, the rest would be wasted, and longer episodes would never be learned from
             obs = run.obs  # (1, obs_dim)
             with torch.inference_mode():
                 action = agent.policy(torch.from_numpy(obs).to(run.device)).sample()
@@ -278,7 +278,7 @@ def train(args: Args) -> dict[str, float]:
                 continue
 
             # 2. Learn
-            if args.anneal_lr:  # to 0, by where the batch ends
+            if args.anneal_lr:  # to 0 at the end of the run; a batch that is not full by then is not learned from
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.global_step / args.total_timesteps)
             metrics = update(agent, optimizer, value_optimizer, batch.episodes(run.device), args)
             batch.clear()
@@ -288,7 +288,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -416,7 +416,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 

@@ -14,8 +14,8 @@ Stiennon et al. 2020, arXiv:2009.01325.
 
 Differs from the papers:
 - A new head starts at 0, not at random: at first no reply is preferred. Rewards are not shifted to a mean of 0.
-- Pairs are shuffled one by one; Ouyang et al. keep all pairs of a prompt in one batch, against overfitting.
-- Adam's beta2 is 0.98 (0.95), its rate falls to 0 (a tenth); bfloat16 autocast on CUDA; batches of similar length.
+- Pairs form batches of similar length; Ouyang et al. keep all pairs of a prompt in one batch, against overfitting.
+- Adam's beta2 is 0.98 (0.95); its rate first rises, falls linearly to 0 (cosine to a tenth). bfloat16 autocast on CUDA.
 - Left out of Christiano et al., who judge behaviour: sums over a clip's steps, an ensemble, ties, 10 % random choices.
 
     python algorithms/reward_model.py
@@ -85,14 +85,14 @@ class Args:
     prompt_column: str | None = None  # None: prompt, question, ...; if there is none, what both replies begin with
     chosen_column: str | None = None  # None: chosen, ...
     rejected_column: str | None = None  # None: rejected, ...
-    convert: str | None = None  # FILE.py:function (list of rows) -> list of rows, used first on those of --dataset
+    convert: str | None = None  # FILE.py:function (list of rows) -> list of rows, used first; --eval-dataset's too
     chat: bool = False  # write texts with the chat template: prompts as the user's, replies as the assistant's
     labels: str | None = None  # FILE.py:function (prompt, reply_1, reply_2) -> is reply_1 better; replaces the labels
     max_length: int = 1024  # tokens of prompt and reply together; longer pairs are left out
     seed: int = 1  # all randomness follows from it
     total_timesteps: int = 40_000  # pairs to learn from, summed over all epochs; a step is a pair
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights, where 2 are faster
+    threads: int | None = None  # of PyTorch on a CPU; None: all, but 1 below 10M weights; there 2 can be faster
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -134,7 +134,7 @@ class Pair(NamedTuple):
 
 def pair_rewards(model: nn.Module, pairs: list[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
     """[2] of the chosen and of the rejected replies, (B,) each: the model gives it at the last token before padding."""
-    # No mask: padding stands on the right, and causal attention never reads it
+    # No mask: causal attention never reads padding, on the right. Autocast rounds rewards to bfloat16: near 5, to 1/32
     ids = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], pad_id)  # (2B, T)
     return model(input_ids=ids.to(model.device), use_cache=False).logits.float().squeeze(-1).chunk(2)  # [2], of (2B, 1)
 
@@ -168,7 +168,7 @@ def calibration_error(margins: Tensor) -> float:
     """Expected calibration error (arXiv:1706.04599): mean |accuracy - confidence| of ten bins, weighted by size."""
     confidence = margins.abs().sigmoid()  # [1] of the reply that the model prefers: from 0.5 to 1
     bins = (20 * (confidence - 0.5)).long().clamp(max=9)
-    gaps = torch.zeros_like(margins[:1]).repeat(10).index_add(0, bins, (margins.sign() + 1) / 2 - confidence)
+    gaps = margins.new_zeros(10).index_add(0, bins, (margins.sign() + 1) / 2 - confidence)
     return gaps.abs().sum().item() / len(margins)
 
 
@@ -183,7 +183,7 @@ def evaluate(run: "Run", pairs: list[Pair]) -> dict[str, float]:
         "eval/margin": margins.mean().item(),
         "eval/calibration_error": calibration_error(margins),
     }
-    if run.judge:  # how often it prefers the chosen reply: where it drew the labels, no model can expect more
+    if run.judge:  # where it drew the labels, no model can expect to be right more often
         texts = (tokenizer.batch_decode([pair[i] for pair in pairs], skip_special_tokens=True) for i in (1, 2))
         chosen, rejected = (torch.tensor(run.judge([pair.prompt_text for pair in pairs], replies)) for replies in texts)
         result["eval/reward_accuracy"] = ((chosen - rejected).sign() + 1).mean().item() / 2
@@ -197,11 +197,11 @@ def train(args: Args) -> dict[str, float]:
         pairs, held_out = training_and_held_out(run.tokenizer, model, args)
         set_padding(run.tokenizer, model, pairs + held_out, args)
         model = make_trainable(model, "SEQ_CLS", args)
-        # The layers below a head of 0 get no gradient at first, then small, growing ones: 0.98 lets Adam forget sooner
+        # The layers below a head of 0 get no gradient at first, then growing ones: 0.98 forgets sooner than 0.999
         options = {"betas": (0.9, 0.98), "weight_decay": args.weight_decay, "fused": True}
         run.start(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options))
         batches = batches_from(run.global_step, pairs, args)
-        while run.goes_on(lambda: evaluate(run, held_out)):  # evaluates and saves where that is due
+        while run.goes_on(lambda: evaluate(run, held_out)):
             # 1. Take the next batch, of an epoch's random order
             batch = next(batches)
 
@@ -291,7 +291,7 @@ def prompt_and_replies(row: dict, names: dict[str, str | None], args: Args) -> t
 
 def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int, args: Args) -> list:
     """The pairs of a data set, but for those that are equal or have too many tokens."""
-    rows, pairs, num_equal, num_long = read_rows("--dataset", source, args.dataset_config, split), [], 0, 0
+    rows, pairs, num_equal, num_long = read_rows("the data set", source, args.dataset_config, split), [], 0, 0
     rows = load_function("--convert", args.convert)(rows) if args.convert else rows
     prefers = load_function("--labels", args.labels) if args.labels else None
     columns = [*rows[0]]
@@ -723,7 +723,7 @@ class Run:
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
-        self.optimizer.step()
+        self.optimizer.step()  # accelerate's: before the last micro-batch, this and the next line do nothing
         self.optimizer.zero_grad()
         return float(norm) if self.accelerator.sync_gradients else 0.0
 

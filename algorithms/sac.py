@@ -68,8 +68,8 @@ class Args:
     seed: int = 1  # seed of environments, networks and sampling
     total_timesteps: int = 100_000  # environment steps, summed over all environments
     num_envs: int = 1  # environments stepped together
-    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: for images a GPU if there is one, else cpu
-    threads: int | None = None  # CPU threads of PyTorch; None: 1 for vectors, else all; for layers of 256 try 2
+    device: str = "auto"  # cpu, cuda, cuda:N or mps; auto: cpu
+    threads: int | None = None  # CPU threads of PyTorch; None: 1; for layers of 256 try 2
     checkpoint_frequency: int | None = None  # steps between checkpoints; None: a tenth of the run
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "plainrl"  # W&B project
@@ -113,11 +113,11 @@ class SAC(nn.Module):
         super().__init__()
         self.obs_shape, self.action_space = obs_shape, space
         self.center, self.scale = (space.high + space.low) / 2, (space.high - space.low) / 2
-        obs_dim, action_dim = *obs_shape, space.low.size
+        obs_dim, action_dim = obs_shape[0], space.low.size
         self.actor = network(obs_dim, 2 * action_dim)  # mean and log of the standard deviation of u in [2]
         self.critics = nn.ModuleList([network(obs_dim + action_dim, 1) for _ in range(args.num_critics)])
         self.target_critics = copy.deepcopy(self.critics)
-        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # --alpha 0: log 0 is -inf
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log().clamp(-99))  # --alpha 0: e^-99, as log 0 is -inf
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:  # (B, obs_dim) -> (B, action_dim), (B,)
         mean, log_std = self.actor(obs).chunk(2, -1)
@@ -269,7 +269,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# What matters for learning: make_env (what is observed) and Run.step (what follows an end). train uses only Run.
+# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
 
 
 class UsageError(Exception):
@@ -397,7 +397,7 @@ def load(run_dir: str) -> nn.Module:
 
 
 class Run:
-    """A run: environments, folder, log. obs, (N, *obs_shape): what is now seen; actions: each present episode's."""
+    """A run: environments, folder, log. obs, (N, ...): what is now seen; actions: each present episode's."""
 
     stop_signal, all_threads = 0, torch.get_num_threads()  # main sets the first, at a signal; PyTorch chose the second
 
