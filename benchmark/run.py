@@ -59,6 +59,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITES = ROOT / "benchmark" / "suites"
 RESULT = "eval/episodic_return"
 PROBE_SECONDS = 20
+KEYS = "script", "total_timesteps", "env_ids", "seeds", "start_seed", "flags", "each", "name", "result"  # of a [[run]]
 SILENCE = 600  # seconds without a word after which a run on another host is lost
 DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError)  # what odd files of a run may raise
 
@@ -226,6 +227,10 @@ def plan_suite(args: Args) -> list[Run]:
         if args.probe_seconds is None:
             args.probe_seconds = probe_seconds
         for entry in entries:
+            if unknown := sorted(entry.keys() - {*KEYS}):
+                refuse(f"{path}: a [[run]] has no {unknown[0]}, but {', '.join(KEYS)}; a script's flags go into flags")
+            if absent := [key for key in KEYS[:2] if key not in entry]:
+                refuse(f"{path}: each [[run]] needs a {absent[0]}")
             script, env_ids, seeds = ROOT / entry.pop("script"), entry.pop("env_ids", [""]), entry.pop("seeds", 5)
             flags = {"total_timesteps": entry.pop("total_timesteps")} | entry.pop("flags", {})
             each = entry.pop("each", {})  # flags with several values: all combinations of them are run
@@ -629,7 +634,8 @@ def probe(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledge
         new = {"status": "pending", "attempts": 0, "wall_s": 0.0, "job": None}
         trials.append(replace(run, name=f"probe~{group}", flags=flags, **new))
     if trials:
-        print(f"probing {len(trials)} kinds of run for {args.probe_seconds:g} s each")
+        seconds = f"{args.probe_seconds:g} s"
+        print(f"{len(trials)} trial runs of {seconds} each show how long the runs will take; --probe-seconds 0: none")
     drive(trials, replace(call, timeout=args.probe_seconds), submit, replace(args, retry=0), ledger)
     for trial in trials if not call.stop.exists() else []:
         folder = call.output / trial.name
@@ -646,8 +652,12 @@ def probe(todo: list[Run], call: Call, submit: Submit, args: Args, ledger: Ledge
 
 
 def columns(run: Run, ledger: Ledger) -> list[str]:
-    result, sps = ("-" if number is None else f"{number:,.1f}" for number in (run.episodic_return, run.sps))
+    result, sps = ("-" if number is None else short(number) for number in (run.episodic_return, run.sps))
     return [run.name, run.status, f"{run.step:,}", result, sps, clock(ledger.seconds_left(run))]
+
+
+def short(number: float) -> str:
+    return f"{number:,.1f}" if abs(number) >= 10 else f"{number:.3f}"
 
 
 def headline(runs: list[Run], ledger: Ledger, workers: int) -> str:

@@ -478,7 +478,7 @@ def test_the_estimate_comes_from_a_probe_that_is_made_once(output):
     text = wait_for(lambda: list(output.glob("fine*/metrics.jsonl"))) and ""
     launcher.send_signal(signal.SIGINT)
     text, _ = launcher.communicate(timeout=10)
-    assert "probing 1 kinds of run for 2 s each" in text
+    assert "1 trial runs of 2 s each show how long the runs will take" in text
     estimate = next(line for line in text.splitlines() if line.startswith("estimate: 0:00:"))
     assert 6 <= int(estimate.split(":")[3][:2]) <= 10  # two runs of three seconds and a start
     (probe,) = json.loads((output / "ledger.json").read_text())["probes"].values()
@@ -486,7 +486,7 @@ def test_the_estimate_comes_from_a_probe_that_is_made_once(output):
     assert 1000 < probe["bytes"] < 20_000
     assert not list(output.glob("probe*"))
     text = run(output, *words, *flags)
-    assert "probing" not in text
+    assert "trial runs" not in text
     took, estimated = re.search(r"took 0:00:(\d\d) \(estimate 0:00:(\d\d)\)", text).groups()
     assert 3 <= int(took) <= 14  # one whole run at least, and the rest of the other
     assert 3 <= int(estimated) <= 10
@@ -522,7 +522,7 @@ def test_a_suite_may_do_without_trial_runs(output, launcher_module):
     command = [sys.executable, str(LAUNCHER), "--suite", str(suite), "--output", str(output)]
     text = subprocess.run(command, text=True, capture_output=True, cwd=output.parent).stdout
     assert "1 of 1 runs are done" in text
-    assert "probing" not in text
+    assert "trial runs" not in text
     assert "estimate" not in text
 
 
@@ -692,7 +692,7 @@ def test_a_run_that_needs_another_gets_its_folder_and_waits_for_it(output):
     text = run(output, *write_needy(output), "--workers", "4", "--probe-seconds", "0.1")
     rows = {(row["env_id"], row["seed"]): row for row in ledger(output).values()}
     assert [row["status"] for row in rows.values()] == ["done"] * 4
-    assert "probing 1 kinds of run" in text  # what it needs is not there yet
+    assert "1 trial runs of" in text  # what it needs is not there yet
     for seed in 1, 2:
         judge, needy = (output / rows[kind, seed]["name"] for kind in ("fine-1", "fine-0"))
         files = json.loads((needy / "config.json").read_text())["args"]["files"]
@@ -767,7 +767,8 @@ MISTAKES = {
     "--suite endless.toml": "probe_seconds, a number of at least 0",
     "--suite never.toml": "is not a suite",
     "--suite head.toml": "and nothing else",
-    "--suite typo.toml": "unexpected keyword argument 'seed'",
+    "--suite typo.toml": "a [[run]] has no seed, but script, total_timesteps, env_ids, seeds",
+    "--suite short.toml": "each [[run]] needs a total_timesteps",
     "--suite seedless.toml": "no run of judge with seed 3",
     "--suite twice.toml": "name = 'judge' must be a new word",
     "--suite taken.toml": "name = 'seed' must be a new word",
@@ -810,6 +811,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, launcher_module, monkeypat
     shutil.copy(FAKE, "fake_script.py")
     Path("broken.toml").write_text("[[run]\n")
     Path("typo.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nseed = 3\n')
+    Path("short.toml").write_text(f'[[run]]\nscript = "{FAKE}"\n')
     Path("letters.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\nenv_ids = "A-v1"\n')
     for name, line in ("single", 'each = { mode = "adam" }'), ("none", "seeds = 0"), ("below", "start_seed = -1"):
         Path(f"{name}.toml").write_text(f'[[run]]\nscript = "{FAKE}"\ntotal_timesteps = 5\n{line}\n')
