@@ -108,7 +108,7 @@ class Args:
     # Evaluation
     eval_frequency: int | None = None  # steps between evaluations; None: a twentieth of the run
     eval_replies: int = 256  # replies that the policy writes in an evaluation, to prompts held out if there are many
-    evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
+    evaluate: bool = False  # only evaluate the model in --run-dir, on its data, read as it did, or on another --dataset
     # Algorithm
     learning_rate: float = 1e-3  # of AdamW; paper: 1e-6, which suits large models; with LoRA rather 1e-5
     warmup: float = 0.05  # the rate falls linearly to 0 over the run, and rises in this first share
@@ -346,8 +346,8 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf), "threads": (1, 1024)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # type(): no bools
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # NumPy's
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is none of {words}")
@@ -375,9 +375,8 @@ def parse_args() -> Args:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
         sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*(?:\n.+)*", __doc__), flags, sep="\n"))
-    default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
-    if {"--resume", "--evaluate"} & {*sys.argv}:
-        default = {"default": saved_args(run_dirs[-1])}
+    run_dirs = re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
+    default = {"default": saved_args(run_dirs[-1])} if {"--resume", "--evaluate"} & {*sys.argv} else {}
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
             return tyro.cli(Args, **default)
@@ -385,12 +384,20 @@ def parse_args() -> Args:
             raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
 
 
-def load_function(flag: str, value: str) -> Callable:
+def load_function(flag: str, value: str, arguments: str, results: str, accepts: Callable) -> Callable:
     try:
         path, name = value.rsplit(":", 1)
-        return runpy.run_path(path)[name]
-    except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"{flag} {value} must be FILE.py:function: {error!r}") from None
+        function = runpy.run_path(path)[name]
+        inspect.signature(function).bind(*arguments.split(", "))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UsageError(f"{flag} {value} must be FILE.py:function ({arguments}): {error!r}") from None
+
+    def checked(*given: object) -> object:
+        if not accepts(result := function(*given)):
+            raise UsageError(f"{flag} {value} must return {results}, not {result!r:.80}")
+        return result
+
+    return checked
 
 
 def read_rows(flag: str, source: str, config: str | None = None, split: str | None = None) -> list[dict]:
@@ -398,13 +405,13 @@ def read_rows(flag: str, source: str, config: str | None = None, split: str | No
     import datasets  # slow to import
 
     datasets.disable_progress_bars()
-    files = sorted(path for path in glob.glob(source) if os.path.isfile(path))
+    found = [source] if os.path.isfile(source) else glob.glob(source)  # a name may have brackets
+    files = sorted(glob.escape(os.path.abspath(path)) for path in found if os.path.isfile(path))
     try:
-        if glob.glob(f"{glob.escape(source)}/dataset_*.json"):
+        if os.path.exists(f"{source}/state.json") or os.path.exists(f"{source}/dataset_dict.json"):
             data = saved if isinstance(saved := datasets.load_from_disk(source), dict) else {"train": saved}
         elif files:
-            names = [os.path.abspath(path) for path in files]
-            data = datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), data_files=names, split=split)
+            data = datasets.load_dataset(os.path.dirname(os.path.abspath(found[0])), data_files=files, split=split)
         else:
             assert not re.search(r"\.(jsonl?|csv|parquet)(\.|$)", source), "there is no such file"
             data = datasets.load_dataset(source, config, split=split)
@@ -412,9 +419,8 @@ def read_rows(flag: str, source: str, config: str | None = None, split: str | No
             split = split or ("train" if len(data) > 1 else next(iter(data)))
             assert split in data, f"choose with --dataset-split one of {', '.join(data)}"
             data = data[split]
-        rows = data.to_list()
-        assert rows, "it is empty"
-        return rows
+        assert len(data), "it is empty"
+        return data.to_list()
     except Exception as error:  # unknown, unreachable, damaged, another split: its message says which
         cause = error.__cause__ or error
         raise UsageError(f"{flag} {source} can't be read: {type(cause).__name__}: {cause}") from None
@@ -429,27 +435,30 @@ def without_none(value: object) -> object:
 
 def as_text(value: object) -> Text:
     """A text, or the messages of a chat, of which each has a role. ShareGPT's from and value are role and content."""
-    if isinstance(value, str):
+    message, messages = value, []
+    json_chat = r"""(?s)\s*\[\s*\{(?=.*['"](role|from)['"]\s*:).*['"](content|value)['"]\s*:"""  # as CSV has it
+    if isinstance(value, str) and not re.match(json_chat, value):
         return value
-    messages, roles = without_none(value if isinstance(value, list) else [value]), {"human": "user", "gpt": "assistant"}
     try:
-        messages = [
-            {"role": roles.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else {"role": m["role"]} | m
-            for m in messages
-        ]
-        assert min(map(len, messages)) > 1
+        chat = without_none(json.loads(value) if isinstance(value, str) else value)
+        for message in chat if isinstance(chat, list) and chat else [chat]:
+            turn = {{"from": "role", "value": "content"}.get(key, key): x for key, x in message.items()}
+            if isinstance(turn.get("content"), list):
+                turn["content"] = "".join(part["text"] for part in turn["content"])  # KeyError: it is no text
+            assert isinstance(turn.get("content"), str) or turn["tool_calls"]
+            role, roles = turn["role"].lower(), {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+            messages.append(turn | {"role": roles.get(role, role)})
         return messages
-    except (AssertionError, KeyError, TypeError, ValueError):  # ValueError: there are none
-        raise UsageError(f"{value!r:.80} is neither a text nor a list of messages with role and content") from None
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):  # ValueError: no JSON
+        raise UsageError(f"{message!r:.80} is neither a text alone nor a message with role and content") from None
 
 
 def common_length(sequences: list) -> int:
     """How many items at their beginning all sequences have in common."""
-    columns = itertools.takewhile(lambda items: all(item == items[0] for item in items), zip(*sequences, strict=False))
-    return sum(1 for _ in columns)
+    return len([*itertools.takewhile(lambda x: x.count(x[0]) == len(x), zip(*sequences, strict=False))])
 
 
-def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
+def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | str | None = None) -> list:
     """Token ids of the prompt, then of each reply with its end token, which is added if there is none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if isinstance(prompt, str):
@@ -458,12 +467,13 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
         texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # the text had its own BOS: drop one
     else:
         turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
-        write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
         try:
+            tools = json.loads(tools or "null") if isinstance(tools, str) else without_none(tools)
+            write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
             texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
             assert common_length(texts) >= len(write(prompt)) - 2, "it writes the prompt otherwise if a reply follows"
         except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
-            raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
+            raise UsageError(f"the tokenizer's chat template can't write it: {error!r}") from None
     start = common_length(texts)  # the prompt's tokens; fewer if its last one merges with the reply's first
     if start == 0:  # the first token that is predicted must follow something
         start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
@@ -492,11 +502,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UsageError("the default task is not beside this script: give it --model-name and --dataset")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        assert tokenizer.eos_token_id is not None, "it has no eos_token: set one in its tokenizer_config.json"
+        return tokenizer
     except Exception as error:  # unknown, unreachable, damaged: its message says which
-        raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from None
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
-    return tokenizer
+        raise UsageError(f"{name} has no tokenizer that can be used (an adapter needs its base's): {error}") from None
 
 
 def load_model(name: str, kind: type, args: Args) -> nn.Module:
@@ -504,7 +513,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
     # On CUDA, LoRA's frozen weights are bfloat16. Trained weights are float32: bfloat16 would round small updates away
     half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
     options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
-    options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    options |= {"num_labels": 1, "ignore_mismatched_sizes": True} if kind is AutoModelForSequenceClassification else {}
     if args.load_in_4bit:
         quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
         options["quantization_config"] = quantised
@@ -512,6 +521,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
         if adapter := find_adapter_config_file(name):  # what LoRA learned before becomes part of the weights
             import peft
 
+            assert "num_labels" in options or "SEQ_CLS" not in Path(adapter).read_text(), "it is a reward model"
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
             model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
@@ -523,10 +533,15 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             nn.init.zeros_(model.score.weight)
         missing = sorted({*info["missing_keys"]} - {"score.weight"})
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
+        assert not (wrong := [*info["mismatched_keys"]]), f"{wrong[0][0]} has {wrong[0][1][0]} outputs, 1 is needed"
         assert "score.weight" not in info["unexpected_keys"], "it is a reward model"
         ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
+        if kind is AutoModelForSequenceClassification:  # float32, even in autocast: near 5, bfloat16 has steps of 1/32
+            head = model.score.float()
+            head.register_forward_pre_hook(lambda _, x: (x[0].float(),))
+            head.register_forward_hook(lambda h, x, y: y if y.dtype == x[0].dtype else (x[0] * h.weight).sum(-1, True))
     except Exception as error:
         raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
     torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
@@ -534,38 +549,38 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
 
 
 def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # only these are in training mode, as checkpointing needs: no dropout within
-            layer.training = isinstance(layer, GradientCheckpointingLayer)
-    if args.lora_rank:
-        import peft  # slow to import
+    try:
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            for layer in model.modules():  # only these are in training mode, as checkpointing needs; none drops out
+                layer.training = isinstance(layer, GradientCheckpointingLayer)
+                vars(layer).update({name: 0.0 for name in vars(layer) if name.endswith("dropout")})
+        if args.lora_rank:
+            import peft  # slow to import
 
-        config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        model = peft.get_peft_model(model, config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # the head too
-                parameter.data = parameter.data.float()
-    return model
+            config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+            model = peft.get_peft_model(model, config)  # its matrices are float32, as the head is
+        return model
+    except ValueError as error:
+        raise UsageError(f"not possible with this model: {error} Leave the flag out") from None
 
 
 def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[Text], list[str]], list[float]]:
     """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
-    if ".py:" in name:
-        function = load_function("--reward", name)
-        return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
+    if re.search(r"\.py(:|$)", name):
+        of = "prompt, reply", "a number", lambda reward: hasattr(reward, "__float__") and math.isfinite(reward)
+        function = load_function("--reward", name, *of)
+        return lambda prompts, replies: [*map(float, map(function, map(copy.deepcopy, prompts), replies))]  # of copies
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
     if not model.score.weight.any():
         raise UsageError(f"--reward {name} has no head that gives rewards (score.weight)")
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # near 5, bfloat16 has steps of 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
-    size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
     @torch.no_grad()
     def rewards_of(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
         rows, rewards = [prompt + reply for prompt, reply in encoded], []
-        for i in range(0, len(rows), size):
+        for i in range(0, len(rows), size := 1 if pad_id is None else 64):  # without a padding token: one by one
             ids = pad(rows[i : i + size], pad_id or 0).to(device)  # (B, T)
             rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
         return rewards
@@ -575,34 +590,42 @@ def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[T
 
 def training_and_held_out_prompts(run: "Run", model: nn.Module, args: Args) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts that leave room for a reply, and those for evaluation: not learned from, if 10 or more differ."""
-    rows, given = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split), args.prompt_column
-    names = [given] if given else ["prompt", "question", "instruction", "input", "context", "messages"]
-    column = next((name for name in names if name in rows[0]), None)
-    if column is None:
+    rows = read_rows("--dataset", args.dataset, args.dataset_config, args.dataset_split)
+    of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
+    data = [(os.path.realpath(x.dataset), x.dataset_config, x.dataset_split or "train") for x in (args, of_run)]
+    flags = of_run if data[0] == data[1] else args
+    usual = ["prompt", "question", "instruction", "query", "problem", "context", "input", "history", "messages"]
+    column = flags.prompt_column or next((name for name in usual if name in rows[0]), None)
+    system = next((name for name in ("system", "system_prompt") if name in rows[0]), None)
+    if column not in rows[0]:
         raise UsageError(f"{args.dataset} has the columns {', '.join(rows[0])}: name the prompts with --prompt-column")
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length)
-    limit = min(args.max_length, room) - args.max_new_tokens
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    limit = min(flags.max_length - flags.max_new_tokens, room - max(args.max_new_tokens, flags.max_new_tokens))
     eos = run.tokenizer.eos_token_id
     prompts, ends, eos_is_added = [], {eos}, run.tokenizer("a").input_ids[-1] == eos
     for number, row in enumerate(rows, 1):
         try:
             text = as_text(row[column])
             text = text[:-1] if not isinstance(text, str) and text[-1]["role"] == "assistant" else text  # its answer
-            text = [{"role": "user", "content": text}] if args.chat and isinstance(text, str) else text
-            (ids,), (_, reply) = encode(run.tokenizer, text, []), encode(run.tokenizer, text, ["a"])
+            if isinstance(text, str) and row.get("input") and column != "input":
+                text = f"{text}\n\n{row['input']}"  # Alpaca's instruction, and what it is about
+            text = [{"role": "user", "content": text}] if isinstance(text, str) and (flags.chat or system) else text
+            if system and row[system] and text[0]["role"] != "system":
+                text = [{"role": "system", "content": row[system]}, *text]
+            (ids,), (_, reply) = (encode(run.tokenizer, text, replies, row.get("tools")) for replies in ([], ["a"]))
         except UsageError as error:
             raise UsageError(f"{args.dataset}, row {number}: {error}") from None
         prompts.append(Prompt(ids[:-1] if eos_is_added and isinstance(text, str) and len(ids) > 1 else ids, text))
         ends.add(reply[-1])  # any reply shows how a chat's turn ends
-    run.ends = sorted(ends)
+    run.ends, own = sorted(ends), model.generation_config.eos_token_id  # the saved folder will name all of them
+    model.generation_config.eos_token_id = sorted({*ends, *(own if isinstance(own, list) else [own])} - {None})
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= limit]
-    run.accelerator.print(f"{args.dataset}, {column}: {len(fitting)} prompts, {len(prompts) - len(fitting)} too long")
+    news = f"{args.dataset}, {column}: {len(fitting)} prompts, {len(prompts) - len(fitting)} too long; not used: "
+    run.accelerator.print(news + (", ".join({*rows[0]} - {column, "input", system, "tools"}) or "none"))
     distinct = [*{str(prompt.text): prompt for prompt in fitting}.values()]
     if not distinct:
         raise UsageError(f"{args.dataset} has no prompt of at most {limit} tokens, which would leave room for a reply")
-    of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
-    is_same = all(getattr(args, x) == getattr(of_run, x) for x in ("dataset", "dataset_config", "dataset_split"))
-    if len(distinct) < 10 or not is_same:
+    if len(distinct) < 10 or flags is not of_run:
         return fitting, distinct
     held_out = random.Random(of_run.seed).sample(distinct, min(of_run.eval_replies, len(distinct) // 10))
     texts = {str(prompt.text) for prompt in held_out}
@@ -653,8 +676,11 @@ def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: 
             model(input_ids=ends[None], use_cache=False)
             continue
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "cache": cache}
+        seen = mask if not cache or any(hasattr(x, "keys") for x in cache.layers) else None  # Mamba's state: no padding
+        inputs = {"input_ids": ids, "attention_mask": seen, "position_ids": positions, "cache": cache}
         output = model(**inputs, use_cache=True, logits_to_keep=1)
+        if "cache" not in output:
+            raise UsageError(f"{model.config.model_type} models can't be used: they keep no cache of what they read")
         log_prob, cache = output.logits[:, -1].float().log_softmax(-1), output.cache  # (B', vocabulary)
         sums = log_prob.to(precise).exp().cumsum(-1)
         ids = torch.searchsorted(sums, chances[going, t, None] * sums[:, -1:], right=True)  # (B', 1)
@@ -666,7 +692,7 @@ def write(model: nn.Module, prompts: list[list[int]], ends: list[int], chances: 
         rows = (~torch.isin(ids[:, 0], ends)).nonzero()[:, 0]
         if len(rows) < len(going):  # what has ended costs no more time
             going, ids, mask = going[rows], ids[rows], mask[rows]
-            cache.batch_select_indices(rows)
+            cache.reorder_cache(rows)  # recurrent layers have no batch_select_indices
     return replies, log_probs
 
 
@@ -752,21 +778,20 @@ class Run:
             changed -= {"run_dir", "resume", "device", "threads", "micro_batch_size"}
             if changed - {"total_timesteps"} or args.total_timesteps < config["args"]["total_timesteps"]:
                 raise UsageError(f"--resume can only raise --total-timesteps; unlike the run's: {', '.join(changed)}")
-        elif path.exists() or checkpoint.exists():
+        elif any((self.dir / name).exists() for name in ("config.json", "checkpoint.pt", "model", "metrics.jsonl")):
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
             git = f"git -C {shlex.quote(os.path.dirname(__file__))} describe --always --abbrev=40 --dirty --exclude='*'"
-            status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
-            config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
+            config |= {"commit": subprocess.getoutput(f"{git} 2>&-") or None, "wandb_id": os.urandom(8).hex()}
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
-            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L 2>&-")
         config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare = self.accelerator.unwrap_model(self.model)  # generates, and can be saved
         state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "result": {}}
         try:
-            if args.resume and checkpoint.exists():
+            if args.resume and (checkpoint.exists() or (self.dir / "model").exists()):  # save writes this one later
                 state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # data, never code
                 weights, of_optimizer = {"model_state_dict": state["model"]}, {"optim_state_dict": state["optimizer"]}
                 options = StateDictOptions(full_state_dict=True, strict=False)
@@ -774,7 +799,7 @@ class Run:
             self.global_step, self.last_step, self.result = state["step"], state["last_step"], state["result"]
             self.started, size = self.started - state["seconds"], state["bytes"]
         except Exception as error:  # a damaged file can raise anything
-            raise UsageError(f"{checkpoint} is damaged or of another version ({type(error).__name__})") from None
+            raise UsageError(f"{checkpoint} is missing, damaged or of another kind ({type(error).__name__})") from None
         if RANK > 0:
             return
         try:
@@ -797,7 +822,7 @@ class Run:
         self.metrics.seek(self.metrics.truncate(size))  # later rows will be written again
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
         self.opened.callback(self.bar.close)
-        print(f"{Path(__file__).name} on {PROCESSES} x {self.accelerator.device}, run folder {self.dir}")
+        print(f"{PROCESSES} x {self.accelerator.device}, run folder {self.dir}, from step {self.global_step}")
 
     def goes_on(self, evaluate: Callable[[], dict[str, float]]) -> bool:
         """Evaluates and saves where that is due. False at the end of the run."""
@@ -845,7 +870,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model/ and checkpoint.pt. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
+        """Writes checkpoint.pt and model/. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
         if RANK > 0:
@@ -854,13 +879,13 @@ class Run:
             raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
         state = {"model": weights, "optimizer": of_optimizer, "step": self.global_step, "last_step": self.last_step}
         state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell(), "result": self.result}
+        torch.save(state, self.dir / "checkpoint.pt.tmp")
+        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
         folder, temporary = self.dir / "model", self.dir / "model.tmp"
         self.bare.save_pretrained(temporary, state_dict={**weights})  # a copy, for it empties what it is given
         self.tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        torch.save(state, self.dir / "checkpoint.pt.tmp")
-        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
         self.opened.close()
@@ -874,9 +899,10 @@ def main() -> None:
 
     def stop(number: int, _: object) -> None:
         Run.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nIt stops after what it is at. A second Ctrl-C ends it at once, back to the last checkpoint.\n")
 
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # each line at once, also into a file
     warnings.simplefilter("ignore")  # warnings of libraries would stand around our one line
     logging.disable()
     transformers.utils.logging.disable_progress_bar()

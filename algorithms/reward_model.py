@@ -32,6 +32,7 @@ Differs from the papers:
 # ///
 
 import contextlib
+import copy
 import functools
 import glob
 import inspect
@@ -104,7 +105,7 @@ class Args:
     eval_split: str | None = None  # split of --eval-dataset; if there is none, of --dataset
     eval_pairs: int = 1000  # pairs held out, at most a tenth of all
     reward: str | None = None  # FILE.py:function (prompt, reply) -> number, or a reward model's folder, to compare with
-    evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
+    evaluate: bool = False  # only evaluate the model in --run-dir, on its data, read as it did, or on another --dataset
     replies: str | None = None  # with --evaluate: a file with the columns prompt and reply, printed with their rewards
     # Algorithm
     learning_rate: float = 1e-3  # of AdamW; paper: 9e-6, which suits large models; with LoRA rather 1e-4
@@ -133,10 +134,9 @@ class Pair(NamedTuple):
 
 
 def pair_rewards(model: nn.Module, pairs: list[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
-    """[2] of the chosen and of the rejected replies, (B,) each: the model gives it at the last token before padding."""
-    # No mask: causal attention never reads padding, on the right. Autocast rounds rewards to bfloat16: near 5, to 1/32
+    """[2] of the chosen and the rejected replies, (B,) each. No mask: causal attention reads no padding behind."""
     ids = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], pad_id)  # (2B, T)
-    return model(input_ids=ids.to(model.device), use_cache=False).logits.float().squeeze(-1).chunk(2)  # [2], of (2B, 1)
+    return model(input_ids=ids.to(model.device), use_cache=False).logits.squeeze(-1).chunk(2)  # [2], of (2B, 1)
 
 
 METRICS = "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"
@@ -230,9 +230,10 @@ def set_padding(tokenizer: Tokenizer, model: nn.Module, pairs: list[Pair], args:
     names = [tokenizer.pad_token, tokenizer.unk_token, *special, "<|padding|>"]
     tokenizer.add_special_tokens({"pad_token": next(name for name in names if name not in (None, *ends))})
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:  # it is a new one
+    largest = max([tokenizer.pad_token_id, *(max(map(max, pair[:3])) for pair in pairs)])
+    if largest >= model.get_input_embeddings().num_embeddings:  # that of the padding, or another one, is new
         if args.lora_rank:
-            raise UsageError(f"the tokenizer of {args.model_name} has no token that could be padding: LoRA needs one")
+            raise UsageError(f"{args.model_name} lacks an embedding: of a token of the data, or that could be padding")
         model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -245,7 +246,7 @@ def evaluate_saved(args: Args) -> dict[str, float]:
             rows = read_rows("--replies", args.replies)
             if not {"prompt", "reply"} <= rows[0].keys():
                 raise UsageError(f"--replies needs the columns prompt and reply, not {', '.join(rows[0])}")
-            names = {"prompt": "prompt", "chosen": "reply", "rejected": "reply"}
+            names = {"prompt": "prompt", "chosen": "reply", "rejected": "reply", "input": None}
             names["system"] = "system" if "system" in rows[0] else None
             texts = [prompt_and_replies(row, names, args) for row in rows]
             pairs = [Pair(*encode(run.tokenizer, prompt, replies), prompt) for prompt, *replies in texts]
@@ -257,14 +258,14 @@ def evaluate_saved(args: Args) -> dict[str, float]:
             return evaluate(run, pairs)
         rewards = run.share(lambda batch: pair_rewards(run.model, batch, run.tokenizer.pad_token_id)[0], pairs)
         for row, reward in zip(rows, rewards.tolist(), strict=True):
-            run.accelerator.print(json.dumps(row | {"reward": reward}))
+            run.accelerator.print(json.dumps(row | {"reward": reward}, default=str))
         return {}
 
 
 USUAL = {  # names of columns
-    "prompt": ["prompt", "question", "instruction", "input", "history", "context", "conversations"],
+    "prompt": ["prompt", "question", "instruction", "query", "problem", "context", "input", "history", "conversations"],
     "chosen": ["chosen", "chosen_response"], "rejected": ["rejected", "rejected_response"],
-    "system": ["system", "system_prompt"], "tools": ["tools"],
+    "input": ["input"], "system": ["system", "system_prompt"], "tools": ["tools"],
 }  # fmt: skip
 
 
@@ -273,64 +274,69 @@ def prompt_and_replies(row: dict, names: dict[str, str | None], args: Args) -> t
     prompt, chosen, rejected = (as_text(row[names[k]]) if names[k] else None for k in ("prompt", "chosen", "rejected"))
     if type(chosen) is not type(rejected):
         raise UsageError("chosen and rejected must both be texts, or both chats")
+    if isinstance(prompt, str) and common_length((prompt, chosen, rejected)) == len(prompt) and len(prompt.split()) > 2:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # both repeat it: no "Hi" that is returned
     if prompt is None or (isinstance(chosen, list) and chosen[0]["role"] != "assistant"):  # both begin with it
-        given, start = prompt, common_length((chosen, rejected))
+        given, start = prompt, max(min(common_length((chosen, rejected)), len(chosen) - 1, len(rejected) - 1), 0)
         if isinstance(chosen, str):  # HH-RLHF: it ends where the last answer begins; others: at a space
-            begin = re.match(r"(?s).*\n\nAssistant:", chosen[:start]) or re.match(r"(?s).*\s|", chosen[:start])
-            start = begin.end()
+            others = [name for name, text in row.items() if isinstance(text, str) and name not in names.values()]
+            begin = re.match(r"(?s).*\n\nAssistant:", chosen[:start])
+            start = (begin or re.match(r"(?s).*\s|", "" if others else chosen[:start])).end()  # it may be in others
         prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
         asked = [given] if isinstance(given, str) else [str(message.get("content")) for message in given or []]
         if not prompt or any(not any(text.strip() in str(x.get("content")) for x in prompt) for text in asked):
             raise UsageError("chosen and rejected don't begin with the prompt: name its column with --prompt-column")
+    if isinstance(chosen, list) and len(chosen + rejected) > 2:
+        raise UsageError("the chats differ before the last turn, so that a user's turn would be part of a reply")
+    if isinstance(prompt, str) and row.get(names["input"]) and names["input"] != names["prompt"]:
+        prompt = f"{prompt}\n\n{row[names['input']]}"  # Alpaca's instruction, and what it is about
     if isinstance(prompt, str) and (isinstance(chosen, list) or names["system"] or args.chat):
         prompt = [{"role": "user", "content": prompt}]
-    if names["system"] and row[names["system"]]:
+    if names["system"] and row[names["system"]] and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": row[names["system"]]}, *prompt]
     return prompt, chosen, rejected
 
 
 def read_pairs(source: str, split: str | None, tokenizer: Tokenizer, limit: int, args: Args) -> list:
     """The pairs of a data set, but for those that are equal or have too many tokens."""
-    rows, pairs, num_equal, num_long = read_rows("the data set", source, args.dataset_config, split), [], 0, 0
-    rows = load_function("--convert", args.convert)(rows) if args.convert else rows
-    prefers = load_function("--labels", args.labels) if args.labels else None
-    columns = [*rows[0]]
-    names = {kind: next((name for name in usual if name in columns), None) for kind, usual in USUAL.items()}
+    rows, pairs = read_rows("the data set", source, args.dataset_config, split), []
+    of = "rows", "a list of dicts, at least one", lambda rows: isinstance(rows, list) and {*map(type, rows)} == {dict}
+    rows = load_function("--convert", args.convert, *of)(rows) if args.convert else rows
+    of = "prompt, reply_1, reply_2", "True or False", lambda is_first: is_first in (True, False)
+    prefers = load_function("--labels", args.labels, *of) if args.labels else None
+    columns = dict.fromkeys(itertools.chain(*rows))  # of all rows: --convert may have given them unlike keys
     given = {"prompt": args.prompt_column, "chosen": args.chosen_column, "rejected": args.rejected_column}
-    names |= {kind: name for kind, name in given.items() if name}
+    names = {kind: given.get(kind) or next((x for x in usual if x in columns), None) for kind, usual in USUAL.items()}
     if None in (names["chosen"], names["rejected"]) or {*names.values()} - {None, *columns}:
         flags = "--prompt-column, --chosen-column, --rejected-column, or make other rows of them with --convert"
         raise UsageError(f"{source} has the columns {', '.join(columns)}: name the right ones with {flags}")
     for number, row in enumerate(rows, 1):
         try:
-            prompt, *replies = prompt_and_replies(row, names, args)
+            prompt, *replies = prompt_and_replies(columns | row, names, args)
             if prefers:
                 replies.sort(key=str)  # the order says nothing about which was chosen
-                replies = replies if prefers(prompt, *replies) else replies[::-1]
-            tools = row.get(names["tools"])
-            tools = json.loads(tools or "null") if isinstance(tools, str) else without_none(tools)
-            pair = Pair(*encode(tokenizer, prompt, replies, tools), prompt)
-        except (UsageError, ValueError) as error:  # ValueError: tools that are no JSON
-            raise UsageError(f"{source}, row {number}: {error}") from None
-        if pair.chosen == pair.rejected:
-            num_equal += 1
-        elif len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) > limit:
-            num_long += 1
-        else:
-            pairs.append(pair)
-    news = f"{source}: {len(pairs)} pairs. Left out: {num_equal} with equal replies, {num_long} of over {limit} tokens"
-    if not pairs:
+                replies = replies if prefers(*copy.deepcopy([prompt, *replies])) else replies[::-1]
+            pairs.append(Pair(*encode(tokenizer, prompt, replies, row.get(names["tools"])), prompt))
+        except UsageError as error:
+            raise UsageError(f"{source}, row {number}: {error}; --convert can change or drop rows") from None
+    unequal = [pair for pair in pairs if pair.chosen != pair.rejected]
+    fitting = [pair for pair in unequal if len(pair.prompt + max(pair.chosen, pair.rejected, key=len)) <= limit]
+    equal, long = len(pairs) - len(unequal), len(unequal) - len(fitting)
+    news = f"{source}: {len(fitting)} pairs. Left out: {equal} with equal replies, {long} of over {limit} tokens"
+    if not fitting:
         raise UsageError(f"{news}. Replies are also equal where the chat template drops what they differ in")
     if RANK == 0:
         print(f"{news}; not used: columns {', '.join({*columns} - {*names.values()}) or 'none'}")
-    return pairs
+    return fitting
 
 
 def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) -> tuple[list[Pair], list[Pair]]:
-    limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
-    read = functools.partial(read_pairs, tokenizer=tokenizer, limit=limit, args=args)
     of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
-    if any(getattr(args, x) != getattr(of_run, x) for x in ("dataset", "dataset_config", "dataset_split")):
+    data = [(os.path.realpath(x.dataset), x.dataset_config, x.dataset_split or "train") for x in (args, of_run)]
+    flags = args if data[0] != data[1] or args.eval_dataset or args.eval_split else of_run  # what it held out, they say
+    limit = min(flags.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", flags.max_length))
+    read = functools.partial(read_pairs, tokenizer=tokenizer, limit=limit, args=flags)
+    if data[0] != data[1]:
         return [], read(args.dataset, args.dataset_split)  # other data: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
@@ -390,8 +396,8 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf), "threads": (1, 1024)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # type(): no bools
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # NumPy's
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is none of {words}")
@@ -419,9 +425,8 @@ def parse_args() -> Args:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
         sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*(?:\n.+)*", __doc__), flags, sep="\n"))
-    default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
-    if {"--resume", "--evaluate"} & {*sys.argv}:
-        default = {"default": saved_args(run_dirs[-1])}
+    run_dirs = re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
+    default = {"default": saved_args(run_dirs[-1])} if {"--resume", "--evaluate"} & {*sys.argv} else {}
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
             return tyro.cli(Args, **default)
@@ -429,12 +434,20 @@ def parse_args() -> Args:
             raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
 
 
-def load_function(flag: str, value: str) -> Callable:
+def load_function(flag: str, value: str, arguments: str, results: str, accepts: Callable) -> Callable:
     try:
         path, name = value.rsplit(":", 1)
-        return runpy.run_path(path)[name]
-    except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"{flag} {value} must be FILE.py:function: {error!r}") from None
+        function = runpy.run_path(path)[name]
+        inspect.signature(function).bind(*arguments.split(", "))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UsageError(f"{flag} {value} must be FILE.py:function ({arguments}): {error!r}") from None
+
+    def checked(*given: object) -> object:
+        if not accepts(result := function(*given)):
+            raise UsageError(f"{flag} {value} must return {results}, not {result!r:.80}")
+        return result
+
+    return checked
 
 
 def read_rows(flag: str, source: str, config: str | None = None, split: str | None = None) -> list[dict]:
@@ -442,13 +455,13 @@ def read_rows(flag: str, source: str, config: str | None = None, split: str | No
     import datasets  # slow to import
 
     datasets.disable_progress_bars()
-    files = sorted(path for path in glob.glob(source) if os.path.isfile(path))
+    found = [source] if os.path.isfile(source) else glob.glob(source)  # a name may have brackets
+    files = sorted(glob.escape(os.path.abspath(path)) for path in found if os.path.isfile(path))
     try:
-        if glob.glob(f"{glob.escape(source)}/dataset_*.json"):
+        if os.path.exists(f"{source}/state.json") or os.path.exists(f"{source}/dataset_dict.json"):
             data = saved if isinstance(saved := datasets.load_from_disk(source), dict) else {"train": saved}
         elif files:
-            names = [os.path.abspath(path) for path in files]
-            data = datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), data_files=names, split=split)
+            data = datasets.load_dataset(os.path.dirname(os.path.abspath(found[0])), data_files=files, split=split)
         else:
             assert not re.search(r"\.(jsonl?|csv|parquet)(\.|$)", source), "there is no such file"
             data = datasets.load_dataset(source, config, split=split)
@@ -456,9 +469,8 @@ def read_rows(flag: str, source: str, config: str | None = None, split: str | No
             split = split or ("train" if len(data) > 1 else next(iter(data)))
             assert split in data, f"choose with --dataset-split one of {', '.join(data)}"
             data = data[split]
-        rows = data.to_list()
-        assert rows, "it is empty"
-        return rows
+        assert len(data), "it is empty"
+        return data.to_list()
     except Exception as error:  # unknown, unreachable, damaged, another split: its message says which
         cause = error.__cause__ or error
         raise UsageError(f"{flag} {source} can't be read: {type(cause).__name__}: {cause}") from None
@@ -473,27 +485,30 @@ def without_none(value: object) -> object:
 
 def as_text(value: object) -> Text:
     """A text, or the messages of a chat, of which each has a role. ShareGPT's from and value are role and content."""
-    if isinstance(value, str):
+    message, messages = value, []
+    json_chat = r"""(?s)\s*\[\s*\{(?=.*['"](role|from)['"]\s*:).*['"](content|value)['"]\s*:"""  # as CSV has it
+    if isinstance(value, str) and not re.match(json_chat, value):
         return value
-    messages, roles = without_none(value if isinstance(value, list) else [value]), {"human": "user", "gpt": "assistant"}
     try:
-        messages = [
-            {"role": roles.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else {"role": m["role"]} | m
-            for m in messages
-        ]
-        assert min(map(len, messages)) > 1
+        chat = without_none(json.loads(value) if isinstance(value, str) else value)
+        for message in chat if isinstance(chat, list) and chat else [chat]:
+            turn = {{"from": "role", "value": "content"}.get(key, key): x for key, x in message.items()}
+            if isinstance(turn.get("content"), list):
+                turn["content"] = "".join(part["text"] for part in turn["content"])  # KeyError: it is no text
+            assert isinstance(turn.get("content"), str) or turn["tool_calls"]
+            role, roles = turn["role"].lower(), {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+            messages.append(turn | {"role": roles.get(role, role)})
         return messages
-    except (AssertionError, KeyError, TypeError, ValueError):  # ValueError: there are none
-        raise UsageError(f"{value!r:.80} is neither a text nor a list of messages with role and content") from None
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):  # ValueError: no JSON
+        raise UsageError(f"{message!r:.80} is neither a text alone nor a message with role and content") from None
 
 
 def common_length(sequences: list) -> int:
     """How many items at their beginning all sequences have in common."""
-    columns = itertools.takewhile(lambda items: all(item == items[0] for item in items), zip(*sequences, strict=False))
-    return sum(1 for _ in columns)
+    return len([*itertools.takewhile(lambda x: x.count(x[0]) == len(x), zip(*sequences, strict=False))])
 
 
-def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
+def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | str | None = None) -> list:
     """Token ids of the prompt, then of each reply with its end token, which is added if there is none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if isinstance(prompt, str):
@@ -502,12 +517,13 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
         texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # the text had its own BOS: drop one
     else:
         turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
-        write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
         try:
+            tools = json.loads(tools or "null") if isinstance(tools, str) else without_none(tools)
+            write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
             texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
             assert common_length(texts) >= len(write(prompt)) - 2, "it writes the prompt otherwise if a reply follows"
         except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
-            raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
+            raise UsageError(f"the tokenizer's chat template can't write it: {error!r}") from None
     start = common_length(texts)  # the prompt's tokens; fewer if its last one merges with the reply's first
     if start == 0:  # the first token that is predicted must follow something
         start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
@@ -536,11 +552,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UsageError("the default task is not beside this script: give it --model-name and --dataset")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        assert tokenizer.eos_token_id is not None, "it has no eos_token: set one in its tokenizer_config.json"
+        return tokenizer
     except Exception as error:  # unknown, unreachable, damaged: its message says which
-        raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from None
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
-    return tokenizer
+        raise UsageError(f"{name} has no tokenizer that can be used (an adapter needs its base's): {error}") from None
 
 
 def load_model(name: str, kind: type, args: Args) -> nn.Module:
@@ -548,7 +563,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
     # On CUDA, LoRA's frozen weights are bfloat16. Trained weights are float32: bfloat16 would round small updates away
     half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
     options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
-    options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    options |= {"num_labels": 1, "ignore_mismatched_sizes": True} if kind is AutoModelForSequenceClassification else {}
     if args.load_in_4bit:
         quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
         options["quantization_config"] = quantised
@@ -556,6 +571,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
         if adapter := find_adapter_config_file(name):  # what LoRA learned before becomes part of the weights
             import peft
 
+            assert "num_labels" in options or "SEQ_CLS" not in Path(adapter).read_text(), "it is a reward model"
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
             model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
@@ -567,10 +583,15 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             nn.init.zeros_(model.score.weight)
         missing = sorted({*info["missing_keys"]} - {"score.weight"})
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
+        assert not (wrong := [*info["mismatched_keys"]]), f"{wrong[0][0]} has {wrong[0][1][0]} outputs, 1 is needed"
         assert "score.weight" not in info["unexpected_keys"], "it is a reward model"
         ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
+        if kind is AutoModelForSequenceClassification:  # float32, even in autocast: near 5, bfloat16 has steps of 1/32
+            head = model.score.float()
+            head.register_forward_pre_hook(lambda _, x: (x[0].float(),))
+            head.register_forward_hook(lambda h, x, y: y if y.dtype == x[0].dtype else (x[0] * h.weight).sum(-1, True))
     except Exception as error:
         raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
     torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
@@ -578,38 +599,38 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
 
 
 def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # only these are in training mode, as checkpointing needs: no dropout within
-            layer.training = isinstance(layer, GradientCheckpointingLayer)
-    if args.lora_rank:
-        import peft  # slow to import
+    try:
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            for layer in model.modules():  # only these are in training mode, as checkpointing needs; none drops out
+                layer.training = isinstance(layer, GradientCheckpointingLayer)
+                vars(layer).update({name: 0.0 for name in vars(layer) if name.endswith("dropout")})
+        if args.lora_rank:
+            import peft  # slow to import
 
-        config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        model = peft.get_peft_model(model, config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # the head too
-                parameter.data = parameter.data.float()
-    return model
+            config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+            model = peft.get_peft_model(model, config)  # its matrices are float32, as the head is
+        return model
+    except ValueError as error:
+        raise UsageError(f"not possible with this model: {error} Leave the flag out") from None
 
 
 def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[Text], list[str]], list[float]]:
     """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
-    if ".py:" in name:
-        function = load_function("--reward", name)
-        return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
+    if re.search(r"\.py(:|$)", name):
+        of = "prompt, reply", "a number", lambda reward: hasattr(reward, "__float__") and math.isfinite(reward)
+        function = load_function("--reward", name, *of)
+        return lambda prompts, replies: [*map(float, map(function, map(copy.deepcopy, prompts), replies))]  # of copies
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
     if not model.score.weight.any():
         raise UsageError(f"--reward {name} has no head that gives rewards (score.weight)")
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # near 5, bfloat16 has steps of 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
-    size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
     @torch.no_grad()
     def rewards_of(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
         rows, rewards = [prompt + reply for prompt, reply in encoded], []
-        for i in range(0, len(rows), size):
+        for i in range(0, len(rows), size := 1 if pad_id is None else 64):  # without a padding token: one by one
             ids = pad(rows[i : i + size], pad_id or 0).to(device)  # (B, T)
             rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
         return rewards
@@ -654,21 +675,20 @@ class Run:
             changed -= {"run_dir", "resume", "device", "threads", "micro_batch_size"}
             if changed - {"total_timesteps"} or args.total_timesteps < config["args"]["total_timesteps"]:
                 raise UsageError(f"--resume can only raise --total-timesteps; unlike the run's: {', '.join(changed)}")
-        elif path.exists() or checkpoint.exists():
+        elif any((self.dir / name).exists() for name in ("config.json", "checkpoint.pt", "model", "metrics.jsonl")):
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
             git = f"git -C {shlex.quote(os.path.dirname(__file__))} describe --always --abbrev=40 --dirty --exclude='*'"
-            status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
-            config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
+            config |= {"commit": subprocess.getoutput(f"{git} 2>&-") or None, "wandb_id": os.urandom(8).hex()}
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
-            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L 2>&-")
         config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare = self.accelerator.unwrap_model(self.model)  # generates, and can be saved
         state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "result": {}}
         try:
-            if args.resume and checkpoint.exists():
+            if args.resume and (checkpoint.exists() or (self.dir / "model").exists()):  # save writes this one later
                 state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # data, never code
                 weights, of_optimizer = {"model_state_dict": state["model"]}, {"optim_state_dict": state["optimizer"]}
                 options = StateDictOptions(full_state_dict=True, strict=False)
@@ -676,7 +696,7 @@ class Run:
             self.global_step, self.last_step, self.result = state["step"], state["last_step"], state["result"]
             self.started, size = self.started - state["seconds"], state["bytes"]
         except Exception as error:  # a damaged file can raise anything
-            raise UsageError(f"{checkpoint} is damaged or of another version ({type(error).__name__})") from None
+            raise UsageError(f"{checkpoint} is missing, damaged or of another kind ({type(error).__name__})") from None
         if RANK > 0:
             return
         try:
@@ -699,7 +719,7 @@ class Run:
         self.metrics.seek(self.metrics.truncate(size))  # later rows will be written again
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
         self.opened.callback(self.bar.close)
-        print(f"{Path(__file__).name} on {PROCESSES} x {self.accelerator.device}, run folder {self.dir}")
+        print(f"{PROCESSES} x {self.accelerator.device}, run folder {self.dir}, from step {self.global_step}")
 
     def goes_on(self, evaluate: Callable[[], dict[str, float]]) -> bool:
         """Evaluates and saves where that is due. False at the end of the run."""
@@ -755,7 +775,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model/ and checkpoint.pt. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
+        """Writes checkpoint.pt and model/. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
         if RANK > 0:
@@ -764,13 +784,13 @@ class Run:
             raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
         state = {"model": weights, "optimizer": of_optimizer, "step": self.global_step, "last_step": self.last_step}
         state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell(), "result": self.result}
+        torch.save(state, self.dir / "checkpoint.pt.tmp")
+        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
         folder, temporary = self.dir / "model", self.dir / "model.tmp"
         self.bare.save_pretrained(temporary, state_dict={**weights})  # a copy, for it empties what it is given
         self.tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        torch.save(state, self.dir / "checkpoint.pt.tmp")
-        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
         self.opened.close()
@@ -784,9 +804,10 @@ def main() -> None:
 
     def stop(number: int, _: object) -> None:
         Run.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nIt stops after what it is at. A second Ctrl-C ends it at once, back to the last checkpoint.\n")
 
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # each line at once, also into a file
     warnings.simplefilter("ignore")  # warnings of libraries would stand around our one line
     logging.disable()
     transformers.utils.logging.disable_progress_bar()

@@ -33,6 +33,7 @@ Differs from the paper:
 # ///
 
 import contextlib
+import copy
 import functools
 import glob
 import inspect
@@ -106,7 +107,7 @@ class Args:
     eval_replies: int = 256  # replies sampled in an evaluation; --micro-batch-size and processes change the draws
     max_new_tokens: int = 128  # of such a reply, at most; a reply cut here is scored as if it had ended
     reward: str | None = None  # scores them: FILE.py:function (prompt, reply) -> number, or a reward model's folder
-    evaluate: bool = False  # only evaluate the model in --run-dir, perhaps on another --dataset
+    evaluate: bool = False  # only evaluate the model in --run-dir, on its data, read as it did, or on another --dataset
     # Algorithm
     learning_rate: float = 5e-3  # of AdamW; paper: 9.65e-6 (6B), which suits large models; with LoRA rather 1e-4
     warmup: float = 0.03  # the rate falls to 0 over the whole run; in this first share it rises too; paper: none
@@ -138,9 +139,8 @@ def reply_losses(model: nn.Module, batch: list[Demonstration]) -> tuple[Tensor, 
     """-log pi(y_t | x, y_<t) of each token of each reply, and whether it was the likeliest one. (N,): no padding."""
     first = min(len(row.prompt) for row in batch)  # no reply begins earlier; K = T - first tokens are predicted
     ids = pad([row.prompt + row.reply for row in batch], 0).to(model.device)  # (B, T)
-    # cross_entropy gives 0 at -100: no gradient comes from a prompt
-    masked = pad([[-100] * len(row.prompt) + row.reply for row in batch], -100).to(model.device)
-    targets = masked[:, first:].flatten()  # (B * K,)
+    # (B * K,). cross_entropy gives 0 at -100: no gradient comes from a prompt
+    targets = pad([[-100] * len(row.prompt) + row.reply for row in batch], -100)[:, first:].flatten().to(model.device)
     # No mask: causal attention never reads padding on its right. Output t predicts token t + 1: (B, K, vocabulary)
     logits = model(input_ids=ids[:, :-1], logits_to_keep=ids.shape[1] - first, use_cache=False).logits
     logits = logits.flatten(0, 1).float()
@@ -192,6 +192,10 @@ def train(args: Args) -> dict[str, float]:
     with contextlib.closing(Run(args)) as run:
         model = load(run, args.model_name, args)
         rows, held_out = training_and_held_out(run.tokenizer, model, args)
+        if run.judge:  # a mistake in it shows now, not only at the first evaluation
+            run.judge([rows[0].prompt_text], [run.tokenizer.decode(rows[0].reply, skip_special_tokens=True)])
+        ends, own = {row.reply[-1] for row in rows}, model.generation_config.eos_token_id  # it will save them all
+        model.generation_config.eos_token_id = sorted({*ends, *(own if isinstance(own, list) else [own])} - {None})
         model = make_trainable(model, "CAUSAL_LM", args)
         options = {"betas": (0.9, 0.98), "weight_decay": args.weight_decay, "fused": True}
         run.start(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **options))
@@ -229,9 +233,8 @@ def load(run: "Run", name: str, args: Args) -> nn.Module:
     if not args.from_scratch or name != args.model_name:
         return load_model(name, AutoModelForCausalLM, args)
     try:
-        config = AutoConfig.from_pretrained(name)
         torch.manual_seed(args.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # without dropout
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32).eval()
     except Exception as error:
         raise UsageError(f"{name} has no config.json of a causal language model: {error}") from None
     torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
@@ -250,7 +253,7 @@ def evaluate_saved(args: Args) -> dict[str, float]:
 
 
 USUAL = {  # names of columns
-    "prompt": ["prompt", "question", "instruction", "query", "problem", "context", "input"],
+    "prompt": ["prompt", "question", "instruction", "query", "problem", "context", "input", "history"],
     "reply": ["completion", "response", "output", "solution", "answer", "chosen", "messages", "conversations"],
     "input": ["input"], "system": ["system", "system_prompt"], "tools": ["tools"],
 }  # fmt: skip
@@ -258,50 +261,51 @@ USUAL = {  # names of columns
 
 def prompts_and_replies(row: dict, names: dict[str, str | None], args: Args) -> list[tuple[Text, Text]]:
     """Prompt and reply: texts, or a chat and its next message. A whole chat gives a pair for each of its replies."""
-    reply, prompt = as_text(row[names["reply"]]), as_text(row[names["prompt"]]) if names["prompt"] else None
-    if isinstance(prompt, str) and isinstance(reply, str) and row.get(names["input"]) not in (None, "", prompt):
+    reply = as_text(row[names["reply"]])
+    begins = isinstance(reply, list) and reply[0]["role"] != "assistant"  # with the prompt
+    prompt = as_text(row[names["prompt"]]) if names["prompt"] and not begins else None
+    if isinstance(prompt, str) and common_length((prompt, reply)) == len(prompt) and len(prompt.split()) > 2:
+        reply = reply[len(prompt) :]  # it repeats the prompt: no "Hi" that is returned
+    if isinstance(prompt, str) and row.get(names["input"]) and names["input"] != names["prompt"]:
         prompt = f"{prompt}\n\n{row[names['input']]}"  # Alpaca's instruction, and what it is about
     if isinstance(prompt, str) and (names["system"] or args.chat or isinstance(reply, list)):
         prompt = [{"role": "user", "content": prompt}]
-    before = prompt if isinstance(prompt, list) else []
-    if names["system"] and row[names["system"]]:
-        before = [{"role": "system", "content": row[names["system"]]}, *before]
+    if isinstance(reply, str) and prompt is None:
+        raise UsageError("there is a reply without a prompt: name the column with --prompt-column")
+    chat = prompt if isinstance(reply, str) else (prompt or []) + reply
+    if names["system"] and row[names["system"]] and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": row[names["system"]]}, *chat]
     if isinstance(reply, str):
-        if prompt is None:
-            raise UsageError("there is a reply without a prompt: name the column with --prompt-column")
-        return [(before or prompt, reply)]
-    if before and reply[0]["role"] != "assistant":
-        before = before[:1] if before[0]["role"] == "system" else []  # the messages begin with the prompt
-    chat = before + reply
-    found = [(chat[:i], chat[i : i + 1]) for i in range(len(before) or 1, len(chat)) if chat[i]["role"] == "assistant"]
-    if not found:
+        return [(chat, reply)]
+    answers = [i for i in range(max(len(chat) - len(reply), 1), len(chat)) if chat[i]["role"] == "assistant"]
+    if not answers:
         raise UsageError("the chat has no message of the role assistant behind another one")
-    return found
+    return [(chat[:i], chat[i : i + 1]) for i in answers if chat[i].get("weight") != 0]
 
 
 def read_demonstrations(source: str, split: str | None, tokenizer: Tokenizer, limit: int, args: Args) -> list:
     """The demonstrations of a data set, except those that have too many tokens."""
     rows = read_rows("the data set", source, args.dataset_config, split)
-    rows = load_function("--convert", args.convert)(rows) if args.convert else rows
-    columns = [*rows[0]]
-    names = {kind: next((name for name in usual if name in columns), None) for kind, usual in USUAL.items()}
-    named = {"prompt": args.prompt_column, "reply": args.reply_column}
-    names |= {kind: name for kind, name in named.items() if name}
+    of = "rows", "a list of dicts, at least one", lambda rows: isinstance(rows, list) and {*map(type, rows)} == {dict}
+    rows = load_function("--convert", args.convert, *of)(rows) if args.convert else rows
+    columns = dict.fromkeys(itertools.chain(*rows))  # of all rows: --convert may have given them unlike keys
+    given = {"prompt": args.prompt_column, "reply": args.reply_column}
+    names = {kind: given.get(kind) or next((x for x in usual if x in columns), None) for kind, usual in USUAL.items()}
     if names["reply"] is None or {*names.values()} - {None, *columns}:
         raise UsageError(f"{source} has the columns {', '.join(columns)}: use --prompt-column and --reply-column")
-    if not args.prompt_column and names["reply"] in ("messages", "conversations"):  # whole chats have their prompts
-        names["prompt"] = None if as_text(rows[0][names["reply"]])[0]["role"] != "assistant" else names["prompt"]
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            tools = row.get(names["tools"])
-            tools = json.loads(tools or "null") if isinstance(tools, str) else without_none(tools)
-            for prompt, reply in prompts_and_replies(row, names, args):
-                found.append(Demonstration(*encode(tokenizer, prompt, [reply], tools), prompt))
-        except (UsageError, ValueError) as error:  # ValueError: tools that are no JSON
-            raise UsageError(f"{source}, row {number}: {error}") from None
-    fitting = [row for row in found if len(row.prompt + row.reply) <= limit]
-    news = f"{source}: {len(fitting)} demonstrations. Left out: {len(found) - len(fitting)} of over {limit} tokens"
+            for prompt, reply in prompts_and_replies(columns | row, names, args):
+                found.append(Demonstration(*encode(tokenizer, prompt, [reply], row.get(names["tools"])), prompt))
+        except UsageError as error:
+            raise UsageError(f"{source}, row {number}: {error}; --convert can change or drop rows") from None
+    says = [re.sub("</?think>", "", tokenizer.decode(row.reply[:-1])).strip() for row in found]  # before the end
+    fitting = [row for row, text in zip(found, says, strict=True) if text and len(row.prompt + row.reply) <= limit]
+    empty, long = says.count(""), len(found) - len(fitting) - says.count("")
+    news = f"{source}: {len(fitting)} demonstrations. Left out: {empty} without words, {long} of over {limit} tokens"
+    if found and isinstance(reply, list) and as_text(row[names["reply"]])[0]["role"] != "assistant":
+        names["prompt"] = names["input"] = None  # whole chats have their prompts
     if RANK == 0:
         print(f"{news}; not used: the columns {', '.join({*columns} - {*names.values()}) or 'none'}")
     if not fitting:
@@ -310,10 +314,12 @@ def read_demonstrations(source: str, split: str | None, tokenizer: Tokenizer, li
 
 
 def training_and_held_out(tokenizer: Tokenizer, model: nn.Module, args: Args) -> tuple[list, list]:
-    limit = min(args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", args.max_length))
-    read = functools.partial(read_demonstrations, tokenizer=tokenizer, limit=limit, args=args)
     of_run = saved_args(args.run_dir) if args.evaluate else args  # with its data, --evaluate takes what it held out
-    if any(getattr(args, x) != getattr(of_run, x) for x in ("dataset", "dataset_config", "dataset_split")):
+    data = [(os.path.realpath(x.dataset), x.dataset_config, x.dataset_split or "train") for x in (args, of_run)]
+    flags = args if data[0] != data[1] or args.eval_dataset or args.eval_split else of_run  # what it held out, they say
+    limit = min(flags.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", flags.max_length))
+    read = functools.partial(read_demonstrations, tokenizer=tokenizer, limit=limit, args=flags)
+    if data[0] != data[1]:
         return [], read(args.dataset, args.dataset_split)  # other data: all of it
     if args.eval_dataset or args.eval_split:
         held_out = read(args.eval_dataset or args.dataset, args.eval_split)
@@ -357,8 +363,8 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf), "threads": (1, 1024)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # type(): no bools
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # NumPy's
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is none of {words}")
@@ -386,9 +392,8 @@ def parse_args() -> Args:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
         sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*(?:\n.+)*", __doc__), flags, sep="\n"))
-    default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
-    if {"--resume", "--evaluate"} & {*sys.argv}:
-        default = {"default": saved_args(run_dirs[-1])}
+    run_dirs = re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
+    default = {"default": saved_args(run_dirs[-1])} if {"--resume", "--evaluate"} & {*sys.argv} else {}
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
             return tyro.cli(Args, **default)
@@ -396,12 +401,20 @@ def parse_args() -> Args:
             raise UsageError(re.sub("[^ -~]+", " ", printed.getvalue())) from None
 
 
-def load_function(flag: str, value: str) -> Callable:
+def load_function(flag: str, value: str, arguments: str, results: str, accepts: Callable) -> Callable:
     try:
         path, name = value.rsplit(":", 1)
-        return runpy.run_path(path)[name]
-    except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"{flag} {value} must be FILE.py:function: {error!r}") from None
+        function = runpy.run_path(path)[name]
+        inspect.signature(function).bind(*arguments.split(", "))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UsageError(f"{flag} {value} must be FILE.py:function ({arguments}): {error!r}") from None
+
+    def checked(*given: object) -> object:
+        if not accepts(result := function(*given)):
+            raise UsageError(f"{flag} {value} must return {results}, not {result!r:.80}")
+        return result
+
+    return checked
 
 
 def read_rows(flag: str, source: str, config: str | None = None, split: str | None = None) -> list[dict]:
@@ -409,13 +422,13 @@ def read_rows(flag: str, source: str, config: str | None = None, split: str | No
     import datasets  # slow to import
 
     datasets.disable_progress_bars()
-    files = sorted(path for path in glob.glob(source) if os.path.isfile(path))
+    found = [source] if os.path.isfile(source) else glob.glob(source)  # a name may have brackets
+    files = sorted(glob.escape(os.path.abspath(path)) for path in found if os.path.isfile(path))
     try:
-        if glob.glob(f"{glob.escape(source)}/dataset_*.json"):
+        if os.path.exists(f"{source}/state.json") or os.path.exists(f"{source}/dataset_dict.json"):
             data = saved if isinstance(saved := datasets.load_from_disk(source), dict) else {"train": saved}
         elif files:
-            names = [os.path.abspath(path) for path in files]
-            data = datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), data_files=names, split=split)
+            data = datasets.load_dataset(os.path.dirname(os.path.abspath(found[0])), data_files=files, split=split)
         else:
             assert not re.search(r"\.(jsonl?|csv|parquet)(\.|$)", source), "there is no such file"
             data = datasets.load_dataset(source, config, split=split)
@@ -423,9 +436,8 @@ def read_rows(flag: str, source: str, config: str | None = None, split: str | No
             split = split or ("train" if len(data) > 1 else next(iter(data)))
             assert split in data, f"choose with --dataset-split one of {', '.join(data)}"
             data = data[split]
-        rows = data.to_list()
-        assert rows, "it is empty"
-        return rows
+        assert len(data), "it is empty"
+        return data.to_list()
     except Exception as error:  # unknown, unreachable, damaged, another split: its message says which
         cause = error.__cause__ or error
         raise UsageError(f"{flag} {source} can't be read: {type(cause).__name__}: {cause}") from None
@@ -440,27 +452,30 @@ def without_none(value: object) -> object:
 
 def as_text(value: object) -> Text:
     """A text, or the messages of a chat, of which each has a role. ShareGPT's from and value are role and content."""
-    if isinstance(value, str):
+    message, messages = value, []
+    json_chat = r"""(?s)\s*\[\s*\{(?=.*['"](role|from)['"]\s*:).*['"](content|value)['"]\s*:"""  # as CSV has it
+    if isinstance(value, str) and not re.match(json_chat, value):
         return value
-    messages, roles = without_none(value if isinstance(value, list) else [value]), {"human": "user", "gpt": "assistant"}
     try:
-        messages = [
-            {"role": roles.get(m["from"], m["from"]), "content": m["value"]} if "from" in m else {"role": m["role"]} | m
-            for m in messages
-        ]
-        assert min(map(len, messages)) > 1
+        chat = without_none(json.loads(value) if isinstance(value, str) else value)
+        for message in chat if isinstance(chat, list) and chat else [chat]:
+            turn = {{"from": "role", "value": "content"}.get(key, key): x for key, x in message.items()}
+            if isinstance(turn.get("content"), list):
+                turn["content"] = "".join(part["text"] for part in turn["content"])  # KeyError: it is no text
+            assert isinstance(turn.get("content"), str) or turn["tool_calls"]
+            role, roles = turn["role"].lower(), {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+            messages.append(turn | {"role": roles.get(role, role)})
         return messages
-    except (AssertionError, KeyError, TypeError, ValueError):  # ValueError: there are none
-        raise UsageError(f"{value!r:.80} is neither a text nor a list of messages with role and content") from None
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError):  # ValueError: no JSON
+        raise UsageError(f"{message!r:.80} is neither a text alone nor a message with role and content") from None
 
 
 def common_length(sequences: list) -> int:
     """How many items at their beginning all sequences have in common."""
-    columns = itertools.takewhile(lambda items: all(item == items[0] for item in items), zip(*sequences, strict=False))
-    return sum(1 for _ in columns)
+    return len([*itertools.takewhile(lambda x: x.count(x[0]) == len(x), zip(*sequences, strict=False))])
 
 
-def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | None = None) -> list:
+def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list | str | None = None) -> list:
     """Token ids of the prompt, then of each reply with its end token, which is added if there is none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if isinstance(prompt, str):
@@ -469,12 +484,13 @@ def encode(tokenizer: Tokenizer, prompt: Text, replies: list[Text], tools: list 
         texts = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in texts]  # the text had its own BOS: drop one
     else:
         turns = [[{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply for reply in replies]
-        write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
         try:
+            tools = json.loads(tools or "null") if isinstance(tools, str) else without_none(tools)
+            write = functools.partial(tokenizer.apply_chat_template, tools=tools, return_dict=False)
             texts = [write(prompt, add_generation_prompt=True), *(write(prompt + turn) for turn in turns)]
             assert common_length(texts) >= len(write(prompt)) - 2, "it writes the prompt otherwise if a reply follows"
         except Exception as error:  # there is none, or it refuses a system turn, or the order of turns
-            raise UsageError(f"the tokenizer's chat template can't write it: {error}") from None
+            raise UsageError(f"the tokenizer's chat template can't write it: {error!r}") from None
     start = common_length(texts)  # the prompt's tokens; fewer if its last one merges with the reply's first
     if start == 0:  # the first token that is predicted must follow something
         start, texts = 1, [[eos if bos is None else bos, *ids] for ids in texts]
@@ -503,11 +519,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UsageError("the default task is not beside this script: give it --model-name and --dataset")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        assert tokenizer.eos_token_id is not None, "it has no eos_token: set one in its tokenizer_config.json"
+        return tokenizer
     except Exception as error:  # unknown, unreachable, damaged: its message says which
-        raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from None
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"the tokenizer of {name} has no eos_token: set one in its tokenizer_config.json")
-    return tokenizer
+        raise UsageError(f"{name} has no tokenizer that can be used (an adapter needs its base's): {error}") from None
 
 
 def load_model(name: str, kind: type, args: Args) -> nn.Module:
@@ -515,7 +530,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
     # On CUDA, LoRA's frozen weights are bfloat16. Trained weights are float32: bfloat16 would round small updates away
     half = args.lora_rank and args.device != "cpu" and torch.cuda.is_available()
     options = {"dtype": torch.bfloat16 if half else torch.float32, "output_loading_info": True}
-    options |= {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    options |= {"num_labels": 1, "ignore_mismatched_sizes": True} if kind is AutoModelForSequenceClassification else {}
     if args.load_in_4bit:
         quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
         options["quantization_config"] = quantised
@@ -523,6 +538,7 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
         if adapter := find_adapter_config_file(name):  # what LoRA learned before becomes part of the weights
             import peft
 
+            assert "num_labels" in options or "SEQ_CLS" not in Path(adapter).read_text(), "it is a reward model"
             model = load_model(json.loads(Path(adapter).read_text())["base_model_name_or_path"], kind, args)
             model = model if args.load_in_4bit else model.float()  # a sum in bfloat16 would round LoRA's steps away
             model = peft.PeftModel.from_pretrained(model, name).merge_and_unload().requires_grad_(True)
@@ -534,10 +550,15 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
             nn.init.zeros_(model.score.weight)
         missing = sorted({*info["missing_keys"]} - {"score.weight"})
         assert not missing, f"it has no weights for {', '.join(missing[:3])}"
+        assert not (wrong := [*info["mismatched_keys"]]), f"{wrong[0][0]} has {wrong[0][1][0]} outputs, 1 is needed"
         assert "score.weight" not in info["unexpected_keys"], "it is a reward model"
         ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)  # if causal, the third state is the same
         states = model.eval().base_model(input_ids=ids).last_hidden_state[:, 2]
         assert torch.allclose(*states, atol=1e-4), "it is no causal language model: its attention looks ahead"
+        if kind is AutoModelForSequenceClassification:  # float32, even in autocast: near 5, bfloat16 has steps of 1/32
+            head = model.score.float()
+            head.register_forward_pre_hook(lambda _, x: (x[0].float(),))
+            head.register_forward_hook(lambda h, x, y: y if y.dtype == x[0].dtype else (x[0] * h.weight).sum(-1, True))
     except Exception as error:
         raise UsageError(f"{name} can't be loaded as {kind.__name__}: {error}") from None
     torch.set_num_threads(args.threads or (1 if model.num_parameters() < 10_000_000 else Run.all_threads))
@@ -545,19 +566,20 @@ def load_model(name: str, kind: type, args: Args) -> nn.Module:
 
 
 def make_trainable(model: nn.Module, task: str, args: Args) -> nn.Module:
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():  # only these are in training mode, as checkpointing needs: no dropout within
-            layer.training = isinstance(layer, GradientCheckpointingLayer)
-    if args.lora_rank:
-        import peft  # slow to import
+    try:
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            for layer in model.modules():  # only these are in training mode, as checkpointing needs; none drops out
+                layer.training = isinstance(layer, GradientCheckpointingLayer)
+                vars(layer).update({name: 0.0 for name in vars(layer) if name.endswith("dropout")})
+        if args.lora_rank:
+            import peft  # slow to import
 
-        config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        model = peft.get_peft_model(model, config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # the head too
-                parameter.data = parameter.data.float()
-    return model
+            config = peft.LoraConfig(task, r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+            model = peft.get_peft_model(model, config)  # its matrices are float32, as the head is
+        return model
+    except ValueError as error:
+        raise UsageError(f"not possible with this model: {error} Leave the flag out") from None
 
 
 @torch.no_grad()
@@ -567,29 +589,30 @@ def sample(model: nn.Module, prompts: list[list[int]], ends: list[int], length: 
     ids = pad(prompts, ends[0], "left").to(model.device)  # (B, T)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(model.device)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - ids.shape[1]
-    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0], "min_new_tokens": 0}
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    rows = model.generate(ids, attention_mask=mask, synced_gpus=PROCESSES > 1, **plain, **limits)[:, ids.shape[1] :]
+    limits = {"max_new_tokens": min(length, room), "eos_token_id": ends, "pad_token_id": ends[0]}
+    own, plain = model.generation_config, transformers.GenerationConfig(do_sample=True, top_k=0, **limits)
+    model.generation_config = plain  # generate would follow its own rules too, wherever plain has none
+    rows = model.generate(ids, attention_mask=mask, synced_gpus=PROCESSES > 1)[:, ids.shape[1] :]
+    model.generation_config = own
     return [row[: min((row.index(end) + 1 for end in ends if end in row), default=len(row))] for row in rows.tolist()]
 
 
 def load_reward(name: str, args: Args, device: torch.device) -> Callable[[list[Text], list[str]], list[float]]:
     """What --reward names, a function or a reward model's folder, for lists of prompts and replies."""
-    if ".py:" in name:
-        function = load_function("--reward", name)
-        return lambda prompts, replies: [float(function(*text)) for text in zip(prompts, replies, strict=True)]
+    if re.search(r"\.py(:|$)", name):
+        of = "prompt, reply", "a number", lambda reward: hasattr(reward, "__float__") and math.isfinite(reward)
+        function = load_function("--reward", name, *of)
+        return lambda prompts, replies: [*map(float, map(function, map(copy.deepcopy, prompts), replies))]  # of copies
     tokenizer, model = load_tokenizer(name), load_model(name, AutoModelForSequenceClassification, args).to(device)
     if not model.score.weight.any():
         raise UsageError(f"--reward {name} has no head that gives rewards (score.weight)")
-    model.score.float().register_forward_pre_hook(lambda _, x: (x[0].float(),))  # near 5, bfloat16 has steps of 1/32
     pad_id = model.config.get_text_config().pad_token_id  # it reads the reward at the last token that is not padding
-    size = 1 if pad_id is None else 64  # without a padding token: one row at a time
 
     @torch.no_grad()
     def rewards_of(prompts: list[Text], replies: list[str]) -> list[float]:
         encoded = (encode(tokenizer, prompt, [reply]) for prompt, reply in zip(prompts, replies, strict=True))
         rows, rewards = [prompt + reply for prompt, reply in encoded], []
-        for i in range(0, len(rows), size):
+        for i in range(0, len(rows), size := 1 if pad_id is None else 64):  # without a padding token: one by one
             ids = pad(rows[i : i + size], pad_id or 0).to(device)  # (B, T)
             rewards += model(input_ids=ids, use_cache=False).logits.squeeze(-1).tolist()
         return rewards
@@ -634,21 +657,20 @@ class Run:
             changed -= {"run_dir", "resume", "device", "threads", "micro_batch_size"}
             if changed - {"total_timesteps"} or args.total_timesteps < config["args"]["total_timesteps"]:
                 raise UsageError(f"--resume can only raise --total-timesteps; unlike the run's: {', '.join(changed)}")
-        elif path.exists() or checkpoint.exists():
+        elif any((self.dir / name).exists() for name in ("config.json", "checkpoint.pt", "model", "metrics.jsonl")):
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
             git = f"git -C {shlex.quote(os.path.dirname(__file__))} describe --always --abbrev=40 --dirty --exclude='*'"
-            status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
-            config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
+            config |= {"commit": subprocess.getoutput(f"{git} 2>&-") or None, "wandb_id": os.urandom(8).hex()}
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
-            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L 2>&-")
         config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare = self.accelerator.unwrap_model(self.model)  # generates, and can be saved
         state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "result": {}}
         try:
-            if args.resume and checkpoint.exists():
+            if args.resume and (checkpoint.exists() or (self.dir / "model").exists()):  # save writes this one later
                 state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # data, never code
                 weights, of_optimizer = {"model_state_dict": state["model"]}, {"optim_state_dict": state["optimizer"]}
                 options = StateDictOptions(full_state_dict=True, strict=False)
@@ -656,7 +678,7 @@ class Run:
             self.global_step, self.last_step, self.result = state["step"], state["last_step"], state["result"]
             self.started, size = self.started - state["seconds"], state["bytes"]
         except Exception as error:  # a damaged file can raise anything
-            raise UsageError(f"{checkpoint} is damaged or of another version ({type(error).__name__})") from None
+            raise UsageError(f"{checkpoint} is missing, damaged or of another kind ({type(error).__name__})") from None
         if RANK > 0:
             return
         try:
@@ -679,7 +701,7 @@ class Run:
         self.metrics.seek(self.metrics.truncate(size))  # later rows will be written again
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
         self.opened.callback(self.bar.close)
-        print(f"{Path(__file__).name} on {PROCESSES} x {self.accelerator.device}, run folder {self.dir}")
+        print(f"{PROCESSES} x {self.accelerator.device}, run folder {self.dir}, from step {self.global_step}")
 
     def goes_on(self, evaluate: Callable[[], dict[str, float]]) -> bool:
         """Evaluates and saves where that is due. False at the end of the run."""
@@ -735,7 +757,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model/ and checkpoint.pt. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
+        """Writes checkpoint.pt and model/. A kill leaves one checkpoint.pt to --resume from, perhaps without model/."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, of_optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=options)
         if RANK > 0:
@@ -744,13 +766,13 @@ class Run:
             raise FloatingPointError(f"NaN or infinity at step {self.global_step} in the parameters")
         state = {"model": weights, "optimizer": of_optimizer, "step": self.global_step, "last_step": self.last_step}
         state |= {"seconds": time.time() - self.started, "bytes": self.metrics.tell(), "result": self.result}
+        torch.save(state, self.dir / "checkpoint.pt.tmp")
+        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
         folder, temporary = self.dir / "model", self.dir / "model.tmp"
         self.bare.save_pretrained(temporary, state_dict={**weights})  # a copy, for it empties what it is given
         self.tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        torch.save(state, self.dir / "checkpoint.pt.tmp")
-        os.replace(self.dir / "checkpoint.pt.tmp", self.dir / "checkpoint.pt")
 
     def close(self) -> None:
         self.opened.close()
@@ -764,9 +786,10 @@ def main() -> None:
 
     def stop(number: int, _: object) -> None:
         Run.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nIt stops after what it is at. A second Ctrl-C ends it at once, back to the last checkpoint.\n")
 
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # each line at once, also into a file
     warnings.simplefilter("ignore")  # warnings of libraries would stand around our one line
     logging.disable()
     transformers.utils.logging.disable_progress_bar()

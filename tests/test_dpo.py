@@ -5,6 +5,7 @@ on dpo.py; test_consistency.py holds reward_model.py to the same text.
 """
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -28,7 +29,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    CTRLConfig,
     Gemma3Config,
+    MambaConfig,
+    OPTConfig,
+    XGLMConfig,
 )
 
 from algorithms import dpo, reward_model, sft
@@ -474,6 +479,10 @@ def says(text):
     return {"role": "assistant", "content": text}
 
 
+def in_parts(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}]}
+
+
 ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 ASKED_KINDLY = "<|im_start|>system\nbe kind<|im_end|>\n" + ASKED
 YES, NO = "<think>\n\n</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"
@@ -501,6 +510,25 @@ LAYOUTS = {
                  [ASKED_KINDLY, YES, NO]),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "yes"},
                   "rejected": {"from": "gpt", "value": "no"}}, [ASKED, YES, NO]),
+    "contents of parts": ({"chosen": [in_parts("user", "hi"), in_parts("assistant", "yes")],
+                           "rejected": [in_parts("user", "hi"), in_parts("assistant", "no")]}, [ASKED, YES, NO]),
+    "chats as JSON, in CSV": ({"chosen": json.dumps([USER, says("yes")]), "rejected": json.dumps([USER, says("no")])},
+                              [ASKED, YES, NO]),
+    "roles of other names": (
+        {"prompt": [{"role": "Human", "content": "hi"}], "chosen": [{"from": "chatgpt", "value": "yes"}],
+         "rejected": [{"role": "Assistant", "content": "no"}]}, [ASKED, YES, NO]),
+    "the system turn twice": ({"system": "be kind", "chosen": [SYSTEM, USER, says("yes")],
+                               "rejected": [SYSTEM, USER, says("no")]}, [ASKED_KINDLY, YES, NO]),
+    "a text prompt repeated": ({"prompt": "Q: hi\nA:", "chosen": "Q: hi\nA: yes", "rejected": "Q: hi\nA: no"},
+                               ["Q: hi\nA:", " yes<|im_end|>", " no<|im_end|>"]),
+    "a greeting returned": ({"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi"},
+                            ["Hi", "Hi you<|im_end|>", "Hi<|im_end|>"]),
+    "replies with a common beginning": ({"problem": "1 + 1?", "chosen": "Step 1: 2", "rejected": "Step 1: 3"},
+                                        ["1 + 1?", "Step 1: 2<|im_end|>", "Step 1: 3<|im_end|>"]),
+    "replies that are JSON": ({"prompt": "hi ", "chosen": '[{"value": 3}, {"value": 4}]', "rejected": '[{"role": 3}]'},
+                              ["hi ", '[{"value": 3}, {"value": 4}]<|im_end|>', '[{"role": 3}]<|im_end|>']),
+    "Alpaca": ({"instruction": "hi", "input": "you ", "chosen": "yes", "rejected": "no"},
+               ["hi\n\nyou ", "yes<|im_end|>", "no<|im_end|>"]),
 }  # fmt: skip
 
 
@@ -555,6 +583,24 @@ def test_columns_of_other_names_are_named_by_flags():
         ({"prompt": "hi", "chosen": [{"role": "user"}], "rejected": [says("no")]}, "neither a text"),
         ({"prompt": "hi", "chosen": [], "rejected": []}, "neither a text"),
         ({"prompt": 7, "chosen": "yes", "rejected": "no"}, "7 is neither a text"),
+        ({"prompt": "hi", "chosen": "yes", "rejected": None}, "None is neither a text.*--convert"),
+        (
+            {"chosen": [USER | {"content": [{"type": "image"}]}, says("a")], "rejected": [USER, says("b")]},
+            "neither a text",
+        ),
+        (
+            {"prompt": "hi", "chosen": [{"role": "assistant", "text": "yes"}], "rejected": [says("no")]},
+            "neither a text",
+        ),
+        ({"prompt": "hi", "chosen": [says("yes")], "rejected": [says(None)]}, "neither a text"),
+        ({"prompt": "hi", "chosen": str([says("yes")]), "rejected": str([says("no")])}, "neither a text"),  # of Python
+        (
+            {"chosen": [USER, says("a"), USER, says("c")], "rejected": [USER, says("b"), USER, says("d")]},
+            "the chats differ",
+        ),
+        ({"chosen": [USER, says("a")], "rejected": [USER, says("a"), USER, says("b")]}, "the chats differ"),
+        ({"prompt": [USER], "chosen": [says("a"), USER], "rejected": [says("b"), USER]}, "the chats differ"),
+        ({"task": "1 + 1?", "chosen": "Step 1: 2", "rejected": "Step 1: 3"}, "--prompt-column"),
         ({"ask": "hi", "chosen": "yes", "rejected": "no"}, "--prompt-column"),
         ({"prompt": "other", "chosen": [USER, says("yes")], "rejected": [USER, says("no")]}, "--prompt-column"),
         ({"prompt": [SYSTEM, USER], "chosen": [USER, says("a")], "rejected": [USER, says("b")]}, "--prompt-column"),
@@ -596,6 +642,50 @@ def test_a_judge_labels_the_pairs_and_learns_nothing_from_their_order():
             texts_of(rows, labels=wrong)
 
 
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [("(p, a, b): return None", "True or False, not None"), ("(p, a, b): return 0.7", "True or False, not 0.7"),
+     ("(p, a): return True", "prompt, reply_1, reply_2")],
+)  # fmt: skip
+def test_a_judge_must_say_yes_or_no(function, words):
+    Path("judge.py").write_text(f"def f{function}\n")
+    with pytest.raises(dpo.UsageError, match=f"--labels judge.py:f must .*{words}"):
+        texts_of([{"prompt": "hi ", "chosen": "yes", "rejected": "no"}], labels="judge.py:f")
+
+
+def test_an_error_of_the_judge_is_its_own_and_what_it_changes_too():
+    Path("judge.py").write_text("def f(p, a, b):\n    return int(a)\n\ndef g(p, a, b):\n    p.clear()\n    return 1\n")
+    row = {"prompt": [USER], "chosen": "yes", "rejected": "no"}
+    with pytest.raises(ValueError, match="invalid literal"):
+        texts_of([row], labels="judge.py:f")
+    assert texts_of([row], labels="judge.py:g")[0] == ASKED
+
+
+@pytest.mark.parametrize(("script", "read"), [(dpo, dpo.read_pairs), (sft, sft.read_demonstrations)])
+@pytest.mark.parametrize("returned", ["None", "[]", "(row for row in rows)", "['prompt']"])
+def test_convert_must_return_rows(script, read, returned):
+    Path("convert.py").write_text(f"def f(rows):\n    return {returned}\n")
+    write_jsonl(Path("d.jsonl"), [{"prompt": "hi"}])
+    with pytest.raises(script.UsageError, match=r"--convert convert.py:f must return a list of dicts"):
+        read("d.jsonl", None, tokenizer_of("qwen3"), 99, script.Args(convert="convert.py:f"))
+
+
+def test_converted_rows_may_have_unlike_keys():
+    pair = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    Path("convert.py").write_text(
+        f"def f(rows):\n    return [{pair}, {pair | {'system': 'be kind'}}, {{'prompt': 'hi'}}][:len(rows)]\n"
+    )
+    tokenizer, args = tokenizer_of("qwen3"), dpo.Args(convert="convert.py:f")
+    data = str(write_jsonl(Path("d.jsonl"), [{"x": 1}] * 2))
+    assert [tokenizer.decode(row.prompt) for row in dpo.read_pairs(data, None, tokenizer, 99, args)] == [
+        ASKED,
+        ASKED_KINDLY,
+    ]
+    write_jsonl(Path("d.jsonl"), [{"x": 1}] * 3)
+    with pytest.raises(dpo.UsageError, match="row 3: None is neither"):
+        dpo.read_pairs(data, None, tokenizer, 99, args)
+
+
 # ---- People's data: files
 
 
@@ -627,6 +717,11 @@ def test_datasets_reads_every_kind_of_file(tmp_path):
     DatasetDict({"train_prefs": made, "test_prefs": made.select([0])}).save_to_disk("both")
     assert len(dpo.read_rows("--dataset", "saved")) == 4
     assert len(dpo.read_rows("--dataset", "both", split="test_prefs")) == 1
+    made.to_json("part-[1].jsonl")
+    Path("part-1.jsonl").write_text(Path("part-one.jsonl").read_text())
+    assert len(dpo.read_rows("--dataset", "part-[1].jsonl")) == 4, "the file of this name, no pattern"
+    Path("folder/dataset_infos.json").write_text("{}")  # as older folders of the hub have it
+    assert len(dpo.read_rows("--dataset", "folder")) == 2
     Path("damaged.jsonl").write_text(json.dumps(data[0]) + "\n{")
     for wrong, split, words in (
         ("both", None, "train_prefs"), ("folder", "validation", "test"), ("damaged.jsonl", None, "JSON"),
@@ -672,7 +767,7 @@ def test_a_prompt_of_several_token_lists_is_on_one_side(script, folders, monkeyp
 
 @pytest.mark.parametrize("script", [dpo, reward_model, sft])
 def test_evaluate_asks_what_the_run_held_out(script, folders, monkeypatch, tmp_path):
-    """Also with another seed, or another number of rows. Of other data the run may have learned nothing: all of it."""
+    """Also if the data or how to read them is said otherwise. Of other data it may have learned nothing: all of it."""
     monkeypatch.chdir(tmp_path)
     data = [{"prompt": f"{'a' * i} ", "chosen": "b c", "rejected": "d"} for i in range(90)]
     write_jsonl(
@@ -683,7 +778,8 @@ def test_evaluate_asks_what_the_run_held_out(script, folders, monkeypatch, tmp_p
     monkeypatch.setattr(script, "saved_args", lambda _: of_run)
     _, held_out = script.training_and_held_out(tokenizer, model, of_run)
     number = "eval_demonstrations" if script is sft else "eval_pairs"
-    for flags in {}, {"seed": 4}, {number: 2}:
+    spelled = {"dataset": "./d.jsonl"}, {"dataset": f"{tmp_path}/d.jsonl"}, {"dataset_split": "train"}
+    for flags in ({}, {"seed": 4}, {number: 2}, *spelled, {"max_length": 40}, {"chat": True}):
         args = replace(of_run, evaluate=True, **flags)
         assert script.training_and_held_out(tokenizer, model, args)[1] == held_out, flags
     args = replace(of_run, evaluate=True, dataset_split="train[:50]")
@@ -758,6 +854,14 @@ def test_a_model_whose_config_nests_that_of_the_text_trains(folders, tmp_path):
     assert len(steps_of("run")) == 2
 
 
+OF_THEIR_OWN = [
+    OPTConfig(vocab_size=40, hidden_size=8, word_embed_proj_dim=8, num_hidden_layers=2, num_attention_heads=2,
+              ffn_dim=8, max_position_embeddings=32, dropout=0.5, init_std=0.5),
+    XGLMConfig(vocab_size=40, d_model=8, num_layers=2, attention_heads=2, ffn_dim=8, max_position_embeddings=32,
+               dropout=0.5, activation_dropout=0.5, init_std=0.5),
+]  # fmt: skip
+
+
 def test_dropout_is_off_also_with_gradient_checkpointing(folders):
     config = copy.deepcopy(SIZES["gpt2"])
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
@@ -769,6 +873,31 @@ def test_dropout_is_off_also_with_gradient_checkpointing(folders):
         ids = torch.arange(20)[None]
         assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
         assert any(module.training for module in model.modules()) == checkpointing
+
+
+@pytest.mark.parametrize("config", OF_THEIR_OWN, ids=lambda config: config.model_type)
+def test_checkpointing_turns_on_no_dropout_that_a_layer_has_of_its_own(config, tmp_path):
+    """Of OPT the layers themselves drop out, where those of others leave it to modules within, which are in eval."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ids, logits = torch.arange(20)[None], []
+    for checkpointing in False, True:
+        args = dpo.Args(gradient_checkpointing=checkpointing)
+        model = dpo.make_trainable(dpo.load_model(str(tmp_path), AutoModelForCausalLM, args), "CAUSAL_LM", args)
+        logits.append(model(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(*logits)
+
+
+def test_flags_that_a_models_layers_cannot_follow_are_one_line(tmp_path):
+    sizes = {"vocab_size": 40, "n_embd": 8, "n_layer": 1, "n_head": 2, "dff": 8}
+    AutoModelForCausalLM.from_config(CTRLConfig(**sizes)).save_pretrained(tmp_path / "ctrl")
+    config = MambaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    for name, flags in ("ctrl", {"gradient_checkpointing": True}), ("mamba", {"lora_rank": 2}):
+        args = dpo.Args(**flags)
+        model = dpo.load_model(str(tmp_path / name), AutoModelForCausalLM, args)
+        with pytest.raises(dpo.UsageError, match=f"(?i){name}.* Leave the flag out"):
+            dpo.make_trainable(model, "CAUSAL_LM", args)
 
 
 def test_a_model_in_bfloat16_is_trained_and_saved_in_float32(folders):
@@ -801,6 +930,67 @@ def test_replies_are_samples_of_the_model_whatever_its_folder_says(folders):
     for reply in long:
         assert not set(reply[:-1]) & set(ends), "it ends with the first end"
         assert len(reply) == 30 or reply[-1] in ends
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"num_beams": 2}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": [*range(200)]}, {"typical_p": 0.2},
+        {"num_return_sequences": 2, "do_sample": True}, {"stop_strings": ["a"]}, {"max_time": 0.0},
+    ],
+    ids=lambda rules: next(iter(rules)),
+)  # fmt: skip
+def test_no_rule_of_the_folder_changes_what_is_drawn(folders, rules):
+    model = dpo.load_model(str(folders / "llama"), AutoModelForCausalLM, dpo.Args())
+    asked = model, [[5, 6, 7], [8]] * 20, [256, 40], 12, (1,)
+    expected = dpo.sample(*asked)
+    model.generation_config.update(**rules)
+    assert dpo.sample(*asked) == expected
+    assert all(getattr(model.generation_config, name) == rule for name, rule in rules.items()), "it will be saved"
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "grpo", "ppo_rlhf"])
+def test_in_plain_transformers_a_saved_model_stops_where_turns_end(script, tmp_path, monkeypatch):
+    """As with base models of Qwen2.5: their eos token is <|endoftext|>, their chat template ends turns in another."""
+    monkeypatch.setitem(TEMPLATES, "base", (["<|endoftext|>", "<|im_end|>", "<|im_start|>"], *TEMPLATES["qwen3"][1:]))
+    folder = save_model(tmp_path / "model", "llama", "base")
+    start = AutoModelForCausalLM.from_pretrained(folder)
+    start.generation_config.top_k, start.generation_config.eos_token_id = 200, [7, 256]
+    start.generation_config.do_sample = True
+    start.save_pretrained(folder)
+    pairs = [{"prompt": "hi", "chosen": "yes", "rejected": "no"} for _ in range(10)]
+    Path(tmp_path / "judge.py").write_text("def length(prompt, reply):\n    return len(reply)\n")
+    flags = {"model_name": str(folder), "dataset": str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), "chat": True,
+             "device": "cpu", "batch_size": 2, "total_timesteps": 2, "eval_replies": 1, "max_new_tokens": 2,
+             "run_dir": str(tmp_path / "run"), "reward": f"{tmp_path}/judge.py:length",
+             "learning_rate": 1e-9}  # fmt: skip
+    flags |= {"group_size": 2, "num_minibatches": 1, "reward": [flags["reward"]]} if script == "grpo" else {}
+    flags |= {"num_minibatches": 1} if script == "ppo_rlhf" else {}
+    module = importlib.import_module(f"algorithms.{script}")
+    module.train(module.Args(**flags))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert (model.generation_config.eos_token_id, model.generation_config.top_k) == ([7, 256, 257], 200)
+    torch.manual_seed(0)
+    replies = model.generate(torch.tensor([[5, 6, 7]] * 64), max_new_tokens=40, pad_token_id=258)[:, 3:].tolist()
+    behind = [token for reply in replies if 257 in reply for token in reply[reply.index(257) + 1 :]]
+    assert {*behind} == {258}
+
+
+def test_what_is_no_language_model_or_reward_model_is_named(folders, tmp_path):
+    import peft
+
+    for kind, name in (AutoModelForCausalLM, "writes"), (AutoModelForSequenceClassification, "judges"):
+        base, task = kind.from_pretrained(folders / "llama"), {"writes": "CAUSAL_LM", "judges": "SEQ_CLS"}[name]
+        base.config.pad_token_id = 0
+        peft.get_peft_model(base, peft.LoraConfig(task, target_modules=["q_proj"])).save_pretrained(tmp_path / name)
+    with pytest.raises(dpo.UsageError, match="judges can't be loaded as AutoModelForCausalLM: it is a reward model"):
+        dpo.load_model(str(tmp_path / "judges"), AutoModelForCausalLM, dpo.Args())
+    with pytest.raises(dpo.UsageError, match=r"writes has no tokenizer that can be used \(an adapter"):
+        dpo.load_tokenizer(str(tmp_path / "writes"))
+    for count in 2, 5:
+        save_model(tmp_path / "labels", "llama", kind=AutoModelForSequenceClassification, num_labels=count)
+        with pytest.raises(dpo.UsageError, match=f"score.weight has {count} outputs, 1 is needed"):
+            dpo.load_reward(str(tmp_path / "labels"), dpo.Args(), torch.device("cpu"))
 
 
 OFFICIAL = """\

@@ -15,7 +15,17 @@ import pytest
 import torch
 from conftest import ROOT, rows, timeless
 from text_models import bfloat16_autocast, tokenizer_of, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    Lfm2Config,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    Qwen3_5TextConfig,
+    RwkvConfig,
+)
 
 from algorithms import grpo
 
@@ -394,12 +404,38 @@ def test_the_answer_at_the_end_of_a_chat_is_no_part_of_the_prompt(script, tmp_pa
     data = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [asked, answer]}, {"messages": [asked]}])
     run = types.SimpleNamespace(tokenizer=tokenizer_of("qwen2"), accelerator=types.SimpleNamespace(print=print))
     model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: None))
+    model.generation_config = types.SimpleNamespace(eos_token_id=None)
     reward = "judge.py:f" if script == "ppo_rlhf" else ["judge.py:f"]
     args = module.Args(dataset=str(data), max_new_tokens=8, reward=reward)
     (first, second), _ = module.training_and_held_out_prompts(run, model, args)
     assert first == second
     assert first.text == [asked]
     assert "chats.jsonl, messages: 2 prompts" in capsys.readouterr().out
+
+
+USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize("script", ["grpo", "ppo_rlhf"])
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"instruction": "hi", "input": "you", "answer": "4"}, "hi\n\nyou"),
+        ({"query": "hi", "system": "be kind", "answer": "4"}, [SYSTEM, USER]),
+        ({"messages": [SYSTEM, USER], "system_prompt": "be kind", "answer": "4"}, [SYSTEM, USER]),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "answer": "4"}, [USER]),
+    ],
+)  # fmt: skip
+def test_columns_that_belong_to_the_prompt(script, row, text, tmp_path, capsys):
+    module = importlib.import_module(f"algorithms.{script}")
+    data = write_jsonl(tmp_path / "rows.jsonl", [row, row])
+    run = types.SimpleNamespace(tokenizer=tokenizer_of("qwen2"), accelerator=types.SimpleNamespace(print=print))
+    model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: None))
+    model.generation_config = types.SimpleNamespace(eos_token_id=None)
+    reward = "judge.py:f" if script == "ppo_rlhf" else ["judge.py:f"]
+    args = module.Args(dataset=str(data), max_new_tokens=8, reward=reward)
+    assert module.training_and_held_out_prompts(run, model, args)[0][0].text == text
+    assert capsys.readouterr().out.endswith("not used: answer\n")
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -417,6 +453,41 @@ def test_the_log_probabilities_are_those_of_the_policy_that_wrote(folders, name)
         assert ended[-1] or len(reply.reply) == 8
         text = run.tokenizer.decode(reply.reply, skip_special_tokens=True)
         assert reply.scores == [-len(text.split()) / 4]
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
+RECURRENT = [
+    MambaConfig(**SMALL, state_size=4),
+    Mamba2Config(**SMALL, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4),
+    Qwen3_5TextConfig(
+        **SMALL, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16, head_dim=8,
+        linear_num_value_heads=2, linear_num_key_heads=1, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    Lfm2Config(**SMALL, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16, full_attn_idxs=[1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", RECURRENT, ids=lambda config: config.model_type)
+def test_recurrent_layers_write_with_their_own_probabilities(config):
+    """Prompts of several lengths, and replies that end at different times."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    prompts = [[3], [4, 5, 6, 7, 8], [9, 10]] * 2
+    replies, log_probs = grpo.write(model, prompts, [*range(8)], torch.rand(len(prompts), 12))
+    assert len({*map(len, replies)}) > 2
+    with torch.no_grad():
+        expected = grpo.token_log_probs(model, *grpo.as_tensors(prompts, replies, "cpu"))
+    torch.testing.assert_close(torch.tensor([*itertools.chain(*log_probs)]), expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_without_a_cache_is_refused():
+    model = AutoModelForCausalLM.from_config(RwkvConfig(**SMALL, attention_hidden_size=16))
+    with pytest.raises(grpo.UsageError, match="rwkv models can't be used"):
+        grpo.write(model, [[3, 4]], [0], torch.rand(1, 4))
 
 
 def test_what_stands_in_the_padding_changes_nothing_to_the_bit(folders, monkeypatch):
@@ -627,7 +698,9 @@ def test_a_chat_ends_with_its_turn(folders, tmp_path):
 
 
 def test_the_verifier_and_the_base_model_of_the_additions():
-    reward = grpo.load_function("--reward", f"{ARITHMETIC}/reward.py:correct")
+    reward = grpo.load_function(
+        "--reward", f"{ARITHMETIC}/reward.py:correct", "prompt, reply", "a number", math.isfinite
+    )
     assert reward("47+86=", "331") == 1
     assert [reward("47+86=", reply) for reply in ("133", "33", "3310", "", "431")] == [0] * 5
     assert reward("02+03=", "500") == 1

@@ -252,7 +252,7 @@ def test_a_reply_without_an_end_is_fined(folder):
             prompts,
         ):
             episodes = ppo_rlhf.play(run, prompts, "seed", run.args)
-            count = ppo_rlhf.load_function("--reward", run.args.reward)
+            count = ppo_rlhf.load_function("--reward", run.args.reward, "prompt, reply", "a number", math.isfinite)
             ended = [episode.reply[-1] == 1 for episode in episodes]
             assert {*ended} == {True, False}
             for episode, has_end in zip(episodes, ended, strict=True):
@@ -294,12 +294,13 @@ def are_rounded(values):
 
 
 def test_scores_and_values_are_not_rounded_to_bfloat16(folder, monkeypatch):
-    name, load_model = str(folder / "gpt2-reward"), ppo_rlhf.load_model
+    name = str(folder / "gpt2-reward")
     with bfloat16_autocast(), started(arguments(folder, reward=name)) as (run, prompts):
         values = [value for episode in ppo_rlhf.play(run, prompts, "seed", run.args) for value in episode.values]
     assert not are_rounded(values)
-    monkeypatch.setattr(ppo_rlhf, "load_model", lambda *args: load_model(*args).bfloat16())  # as LoRA does on CUDA
-    scores = ppo_rlhf.load_reward(name, arguments(folder), torch.device("cpu"))(["a b "] * 3, ["c d", "a a", "f"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there, frozen weights are bfloat16
+    args = arguments(folder, lora_rank=2, device="auto")
+    scores = ppo_rlhf.load_reward(name, args, torch.device("cpu"))(["a b "] * 3, ["c d", "a a", "f"])
     assert not are_rounded(scores)
 
 
@@ -516,7 +517,8 @@ def test_evaluate_asks_what_the_run_held_out(folder, monkeypatch):
     assert len(held_out) == 2
     again = ppo_rlhf.evaluate_saved(ppo_rlhf.saved_args("run", evaluate=True))
     assert again == pytest.approx(result, abs=1e-5)
-    for flags in {}, {"seed": 5}, {"eval_replies": 100}:
+    spelled = {"dataset": f"{folder}/./many.jsonl"}, {"dataset_split": "train"}
+    for flags in ({}, {"seed": 5}, {"eval_replies": 100}, *spelled, {"max_length": 12}, {"chat": True}):
         ppo_rlhf.evaluate_saved(ppo_rlhf.saved_args("run", evaluate=True, **flags))
         assert asked[-1] == held_out, flags
     for flags, count in ({"dataset": str(other)}, 36), ({"dataset_split": "train[:20]"}, 20):

@@ -9,11 +9,18 @@ import pytest
 import torch
 from conftest import ROOT, rows, timeless
 from safetensors.torch import load_file
-from text_models import SIZES, pairs_of_words, save_model, tokenizer_of, write_jsonl
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, GPT2Config
+from text_models import SIZES, bfloat16_autocast, pairs_of_words, save_model, tokenizer_of, write_jsonl
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+)
 
-from algorithms import reward_model
+from algorithms import dpo, grpo, ppo_rlhf, reward_model, sft
 
+SCRIPTS = [dpo, grpo, ppo_rlhf, reward_model, sft]
 SCRIPT = ROOT / "algorithms" / "reward_model.py"
 
 
@@ -297,13 +304,56 @@ def test_rewards_of_a_lora_adapter_are_read_where_it_learned_them(folders, tmp_p
     base = save_model(tmp_path / "base", "llama", "qwen2", pad_token_id=eos)
     flags = {"model_name": str(base), "lora_rank": 2, "learning_rate": 3e-2, "run_dir": "run"}
     reward_model.train(arguments(folders, **flags))
-    texts = [{"prompt": "hi ", "reply": reply} for reply in ("yes", "no", "a longer one")]
+    texts = [
+        {"prompt": "hi ", "reply": x, "at": "2024-01-05T10:00:00"} for x in ("yes", "no", "a longer one")
+    ]  # a date
     write_jsonl(Path("replies.jsonl"), texts)
     capsys.readouterr()
     reward_model.evaluate_saved(reward_model.saved_args("run", evaluate=True, replies="replies.jsonl"))
     printed = [json.loads(line)["reward"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     judge = reward_model.load_reward("run/model", arguments(folders), torch.device("cpu"))
     assert judge(["hi "] * 3, [text["reply"] for text in texts]) == pytest.approx(printed, abs=1e-5)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_autocast_does_not_round_rewards(folders, lora_rank):
+    """To bfloat16, as all other products: two replies near 5 would tie that differ by less than 1/32."""
+    with bfloat16_autocast():
+        run, pairs, _ = started(folders, "llama", run_dir="run", lora_rank=lora_rank)
+        model = reward_model.make_trainable(run.bare, "SEQ_CLS", run.args)
+        rewards = torch.cat(reward_model.pair_rewards(model, pairs[:6], run.tokenizer.pad_token_id))
+    assert rewards.dtype == torch.float32
+    assert not torch.equal(rewards, rewards.bfloat16().float())
+    rewards.sum().backward()
+    (head,) = (part for name, part in model.named_parameters() if "score" in name and part.requires_grad)
+    assert head.grad.any()
+
+
+def test_lora_trains_float32_also_where_frozen_weights_are_bfloat16(folders, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = arguments(folders, "llama", lora_rank=2, device="auto")
+    model = reward_model.load_model(args.model_name, AutoModelForSequenceClassification, args)
+    model = reward_model.make_trainable(model, "SEQ_CLS", args)
+    trained, frozen = ([p for p in model.parameters() if p.requires_grad == is_trained] for is_trained in (True, False))
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert torch.bfloat16 in {parameter.dtype for parameter in frozen}
+    model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits.sum().backward()
+    assert any(parameter.grad is not None for parameter in trained)
+
+
+def test_tokens_that_were_added_to_the_tokenizer_alone_are_learned_or_refused(folders, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "llama")
+    tokenizer.add_tokens(["<turn>"])
+    AutoModelForCausalLM.from_pretrained(folders / "llama").save_pretrained(tmp_path / "added")
+    tokenizer.save_pretrained(tmp_path / "added")
+    pairs = [row | {"prompt": f"<turn> {i} "} for i, row in enumerate(pairs_of_words())]
+    data = write_jsonl(tmp_path / "data.jsonl", pairs)
+    flags = {"model_name": str(tmp_path / "added"), "dataset": str(data), "total_timesteps": 8}
+    reward_model.train(arguments(folders, run_dir="run", **flags))
+    model = AutoModelForSequenceClassification.from_pretrained("run/model")
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    with pytest.raises(reward_model.UsageError, match="lacks an embedding"):
+        reward_model.train(arguments(folders, run_dir="other", lora_rank=2, **flags))
 
 
 def test_a_reward_model_goes_on_with_its_head(folders):
@@ -319,9 +369,32 @@ def test_the_accuracy_of_a_known_reward_stands_beside(folders):
     texts = [[run.tokenizer.decode(ids, skip_special_tokens=True) for ids in pair[1:3]] for pair in held_out]
     wins = [(len(a) > len(b)) + (len(a) == len(b)) / 2 for a, b in texts]
     assert reward_model.evaluate(run, held_out)["eval/reward_accuracy"] == pytest.approx(sum(wins) / len(wins))
-    for wrong in "judge.py:nothing", "nowhere.py:f":
-        with pytest.raises(reward_model.UsageError, match="--reward"):
+    for wrong in "judge.py:nothing", "nowhere.py:f", "judge.py":
+        with pytest.raises(reward_model.UsageError, match=r"--reward .* must be FILE.py:function"):
             reward_model.load_reward(wrong, arguments(folders), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [("(x, y): return None", "a number, not None"), ("(x, y): return 'good'", "a number, not 'good'"),
+     ("(x, y): return [1.0]", "a number"), ("(x, y): return float('nan')", "a number, not nan"),
+     ("(x): return 1", "FILE.py:function .prompt, reply.")],
+)  # fmt: skip
+def test_a_function_that_rewards_must_return_a_number(script, function, words):
+    Path("judge.py").write_text(f"def f{function}\n")
+    with pytest.raises(script.UsageError, match=f"--reward judge.py:f must .*{words}"):
+        script.load_reward("judge.py:f", None, torch.device("cpu"))(["a"], ["b"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_function_that_rewards_may_change_what_it_is_given(script):
+    Path("judge.py").write_text(
+        "import numpy as np\ndef f(x, y):\n    return np.float32(len(x.pop()['content'] + y))\n"
+    )
+    chat = [{"role": "user", "content": "hi"}]
+    assert script.load_reward("judge.py:f", None, torch.device("cpu"))([chat, chat], ["a", ""]) == [3.0, 2.0]
+    assert len(chat) == 1
 
 
 def test_a_model_whose_attention_looks_ahead_is_refused(folders, tmp_path):

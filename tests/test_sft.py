@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, rows, timeless
-from text_models import bfloat16_autocast
+from text_models import bfloat16_autocast, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from algorithms import sft
@@ -252,6 +252,8 @@ def test_of_a_chat_each_reply_is_learned(folders, tmp_path):
         ({"instruction": "cup ", "input": "", "output": "good"}, "cup "),
         ({"instruction": "cup", "input": "smell ", "output": "good"}, "cup\n\nsmell "),
         ({"question": "cup ", "answer": "good"}, "cup "),
+        ({"prompt": "the cup is ", "completion": "the cup is good"}, "the cup is "),  # repeated
+        ({"prompt": "cup ", "messages": "good"}, "cup "),
         ({"input": "cup ", "output": "good"}, "cup "),
         ({"problem": "cup ", "solution": "good", "answer": "bad"}, "cup "),  # the answer is its last word
         ({"prompt": [{"role": "user", "content": "cup"}], "completion": [{"role": "assistant", "content": "good"}]},
@@ -260,6 +262,9 @@ def test_of_a_chat_each_reply_is_learned(folders, tmp_path):
          [{"role": "system", "content": "the"}, {"role": "user", "content": "cup"}]),
         ({"conversations": [{"from": "human", "value": "cup"}, {"from": "gpt", "value": "good"}]},
          [{"role": "user", "content": "cup"}]),
+        ({"system": "the", "messages": '[{"role": "system", "content": "the"}, {"role": "user", "content": "cup"}, '
+                                       '{"role": "assistant", "content": "good"}]'},
+         [{"role": "system", "content": "the"}, {"role": "user", "content": "cup"}]),
     ],
 )  # fmt: skip
 def test_usual_columns(folders, tmp_path, record, prompt):
@@ -280,6 +285,47 @@ def test_what_stands_beside_a_whole_chat_is_named_as_unused(folders, tmp_path, c
     assert "not used: the columns context" in capsys.readouterr().out
 
 
+def test_input_beside_a_whole_chat_is_unused_too(folders, tmp_path, capsys):
+    records = [
+        {"input": "smell", "messages": [{"from": "human", "value": "cup"}, {"from": "gpt", "value": "good"}]}
+    ] * 2
+    args = arguments(folders, dataset=write(tmp_path / "rows.jsonl", records))
+    sft.read_demonstrations(args.dataset, None, sft.load_tokenizer(args.model_name), 64, args)
+    assert "not used: the columns input" in capsys.readouterr().out
+
+
+def test_a_turn_without_weight_is_read_but_not_learned(folders, tmp_path):
+    turns = [("human", "cup", None), ("gpt", "bad", 0), ("human", "smell", None), ("chatgpt", "good", 1)]
+    chat = [{"from": who, "value": text, "weight": weight} for who, text, weight in turns]
+    args = arguments(folders, dataset=write(tmp_path / "rows.jsonl", [{"conversations": chat}] * 2))
+    tokenizer = sft.load_tokenizer(args.model_name)
+    found = sft.read_demonstrations(args.dataset, None, tokenizer, 64, args)
+    assert [tokenizer.decode(row.reply) for row in found] == ["good <end>"] * 2
+    assert "bad" in tokenizer.decode(found[0].prompt)
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "smell"}}]}
+
+
+@pytest.mark.parametrize(
+    ("family", "empty"),
+    [
+        ("qwen3", {"completion": ""}), ("qwen3", {"completion": " \n"}),
+        ("qwen3", {"completion": [{"role": "assistant", "content": ""}]}),
+        ("llama3", {"completion": [CALL | {"content": ""}]}),  # its template does not write calls
+    ],
+)  # fmt: skip
+def test_a_reply_without_words_is_left_out_and_counted(tmp_path, capsys, family, empty):
+    full = {
+        "completion": "good" if isinstance(empty["completion"], str) else [{"role": "assistant", "content": "good"}]
+    }
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "cup"} | row for row in (full, empty)])
+    tokenizer = tokenizer_of(family)
+    (row,) = sft.read_demonstrations(data, None, tokenizer, 64, sft.Args())
+    assert "good" in tokenizer.decode(row.reply)
+    assert "1 demonstrations. Left out: 1 without words, 0 of over 64 tokens" in capsys.readouterr().out
+
+
 def test_a_column_named_for_the_prompt_is_not_its_input_too(folders, tmp_path):
     records = [{"instruction": "smell", "input": "cup ", "output": "good"}] * 2
     args = arguments(folders, dataset=write(tmp_path / "rows.jsonl", records), prompt_column="input")
@@ -295,6 +341,12 @@ def test_a_column_named_for_the_prompt_is_not_its_input_too(folders, tmp_path):
         ([{"messages": [{"role": "user", "content": "cup"}]}], [], "assistant"),
         ([{"prompt": "cup", "completion": "good"}], ["--from-scratch", "True", "--lora-rank", "2"], "--lora-rank"),
         ([{"prompt": "cup", "completion": "good"}], ["--max-length", "1"], "over 1 tokens"),
+        ([{"prompt": "cup", "completion": 7}], [], "--convert"),
+        (
+            [{"messages": [{"role": "user", "text": "cup"}, {"role": "assistant", "text": "good"}]}],
+            [],
+            "neither a text",
+        ),
         (
             [{"prompt": "cup", "completion": "good"}] * 4,
             ["--batch-size", "32", "--total-timesteps", "64"],
@@ -314,6 +366,13 @@ def test_mistakes_are_one_line(cli, folders, tmp_path, records, flags, word):
     assert code == 2
     assert word in err
     assert err.count("\n") == 1
+
+
+def test_a_mistake_in_the_reward_is_found_before_the_training(folders, tmp_path):
+    (tmp_path / "judge.py").write_text("def f(prompt, reply):\n    return None\n")
+    with pytest.raises(sft.UsageError, match=r"--reward .*judge.py:f must return a number, not None"):
+        sft.train(arguments(folders, reward=f"{tmp_path}/judge.py:f", run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_from_scratch_the_weights_follow_from_the_seed(folders):
