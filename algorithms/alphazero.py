@@ -115,7 +115,7 @@ class Args:
 
     def __post_init__(self) -> None:
         counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "num_blocks": (0, 1e12)}  # may be 0
-        limits = {"noise_fraction": (0, 1), "learning_starts": (0, 1e12)}
+        limits = {"noise_fraction": (0, 1), "learning_starts": (0, self.total_timesteps - 1)}
         check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), **counts, **limits)
         if self.play and not self.evaluate:
             raise UsageError("--play needs --evaluate and --run-dir")
@@ -358,7 +358,7 @@ def train(args: Args) -> dict[str, float]:
         for waiting, moves in zip(buffer.waiting, run.actions, strict=True):
             if not moves:  # a game that could not be replayed after --resume began again
                 waiting.clear()
-        while run.goes_on():  # evaluates and saves where that is due; False at the end
+        while run.goes_on():  # False at the end
             # 1. Play: a search and a move in each of the games
             obs, first_step = run.obs, run.global_step  # after an end run.obs is the next game's first
             states = [env.unwrapped.state for env in run.envs]
@@ -548,8 +548,8 @@ def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024), "max_grad_norm": (1e-9, math.inf)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if type(value) in (int, float) and not (low <= value <= high and math.isfinite(value)):  # type(): no bools
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, which is not a number from {low} to {high}")
+        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # NumPy's
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:
             raise UsageError(f"--{name.replace('_', '-')} is {value}, which is none of {words}")
@@ -575,9 +575,8 @@ def parse_args() -> Args:
         flags = inspect.getsource(Args).split("\n\n")[0].split("class Args:\n")[1].replace("    # ", "\n")
         flags = re.sub(r"    (\w+): ", lambda field: f"  --{field[1].replace('_', '-')}: ", flags)
         sys.exit(print(__doc__.split("\n\n    [1]")[0], *re.findall("\nPaper.*(?:\n.+)*", __doc__), flags, sep="\n"))
-    default, run_dirs = {}, re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
-    if {"--resume", "--evaluate"} & {*sys.argv}:
-        default = {"default": saved_args(run_dirs[-1])}
+    run_dirs = re.findall("--run[-_]dir[\n=](.*)", "\n".join(sys.argv)) or [""]
+    default = {"default": saved_args(run_dirs[-1])} if {"--resume", "--evaluate"} & {*sys.argv} else {}
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
             return tyro.cli(Args, **default)
@@ -708,17 +707,16 @@ class Run:
         if args.resume:
             saved, config = asdict(saved_args(self.dir)), json.loads(path.read_text())
             changed = {k for k, v in vars(args).items() if v != saved[k]} - {"run_dir", "resume", "device", "threads"}
-            if changed - {"total_timesteps"} or args.total_timesteps < saved["total_timesteps"]:
+            if changed - {"total_timesteps", "capture_video"} or args.total_timesteps < saved["total_timesteps"]:
                 raise UsageError(f"--resume can only raise --total-timesteps; unlike the run's: {', '.join(changed)}")
-        elif path.exists() or checkpoint.exists():
+        elif any((self.dir / name).exists() for name in ("config.json", "checkpoint.pt", "model.pt", "metrics.jsonl")):
             raise UsageError(f"--run-dir {self.dir} holds a run: go on with --resume, or name another folder")
         else:
             git = f"git -C {shlex.quote(os.path.dirname(__file__))} describe --always --abbrev=40 --dirty --exclude='*'"
-            status, commit = subprocess.getstatusoutput(git)
             config = {"script": Path(__file__).stem, "args": asdict(args), "command": sys.argv}
-            config |= {"commit": None if status else commit, "wandb_id": os.urandom(8).hex()}
+            config |= {"commit": subprocess.getoutput(f"{git} 2>&-") or None, "wandb_id": os.urandom(8).hex()}
             config["versions"] = {d.name: d.version for d in distributions()} | {"python": sys.version}
-            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L")
+            config["hardware"] = subprocess.getoutput("uname -a; lscpu | grep 'Model name'; nvidia-smi -L 2>&-")
         config["args"]["total_timesteps"] = args.total_timesteps  # a resumed run may be longer
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -736,7 +734,7 @@ class Run:
             hint = "--run-dir must be writable" if isinstance(error, OSError) else "WANDB_MODE=offline needs no account"
             raise UsageError(f"{error}: {hint}") from None
         state = {"step": 0, "last_step": 0, "seconds": 0.0, "bytes": 0, "actions": self.actions, "streams": []}
-        if args.resume and checkpoint.exists():
+        if args.resume and (checkpoint.exists() or Path(self.dir, "model.pt").exists()):  # save writes this one later
             state |= load_file(checkpoint, **parts)
         if self.metrics.tell() < state["bytes"]:
             raise UsageError(f"{self.metrics.name} lacks rows that were there when {checkpoint} was written")
@@ -754,7 +752,7 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=self.global_step, unit=" steps", disable=None)
         self.opened.callback(self.bar.close)
         kind = "vectors" if len(self.obs_shape) == 1 else "images"
-        print(f"{Path(__file__).name} on {args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}")
+        print(f"{args.env_id}: observes {kind} {self.obs_shape}, run folder {self.dir}, from step {self.global_step}")
 
     def begin_episode(self, i: int, actions: np.ndarray | tuple = ()) -> bool:
         """Resets environment i. After --resume it replays the episode's actions so far; False if that ended it."""
@@ -763,7 +761,7 @@ class Run:
         obs, _ = self.envs[i].reset(seed=seed)
         self.returns[i], self.actions[i] = 0.0, list(actions)
         for action in actions:
-            obs, reward, terminated, truncated, _ = self.envs[i].step(action)
+            obs, reward, terminated, truncated, _ = self.envs[i].step(action.copy())  # step may change it
             self.returns[i : i + 1] += reward
             if terminated or truncated:
                 return False
@@ -830,7 +828,7 @@ class Run:
         self.bar.update(self.global_step - self.bar.n)
 
     def save(self) -> None:
-        """Writes model.pt, then checkpoint.pt. A kill at any moment leaves each whole, the old or the new one."""
+        """Writes checkpoint.pt, then model.pt. A kill at any moment leaves each whole, the old or the new one."""
         space, (_, keys, *rest) = self.action_space, np.random.get_state()
         kind = next(kind for kind in SPACES if isinstance(space, getattr(gym.spaces, kind)))  # or a subclass
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -843,13 +841,13 @@ class Run:
         state["actions"] = [torch.from_numpy(np.array(actions)) for actions in self.actions]
         streams = random.getstate(), ("MT19937", keys.tolist(), *rest), torch.get_rng_state()
         state["streams"] = *streams, torch.cuda.get_rng_state_all() if "cuda" in self.device else []
-        for name, content in {"model.pt": model, "checkpoint.pt": state}.items():
+        for name, content in {"checkpoint.pt": state, "model.pt": model}.items():
             torch.save(content, self.dir / f"{name}.tmp")
             os.replace(self.dir / f"{name}.tmp", self.dir / name)
 
     def close(self) -> None:
         self.opened.close()
-        if self.last_step and isinstance(sys.exc_info()[1], Exception):
+        if self.last_step and isinstance(sys.exc_info()[1], Exception) and not Run.stop_signal:
             print(f"Fix the cause first: {self.command} --resume repeats the steps that led to it", file=sys.stderr)
 
 
@@ -858,11 +856,12 @@ def main() -> None:
 
     def stop(number: int, _: object) -> None:
         Run.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nIt stops after what it is at. A second Ctrl-C ends it at once, back to the last checkpoint.\n")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, also into a file
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # each line at once, also into a file
     sys.path.insert(1, os.getcwd())  # for environments in modules of the current folder
     gym.logger.min_level = gym.logger.ERROR  # warnings of libraries would stand around our one line
     warnings.simplefilter("ignore")

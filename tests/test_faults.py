@@ -759,3 +759,147 @@ def test_what_teams_that_follow_rules_earn_is_one_figure_everywhere():
             assert shown[1] == pytest.approx(value, abs=0.051), environment
             assert f"{value:.1f}" in readme
     assert not re.search(r"-\d\d\.\d", module_of("maddpg").__doc__), "no figure of its own"
+
+
+# ---- Found by trying strangers' environments again
+
+
+@pytest.mark.parametrize("script", [s if s in ACTING else pytest.param(s, marks=slow) for s in FACTS])
+def test_a_run_whose_checkpoint_was_deleted_is_not_begun_anew(script, cli, tmp_path):
+    """It would overwrite the model and all metrics."""
+
+    def contents():
+        return {path: path.read_bytes() for path in sorted(run_dir.rglob("*")) if path.is_file()}
+
+    run_dir = tmp_path / "run"
+    assert cli(script, *tiny(script), "--run-dir", run_dir)[0] == 0
+    (run_dir / "checkpoint.pt").unlink()
+    before = contents()
+    code, _, err = cli(script, "--run-dir", run_dir, "--resume", "--total-timesteps", 10**6 * 1024)
+    assert (code, is_one_line(err)) == (2, True)
+    assert "checkpoint.pt is missing" in err
+    (run_dir / "config.json").unlink()
+    code, _, err = cli(script, *tiny(script), "--run-dir", run_dir)
+    assert (code, is_one_line(err)) == (2, True)
+    assert "holds a run" in err
+    del before[run_dir / "config.json"]
+    assert contents() == before
+
+
+class HalvesActions(gym.Env):
+    """It changes the action that it is given, in place."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = 0.0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        action *= 0.5
+        self.place += action.item()
+        return np.array([self.place], np.float32), action.item(), False, False, {}
+
+
+gym.register("HalvesActions-v0", HalvesActions, max_episode_steps=50)
+
+
+@pytest.mark.parametrize("script", [s for s in ("ppo", "sac", "td3", "reinforce") if s in ACTING])
+def test_an_action_that_the_environment_changes_is_replayed_as_it_was_sent(script):
+    module = module_of(script)
+    with closing(module.Run(module.Args(env_id="HalvesActions-v0"))) as run:
+        run.global_step = len(run.envs) * 3
+        sent = np.array([[0.8], [-0.4], [0.2]], np.float32)
+        assert run.begin_episode(0, sent.copy())
+        assert run.obs[0].item() == pytest.approx(0.3)
+        np.testing.assert_array_equal(run.actions[0], sent)
+
+
+@pytest.mark.parametrize("script", [s for s in ("ppo", "dqn") if s in ACTING])
+@pytest.mark.parametrize(("high", "image"), [(255, True), (10, False), (1, False)])
+def test_bytes_that_do_not_reach_255_are_codes_and_no_picture(script, high, image):
+    assert module_of(script).is_image(gym.spaces.Box(0, high, (48, 48), np.uint8)) == image
+
+
+class OtherRewards(gym.Wrapper):
+    """Of a goal environment: 0 and 1 in the place of -1 and 0."""
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        return obs, reward + 1, *rest
+
+    def compute_reward(self, achieved, desired, info):
+        return self.env.unwrapped.compute_reward(achieved, desired, info) + 1
+
+
+@pytest.mark.parametrize("script", [s for s in ("her",) if s in ACTING])
+def test_rewards_for_other_goals_are_those_of_the_environments_own_wrapper(script):
+    gym.register("OtherRewards-v0", lambda **options: OtherRewards(gym.make("goal_env:Point-v0", **options)))
+    her = module_of(script)
+    for env_id, rewards in ("goal_env:Point-v0", [0, -1]), ("OtherRewards-v0", [1, 0]):
+        args = her.Args(env_id=env_id)
+        with closing(her.make_env(args)) as env:
+            env.reset(seed=1)
+            goals = her.Goals(args, env.env)
+            here = np.zeros((2, goals.desired.stop - goals.desired.start), np.float32)
+            got, _ = goals.outcomes(here, np.array([[0.0], [9.0]]), np.zeros(2, bool))
+            assert np.ravel(got).tolist() == rewards, env_id
+
+
+NUMPYS = {"seed": np.int64(3), "total_timesteps": np.arange(2)[1] * 1024, "eval_episodes": np.int32(2)}
+
+
+@pytest.mark.parametrize("script", [path.stem for path in SCRIPTS])
+@pytest.mark.parametrize("name", ["seed", "total_timesteps"])
+def test_a_number_of_numpys_is_refused_before_it_makes_a_run_that_cannot_be_loaded(script, name):
+    module = module_of(script)
+    with pytest.raises(module.UsageError, match=rf"--{name.replace('_', '-')} is np.int64"):
+        module.Args(**{name: NUMPYS[name]})
+
+
+@pytest.mark.parametrize("script", [s for s in ACTING if hasattr(module_of(s).Args, "learning_starts")])
+def test_a_run_that_would_end_before_it_learns_is_refused(script):
+    module, num_envs = module_of(script), 2
+    module.Args(total_timesteps=64, num_envs=num_envs, learning_starts=62)
+    with pytest.raises(module.UsageError, match="--learning-starts is 64"):
+        module.Args(total_timesteps=64, num_envs=num_envs, learning_starts=64)
+
+
+@pytest.mark.parametrize("script", [s for s in ACTING if s == "ppo"])
+def test_a_run_whose_film_fails_goes_on_without_films(script, cli, tmp_path):
+    flags = ["--env-id", "CartPole-v1", "--run-dir", tmp_path / "run"]
+    assert cli(script, *tiny(script), *flags, "--capture-video")[0] == 0
+    longer = 2 * int(tiny(script)[tiny(script).index("--total-timesteps") + 1])
+    code, _, err = cli(
+        script, "--run-dir", tmp_path / "run", "--resume", "--no-capture-video", "--total-timesteps", longer
+    )
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("script", [s for s in ("q_learning",) if s in ACTING])
+@pytest.mark.parametrize("fickle", [False, True])
+def test_exact_returns_are_left_out_where_the_table_does_not_tell_all(script, fickle):
+    q_learning = module_of(script)
+    args = q_learning.Args(env_id="Taxi-v4")
+    with closing(q_learning.make_env(args)) as env:
+        env.unwrapped.fickle_passenger = fickle
+        agent = q_learning.make_agent(args, env.observation_space.shape, env.action_space)
+        assert bool(q_learning.exact_returns(agent, env, args)) != fickle
+
+
+def test_the_first_signal_says_what_happens_next(tmp_path):
+    flags = tiny("ppo", "--total-timesteps", 10**7, "--run-dir", tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "algorithms" / "ppo.py", *flags],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "It stops after what it is at" in err
+    assert "To go on" in out

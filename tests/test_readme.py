@@ -68,10 +68,7 @@ ELSEWHERE = {  # commands that are not run here as they stand, and what is in th
     "DEATHS=20 python -m pytest tests/test_contract.py -k killed_and_resumed": "test_contract.py",
     "python tests/mutants.py --scripts ppo --sample 50": "test_mutants.py",
 }
-COMPARISON = "python benchmark/report.py --compare 'runs/mine/CartPole*' benchmark/results/returns/dqn.json"
-BEFORE = {  # the small runs are no match for the kept ones: they are compared with themselves
-    COMPARISON: "python benchmark/report.py 'runs/mine/CartPole*' --save-baseline benchmark/results/returns/dqn.json"
-}
+SUITE = "python benchmark/run.py --suite mine.toml --workers 2 --output runs/mine"  # the page's own
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -109,6 +106,8 @@ def small_flags(script: str) -> str:
 
 def made_small(command: str) -> str:
     """The same command, for seconds: of equal flags the last one counts."""
+    if command == SUITE:
+        return f"{command} --num-seeds 3 --probe-seconds 0"
     if command.startswith("python benchmark/run.py"):
         command = re.sub(r"--num-seeds \d+", "--num-seeds 3", command) + " --probe-seconds 0"
         command = re.sub(r"(--env-ids \S+)( \w\S+)*", r"\1", command)  # the first of them
@@ -128,10 +127,10 @@ def test_every_command_is_run_here_or_elsewhere():
     """A command that is neither is a mistake of the page or of the table; so is one in the table that no page has."""
     found = {command for page in PAGES.values() for command in commands(page)}
     assert not ELSEWHERE.keys() - found
-    assert COMPARISON in found
     runs = (
         "python algorithms/",
         "python benchmark/run.py --command",
+        SUITE,
         "python benchmark/report.py",
         "python benchmark/record.py",
         "WANDB_MODE=offline",
@@ -353,8 +352,6 @@ def activated(clone):
 def run_all(text: str, run) -> None:
     """The commands of a text in their order, as small runs."""
     for command in commands(text):
-        if command in BEFORE:
-            run(BEFORE[command])
         if command not in ELSEWHERE:
             run(made_small(command))
 
@@ -408,6 +405,11 @@ def test_the_commands_of_the_guide(heading, activated):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_results(activated):
+    (suite,) = blocks(BENCHMARK, "toml")
+    small = "num_steps = 32, num_minibatches = 2", "learning_starts = 64"
+    for flags in small:
+        suite = suite.replace("{ eval_episodes = 100", f"{{ eval_episodes = 1, {flags}", 1)
+    (activated.folder / "mine.toml").write_text(suite.replace("50_000", "800"))
     run_all(BENCHMARK, activated)
 
 
