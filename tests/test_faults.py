@@ -764,7 +764,7 @@ def test_what_teams_that_follow_rules_earn_is_one_figure_everywhere():
 # ---- Found by trying strangers' environments again
 
 
-@pytest.mark.parametrize("script", [s if s in ACTING else pytest.param(s, marks=slow) for s in FACTS])
+@pytest.mark.parametrize("script", [s if s in ("ppo", "dqn") else pytest.param(s, marks=slow) for s in FACTS])
 def test_a_run_whose_checkpoint_was_deleted_is_not_begun_anew(script, cli, tmp_path):
     """It would overwrite the model and all metrics."""
 
