@@ -115,7 +115,7 @@ class Args:
 
     def __post_init__(self) -> None:
         counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "num_blocks": (0, 1e12)}  # may be 0
-        limits = {"noise_fraction": (0, 1), "learning_starts": (0, self.total_timesteps - 1)}
+        limits = {"noise_fraction": (0, 1), "learning_starts": (0, 1e12)}
         check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), **counts, **limits)
         if self.play and not self.evaluate:
             raise UsageError("--play needs --evaluate and --run-dir")

@@ -109,7 +109,7 @@ class Args:
     def __post_init__(self) -> None:
         bounds = (0, math.inf if self.exploration == "boltzmann" else 1)
         ranges = {"start_e": bounds, "end_e": bounds, "exploration_fraction": (0, 1), "tau": (0, 1)}
-        check_ranges(self, learning_starts=(0, self.total_timesteps - 1), buffer_size=(self.num_envs, 1e12), **ranges)
+        check_ranges(self, learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf), **ranges)
 
 
 class RunningMeanStd(nn.Module):

@@ -103,7 +103,7 @@ class Args:
     her_ratio: float = 4.0  # [7] k: replayed transitions with a new goal for each one with its true goal; 0: plain SAC
 
     def __post_init__(self) -> None:
-        check_ranges(self, tau=(0, 1), learning_starts=(0, self.total_timesteps - 1), buffer_size=(self.num_envs, 1e12))
+        check_ranges(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
         if self.learning_starts is None:
             self.learning_starts = min(self.total_timesteps // 10, 10_000)
         if self.autotune and self.alpha == 0:

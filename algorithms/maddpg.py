@@ -106,8 +106,7 @@ class Args:
     opponent_dir: str | None = None  # with --evaluate: a second run; each run's adversaries play each run's good agents
 
     def __post_init__(self) -> None:
-        check_ranges(self, tau=(0, 1), beta2=(0, 0.9999), learning_starts=(0, self.total_timesteps - 1),
-                     buffer_size=(self.num_envs, 1e12))  # fmt: skip
+        check_ranges(self, tau=(0, 1), beta2=(0, 0.9999), learning_starts=(0, 1e12), buffer_size=(self.num_envs, 1e12))
         if self.opponent_dir is not None and not self.evaluate:
             raise UsageError("--opponent-dir needs --evaluate")
 

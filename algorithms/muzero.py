@@ -116,8 +116,8 @@ class Args:
     opponent_simulations: int = 1_000  # of OpenSpiel's search, the opponent in games that can't be solved
 
     def __post_init__(self) -> None:
-        ranges = {"learning_starts": (0, self.total_timesteps - 1), "noise_fraction": (0, 1), "c_base": (1, math.inf)}
-        check_ranges(self, dirichlet_alpha=(0.001, 1e6), temperature_moves=(0, 1e12), random_moves=(0, 1e12), **ranges)
+        counts = {"temperature_moves": (0, 1e12), "random_moves": (0, 1e12), "learning_starts": (0, 1e12)}  # may be 0
+        check_ranges(self, c_base=(1, math.inf), dirichlet_alpha=(0.001, 1e6), noise_fraction=(0, 1), **counts)
 
 
 def scale(x: Tensor) -> Tensor:  # [7]

@@ -99,7 +99,7 @@ class Args:
     exploration_noise: float = 0.1  # standard deviation of the noise in training, for actions in [-1, 1]
 
     def __post_init__(self) -> None:
-        check_ranges(self, tau=(0, 1), learning_starts=(0, self.total_timesteps - 1), buffer_size=(self.num_envs, 1e12))
+        check_ranges(self, tau=(0, 1), learning_starts=(0, math.inf), buffer_size=(self.num_envs, math.inf))
         if self.learning_starts is None:
             self.learning_starts = min(self.total_timesteps // 10, 10_000)
 

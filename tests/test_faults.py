@@ -859,14 +859,6 @@ def test_a_number_of_numpys_is_refused_before_it_makes_a_run_that_cannot_be_load
         module.Args(**{name: NUMPYS[name]})
 
 
-@pytest.mark.parametrize("script", [s for s in ACTING if hasattr(module_of(s).Args, "learning_starts")])
-def test_a_run_that_would_end_before_it_learns_is_refused(script):
-    module, num_envs = module_of(script), 2
-    module.Args(total_timesteps=64, num_envs=num_envs, learning_starts=62)
-    with pytest.raises(module.UsageError, match="--learning-starts is 64"):
-        module.Args(total_timesteps=64, num_envs=num_envs, learning_starts=64)
-
-
 @pytest.mark.parametrize("script", [s for s in ACTING if s == "ppo"])
 def test_a_run_whose_film_fails_goes_on_without_films(script, cli, tmp_path):
     flags = ["--env-id", "CartPole-v1", "--run-dir", tmp_path / "run"]
