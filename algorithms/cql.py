@@ -167,7 +167,7 @@ def open_dataset(dataset: str, env: gym.Env) -> tuple[dict[str, np.ndarray], gym
         seen, keys = [e.observations for e in episodes], getattr(env.env.observation_space, "spaces", None)
         seen = [np.hstack([obs[k] for k in keys or obs]) if isinstance(obs, dict) else obs for obs in seen]  # mazes
         parts |= {"observations": [obs[:-1] for obs in seen], "next_observations": [obs[1:] for obs in seen]}
-        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]  # ends all
+        parts["truncations"] = [np.append(e.truncations[:-1], e.terminations[-1:] == 0) for e in episodes]  # all end
         return {name: np.concatenate(parts[name]) for name in ARRAYS}, stored.env_spec or env.spec
     except ImportError:
         raise UsageError(f"no .npz file at --dataset {dataset}; Minari's need pip install 'minari[hdf5]'") from None
@@ -349,7 +349,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
+# What matters for learning: make_env (what is observed), Run.step (what follows an end). train needs Run and make_env.
 
 
 class UsageError(Exception):
@@ -357,11 +357,11 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses integers below 1, floats below 0, unless ranges says otherwise, and unknown words. Sets frequencies."""
+    """Refuses integers below 1, floats below 0 (or see ranges), NumPy's numbers and unknown words. Sets frequencies."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024), "max_grad_norm": (1e-9, math.inf)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # NumPy's
+        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # not inf
             raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:
@@ -660,7 +660,7 @@ def main() -> None:
     def stop(number: int, _: object) -> None:
         Run.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nIt stops after what it is at. A second Ctrl-C ends it at once, back to the last checkpoint.\n")
+        os.write(2, b"\nStopping after this batch or evaluation; a second Ctrl-C goes back to the last checkpoint.\n")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -342,11 +342,11 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses integers below 1, floats below 0, unless ranges says otherwise, and unknown words. Sets defaults."""
+    """Refuses integers below 1, floats below 0 (or see ranges), NumPy's numbers and unknown words. Sets defaults."""
     ranges = {"seed": (0, 2**63 - 1), "warmup": (0, 1), "lora_rank": (0, math.inf), "threads": (1, 1024)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # NumPy's
+        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # not inf
             raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:
@@ -900,7 +900,7 @@ def main() -> None:
     def stop(number: int, _: object) -> None:
         Run.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nIt stops after what it is at. A second Ctrl-C ends it at once, back to the last checkpoint.\n")
+        os.write(2, b"\nStopping after this batch or evaluation; a second Ctrl-C goes back to the last checkpoint.\n")
 
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # each line at once, also into a file
     warnings.simplefilter("ignore")  # warnings of libraries would stand around our one line

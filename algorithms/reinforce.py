@@ -15,7 +15,7 @@ Papers: Williams 1992, doi:10.1007/BF00992696. S&B: Sutton & Barto 2018, incompl
 
 Differs from S&B:
 - The factor gamma^t of the t-th term of [2] is left out, as everywhere today: [2] is exact for gamma = 1 only.
-- Batches of short ones have a larger K, so each episode counts less there: a bias of order 1 / K towards long ones.
+- Batches of short episodes have a larger K, so each counts less there: a bias of order 1 / K towards long episodes.
 - The optimizer is Adam, and the policy's learning rate falls to 0. V is fitted in several passes over a batch.
 - For V and --baseline value, a time limit is not a terminal state: V of the last observation stands for the rest of
   the episode. With none and mean G_t ends there: where limits cut, [5] compares estimates of different gradients.
@@ -288,7 +288,7 @@ def train(args: Args) -> dict[str, float]:
 
 
 # ---- Below this line nothing learns: command line, environments, evaluation, run folder, as in all scripts ----
-# For learning, make_env (what is observed) and Run.step (what follows an end) matter. train uses nothing else of it.
+# What matters for learning: make_env (what is observed), Run.step (what follows an end). train needs Run and make_env.
 
 
 class UsageError(Exception):
@@ -296,11 +296,11 @@ class UsageError(Exception):
 
 
 def check_ranges(args: Args, **ranges: tuple[float, float]) -> None:
-    """Refuses integers below 1, floats below 0, unless ranges says otherwise, and unknown words. Sets frequencies."""
+    """Refuses integers below 1, floats below 0 (or see ranges), NumPy's numbers and unknown words. Sets frequencies."""
     ranges = {"seed": (0, 2**63 - 1), "gamma": (0, 1), "threads": (1, 1024), "max_grad_norm": (1e-9, math.inf)} | ranges
     for (name, value), kind in zip(vars(args).items(), Args.__annotations__.values(), strict=True):
         low, high = ranges.get(name, (0 if "float" in str(kind) else 1, math.inf))
-        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # NumPy's
+        if hasattr(value, "dtype") or (type(value) in (int, float) and not low <= value <= min(high, 1e308)):  # not inf
             raise UsageError(f"--{name.replace('_', '-')} is {value!r}, which is not a number from {low} to {high}")
         words = getattr(kind, "__args__", [str])  # "a" and "b" of Literal["a", "b"]
         if isinstance(value, str) and value not in words and str not in words:
@@ -599,7 +599,7 @@ def main() -> None:
     def stop(number: int, _: object) -> None:
         Run.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nIt stops after what it is at. A second Ctrl-C ends it at once, back to the last checkpoint.\n")
+        os.write(2, b"\nStopping after this batch or evaluation; a second Ctrl-C goes back to the last checkpoint.\n")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -893,5 +893,5 @@ def test_the_first_signal_says_what_happens_next(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "It stops after what it is at" in err
+    assert "Stopping after this batch or evaluation" in err
     assert "To go on" in out
